@@ -1,0 +1,195 @@
+"""Parallel text in: pairs of sentences from TSV, JSON lines, parquet, arrow, two aligned files, or a named split.
+
+Every format may be gzipped. A pair with a blank side is dropped and counted. A sentence is one line: line breaks
+inside a JSON or parquet value become spaces, so that outputs stay line-aligned. The paper's corpora by name
+(`alt:ja-en:train`) are in corpora.hub.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from corpora.text import STDIN, display_name, read_lines
+from minillama.errors import InputError
+
+FORMATS = {
+    ".tsv": "tsv",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "table",
+    ".arrow": "table",
+    ".feather": "table",
+}
+_LINE_BREAKS = re.compile(r"\s*[\r\n]+\s*")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Sentence pairs in file order.
+
+    `source[i]` and `target[i]` belong together and neither is blank; `dropped` pairs had a blank side; `origin` says
+    where they came from. `details` holds what a report must say about a named split: seed, counts, revision.
+    """
+
+    source: list[str]
+    target: list[str]
+    dropped: int
+    origin: str
+    details: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.source) != len(self.target):
+            raise ValueError(f"{self.origin}: {len(self.source)} sources and {len(self.target)} targets")
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def describe(self) -> str:
+        """One line for a report or a log."""
+        dropped = f", {self.dropped:,} dropped (an empty side)" if self.dropped else ""
+        details = "".join(f", {key} {value}" for key, value in self.details.items())
+        return f"{self.origin}: {len(self.source):,} pairs{dropped}{details}"
+
+
+def read_pairs(
+    files: Sequence[str | Path] | str | Path,
+    source: str,
+    target: str,
+    *,
+    seed: int | None = None,
+    folder: str | Path | None = None,
+) -> Pairs:
+    """Pairs in the direction source -> target (language codes).
+
+    files: one TSV (source, target), JSON lines, parquet or arrow file; or two line-aligned text files, source first; or
+    one named split such as `alt:ja-en:train` or `wmt19:en-de:test`. '-' is a TSV on standard input. Records of JSON
+    lines, parquet and arrow have the keys `source` and `target` or the two codes, at the top or under `translation`.
+    A TSV may begin with a header line of the two codes, in either order.
+    seed: of a named split's random draw.   folder: where a named split lies in the hub's layout, instead of the hub.
+    Raises InputError that names file and line.
+    """
+    from corpora import hub
+
+    files = [files] if isinstance(files, (str, Path)) else list(files)
+    if len(files) == 1 and hub.is_named_split(str(files[0])):
+        return hub.load_pairs(str(files[0]), source, target, seed=seed, folder=folder)
+    if len(files) == 2:
+        return _read_aligned(files[0], files[1])
+    if len(files) != 1:
+        raise InputError(f"expected one file of pairs or two line-aligned files, found {len(files)} files")
+    path, origin = files[0], display_name(files[0])
+    kind = "tsv" if str(path) == STDIN else _format(path)
+    if kind == "tsv":
+        return keep_pairs(_read_tsv(path, source, target), origin)
+    if kind == "json":
+        return keep_pairs(_read_json_lines(path, source, target), origin)
+    if kind == "table":
+        from corpora import tables
+
+        return keep_pairs(tables.read_records(path, source, target), origin)
+    known = ", ".join(FORMATS)
+    raise InputError(
+        f"{origin}: unknown format of pairs, expected a name ending in one of {known} (.gz allowed), or two files"
+    )
+
+
+def keep_pairs(records: Iterable[tuple[str, str]], origin: str, details: Mapping[str, object] | None = None) -> Pairs:
+    """The records whose two sides are not blank, as Pairs that count the others."""
+    sources: list[str] = []
+    targets: list[str] = []
+    dropped = 0
+    for source, target in records:
+        if is_blank(source, target):
+            dropped += 1
+        else:
+            sources.append(one_line(source))
+            targets.append(one_line(target))
+    return Pairs(sources, targets, dropped, origin, details or {})
+
+
+def is_blank(source: str, target: str) -> bool:
+    """Whether a side holds nothing but white space."""
+    return not source.strip() or not target.strip()
+
+
+def one_line(text: str) -> str:
+    """The text with its line breaks turned into spaces; text without any is returned as it is."""
+    if "\n" not in text and "\r" not in text:
+        return text
+    return _LINE_BREAKS.sub(" ", text.strip("\r\n"))
+
+
+def _format(path: str | Path) -> str | None:
+    name = Path(path).name.lower().removesuffix(".gz")
+    return FORMATS.get(Path(name).suffix)
+
+
+def _read_aligned(source_path: str | Path, target_path: str | Path) -> Pairs:
+    names = display_name(source_path), display_name(target_path)
+    if names[0] == names[1]:
+        raise InputError(f"{names[0]}: given as both source and target, expected two line-aligned files")
+    for path in (source_path, target_path):
+        if str(path) != STDIN and _format(path):
+            raise InputError(f"{path}: already holds pairs, expected it alone, or two plain text files")
+    sources, targets = read_lines(source_path), read_lines(target_path)
+    if len(sources) != len(targets):
+        raise InputError(
+            f"{names[0]} has {len(sources)} lines and {names[1]} has {len(targets)}, expected the same number"
+        )
+    return keep_pairs(zip(sources, targets), " + ".join(names))
+
+
+def _read_tsv(path: str | Path, source: str, target: str) -> Iterator[tuple[str, str]]:
+    swapped = False
+    for number, line in enumerate(read_lines(path), 1):
+        columns = line.split("\t")
+        if number == 1 and columns in ([source, target], ["source", "target"]):
+            continue
+        if number == 1 and columns in ([target, source], ["target", "source"]):
+            swapped = True
+            continue
+        if not line.strip():
+            columns = ["", ""]
+        if len(columns) != 2:
+            raise InputError(f"{display_name(path)}:{number}: expected 2 columns, found {len(columns)}")
+        yield (columns[1], columns[0]) if swapped else (columns[0], columns[1])
+
+
+def _read_json_lines(path: str | Path, source: str, target: str) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        where = f"{display_name(path)}:{number}"
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"{where}: not JSON ({error}), expected one object a line") from error
+        if not isinstance(record, dict):
+            raise InputError(f"{where}: expected a JSON object, found {type(record).__name__}")
+        yield _sides(record, source, target, where)
+
+
+def _sides(record: Mapping[str, object], source: str, target: str, where: str) -> tuple[str, str]:
+    inner = record.get("translation", record)
+    if not isinstance(inner, Mapping):
+        raise InputError(f'{where}: "translation" is {type(inner).__name__}, expected an object')
+    for keys in ((source, target), ("source", "target")):
+        if all(key in inner for key in keys):
+            return _text(inner[keys[0]], keys[0], where), _text(inner[keys[1]], keys[1], where)
+    found = ", ".join(f'"{key}"' for key in list(inner)[:5]) or "none"
+    raise InputError(f'{where}: expected keys "{source}" and "{target}", or "source" and "target", found {found}')
+
+
+def _text(value: object, key: str, where: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise InputError(f'{where}: "{key}" is {type(value).__name__}, expected a string')
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f'{where}: "{key}" has a lone surrogate escape, expected Unicode text') from error
+    return value

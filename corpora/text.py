@@ -1,0 +1,150 @@
+"""Text files in: lines as a corpus means them, with strict UTF-8.
+
+A line ends at a line feed and nowhere else: U+2028, U+0085 and a lone carriage return are part of a sentence, so two
+line-aligned files stay aligned. A byte order mark and the carriage return of CRLF are removed, a line feed at the end
+of the file makes no extra line. Gzip is recognised by its first bytes or its suffix. What a line means (a sentence, a
+column of pairs) is not known here.
+"""
+
+import gzip
+import io
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from minillama.errors import InputError
+
+GZIP_MAGIC = b"\x1f\x8b"
+STDIN = "-"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Monolingual text: `documents` in file order, none of them blank; `dropped` blank lines; where it came from."""
+
+    documents: list[str]
+    dropped: int
+    origin: str
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def describe(self) -> str:
+        """One line for a report or a log."""
+        dropped = f", {self.dropped:,} empty lines dropped" if self.dropped else ""
+        return f"{self.origin}: {len(self.documents):,} documents{dropped}"
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """All lines of a text file, '-' for standard input, gzipped or not.
+
+    Raises InputError that names the file, and for bytes that are not UTF-8 also the line.
+    """
+    with open_binary(path) as stream:
+        return list(iter_lines(stream, display_name(path)))
+
+
+def iter_lines(stream: BinaryIO, name: str) -> Iterator[str]:
+    """Lines of a binary stream, each as soon as it has arrived; `name` is for error messages."""
+    number = 0
+    try:
+        for raw in stream:
+            number += 1
+            raw = raw.removesuffix(b"\n").removesuffix(b"\r")
+            if number == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            yield _decode(raw, name, number)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(
+            f"{name}:{number + 1}: the gzip data is truncated or damaged, expected a whole file"
+        ) from error
+
+
+def read_texts(paths: Sequence[str | Path] | str | Path, *, seed: int | None = None) -> Texts:
+    """Monolingual text for continued pre-training: one document a line, blank lines dropped and counted.
+
+    Each path is a text file, '-' for standard input, or one side of a named split such as `alt:ja-en:cpt:ja` (see
+    corpora.hub; `seed` is its draw).
+    """
+    from corpora import hub
+
+    if isinstance(paths, (str, Path)):
+        paths = [paths]
+    documents: list[str] = []
+    dropped = 0
+    for path in paths:
+        if hub.is_named_split(str(path)):
+            split = hub.load_texts(str(path), seed=seed)
+            documents += split.documents
+            dropped += split.dropped
+            continue
+        lines = read_lines(path)
+        kept = [line for line in lines if line.strip()]
+        documents += kept
+        dropped += len(lines) - len(kept)
+    return Texts(documents, dropped, " + ".join(display_name(path) for path in paths))
+
+
+@contextmanager
+def open_binary(path: str | Path) -> Iterator[BinaryIO]:
+    """A file's bytes, decompressed where they are gzip; '-' is standard input, which stays open."""
+    name = display_name(path)
+    if str(path) == STDIN:
+        stream: BinaryIO = sys.stdin.buffer
+        peek = getattr(stream, "peek", None)
+        if peek is not None and peek(2)[:2] == GZIP_MAGIC:
+            stream = gzip.GzipFile(fileobj=stream)  # type: ignore[assignment]
+        yield stream
+        return
+    file = _open_file(path)
+    with file:
+        start = file.peek(2)[:2]
+        if start == GZIP_MAGIC:
+            with gzip.GzipFile(fileobj=file) as unzipped:
+                yield unzipped  # type: ignore[misc]
+        elif str(path).endswith(".gz") and start:
+            raise InputError(f"{name}: not gzip data although its name ends in .gz")
+        else:
+            yield file
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The whole content, decompressed where it is gzip."""
+    try:
+        with open_binary(path) as stream:
+            return stream.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(
+            f"{display_name(path)}: the gzip data is truncated or damaged, expected a whole file"
+        ) from error
+
+
+def display_name(path: str | Path) -> str:
+    """The path as messages print it."""
+    return "<stdin>" if str(path) == STDIN else str(path)
+
+
+def _open_file(path: str | Path) -> io.BufferedReader:
+    try:
+        return open(path, "rb")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: is a folder, expected a file") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}), expected a readable file") from error
+
+
+def _decode(raw: bytes, name: str, number: int) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            found = "a UTF-16 byte order mark"
+        else:
+            found = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
+        raise InputError(f"{name}:{number}: not valid UTF-8 ({found}), expected UTF-8 text") from error

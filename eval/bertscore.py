@@ -1,0 +1,161 @@
+"""BERTScore as the mean over sentences of F1 (Zhang et al., ICLR 2020), through the package bert-score.
+
+bert-score 0.3.13 was written for transformers 4. With transformers 5 it fails on an empty sentence and on a tokenizer
+without a length limit, and it silently leaves out the space before the first word that RoBERTa's published scores have.
+Here the tokenizer is made right before bert-score gets it, and an empty side scores 0, as bert-score defines.
+"""
+
+import contextlib
+import hashlib
+import io
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minillama.errors import InputError
+
+INSTALL = "BERTScore needs the package bert-score: pip install 'collab-mt[bertscore]'"
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+@dataclass(frozen=True)
+class BertScorer:
+    """A loaded encoder: `f1` scores sentences, `signature` names the model, its layer, and the software."""
+
+    model: Any
+    tokenizer: Any
+    signature: str
+    device: str
+
+    def f1(self, hypotheses: Sequence[str], references: Sequence[str], batch_size: int = 64) -> list[float]:
+        """F1 of each sentence, 0 where a side is blank."""
+        from bert_score.utils import bert_cos_score_idf
+
+        places = [
+            place for place, pair in enumerate(zip(hypotheses, references)) if pair[0].strip() and pair[1].strip()
+        ]
+        scores = [0.0] * len(hypotheses)
+        if not places:
+            return scores
+        weights: defaultdict[int, float] = defaultdict(lambda: 1.0)
+        weights[self.tokenizer.sep_token_id] = 0
+        weights[self.tokenizer.cls_token_id] = 0
+        values = bert_cos_score_idf(
+            self.model,
+            [references[place] for place in places],
+            [hypotheses[place] for place in places],
+            self.tokenizer,
+            weights,
+            device=self.device,
+            batch_size=batch_size,
+        )
+        for place, value in zip(places, values[..., 2].tolist()):
+            scores[place] = value
+        return scores
+
+
+def load_bertscorer(
+    model: str | None = None, layers: int | None = None, *, target: str | None = None, device: str = "auto"
+) -> BertScorer:
+    """The encoder by name or folder, cut after `layers` layers.
+
+    Without a name it is bert-score's own for the target language (roberta-large for English, multilingual BERT for
+    Japanese and German); without `layers` bert-score's own for that name. A folder needs `layers`.
+    Raises InputError where bert-score or the model is missing, or a number does not fit.
+    """
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            from bert_score.utils import get_hash, get_model, lang2model, model2layers
+    except ImportError as error:
+        raise InputError(INSTALL) from error
+    if model is None:
+        if target is None:
+            raise InputError(
+                "BERTScore has no default model without a target language: give --bertscore-model or --target"
+            )
+        model = str(lang2model[target.lower().replace("_", "-").split("-")[0]])
+    folder = Path(model)
+    is_folder = folder.is_dir()
+    if not is_folder and (folder.is_absolute() or model.startswith(".")):
+        raise InputError(f"{model}: no such folder, expected an encoder's folder or a name on the hub")
+    if layers is None:
+        layers = None if is_folder else model2layers.get(model)
+        if layers is None:
+            raise InputError(f"{model}: bert-score knows no best layer for it, give --bertscore-layers N")
+    device = _device(device)
+    if not sys.stderr.isatty():
+        _quiet_progress()
+    try:
+        tokenizer = _load_tokenizer(model)
+        depth = _depth(model)
+        if not 1 <= layers <= depth:
+            raise InputError(
+                f"{model}: has {depth} layers, expected --bertscore-layers from 1 to {depth}, found {layers}"
+            )
+        encoder = get_model(model, layers).float().to(device)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{model}: cannot be loaded as an encoder for BERTScore ({reason[:200]})") from error
+    signature = get_hash(folder.resolve().name if is_folder else model, layers, False, False, False, False)
+    if is_folder:
+        signature += f"_sha256={_digest(folder)}"
+    return BertScorer(encoder, tokenizer, signature, device)
+
+
+def _load_tokenizer(model: str) -> Any:
+    from transformers import AutoConfig, AutoTokenizer, GPT2Tokenizer, RobertaTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if isinstance(tokenizer, (GPT2Tokenizer, RobertaTokenizer)):
+        # bert-score asks for the space when it encodes; transformers 5 takes it only here.
+        tokenizer = AutoTokenizer.from_pretrained(model, add_prefix_space=True)
+    config = AutoConfig.from_pretrained(model)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and tokenizer.model_max_length > positions:
+        # RoBERTa's positions begin after its padding index.
+        reserved = tokenizer.pad_token_id + 1 if isinstance(tokenizer, RobertaTokenizer) else 0
+        tokenizer.model_max_length = positions - reserved
+    if tokenizer.model_max_length > 1_000_000:  # no limit known: transformers' own marker overflows in the tokenizer
+        tokenizer.model_max_length = 1_000_000
+    return tokenizer
+
+
+def _depth(model: str) -> int:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    return getattr(config, "num_hidden_layers", None) or getattr(config, "n_layers", None) or 0
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device {name}: no CUDA device here, expected cpu or auto")
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {name!r}, expected auto, cpu or cuda") from error
+    return name
+
+
+def _quiet_progress() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    files = {path for pattern in (*WEIGHTS, "config.json") for path in folder.glob(pattern)}
+    for path in sorted(files):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]

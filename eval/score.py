@@ -1,0 +1,186 @@
+"""Score translations: `python -m eval.score --hypothesis hyp.txt --reference ref.txt`.
+
+BLEU and chrF of sacrebleu with their signatures, BERTScore, and against baseline files the p-values of the paired
+bootstrap. Reads line-aligned text (gzip and '-' too), writes a table, or JSON with `--json`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from corpora.languages import language_name
+from corpora.text import display_name, read_lines
+from eval.metrics import SAMPLES, SEED, bleu_tokenizers, compare, compare_means, text_metrics
+from minillama.errors import InputError, exit_code
+
+METRICS = ("bleu", "chrf", "chrf++", "ter", "bertscore")
+EXAMPLES = """examples:
+  python -m eval.score --hypothesis hyp.txt --reference ref.txt --target ja
+  python -m eval.score --hypothesis new.txt --baseline old.txt --reference ref.txt --json
+  zcat hyp.txt.gz | python -m eval.score --hypothesis - --reference ref.txt --metrics bleu,chrf,bertscore \\
+      --bertscore-model roberta-large
+"""
+
+
+def score(
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    metrics: Sequence[str] = ("bleu", "chrf"),
+    *,
+    target: str | None = None,
+    baselines: Mapping[str, Sequence[str]] | None = None,
+    samples: int = SAMPLES,
+    seed: int = SEED,
+    bertscore_model: str | None = None,
+    bertscore_layers: int | None = None,
+    bertscore_batch_size: int = 64,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Scores of line-aligned translations, BLEU, chrF and TER on 0..100, BERTScore's mean F1 on about 0..1.
+
+    target: language code; it adds BLEU with the language's own tokenizer (key `bleu_ja_mecab`).
+    baselines: other translations by name, each compared with `hypotheses` by the paired bootstrap.
+    Returns `sentences`, `target`, `metrics` (rows of `key`, `label`, `score`, `signature`), every score again under its
+    key and its signature under `KEY_signature`; with baselines `bootstrap` (samples, seed) and `baselines`, a list of
+    `name` and `metrics` (rows of `key`, `score`, `difference` of the hypothesis to it, `p_value`).
+    Raises InputError on unequal lengths, no sentences, an unknown metric or a missing model.
+    """
+    names = _check_metrics(metrics)
+    if target is not None:
+        language_name(target)
+    others = dict(baselines or {})
+    for name, lines in {"the hypothesis": hypotheses, **others}.items():
+        if len(lines) != len(references):
+            raise InputError(
+                f"{name} has {len(lines)} lines and the reference has {len(references)}, expected the same number"
+            )
+    if not references:
+        raise InputError("no sentences to score, expected at least one line")
+    if samples < 1 or seed < 0:
+        raise InputError(f"{samples} resamples with seed {seed}, expected at least 1 and a seed of 0 or more")
+    systems = [hypotheses, *others.values()]
+    rows: list[dict[str, Any]] = []
+    compared: list[list[dict[str, Any]]] = [[] for _ in others]
+
+    def add(key: str, label: str, scores: Sequence[float], signature: str, p_values: Sequence[float]) -> None:
+        rows.append({"key": key, "label": label, "score": scores[0], "signature": signature})
+        for place, p_value in enumerate(p_values):
+            other = scores[place + 1]
+            compared[place].append({"key": key, "score": other, "difference": scores[0] - other, "p_value": p_value})
+
+    for metric in text_metrics(names, references, target):
+        result = compare(metric, systems, samples, seed)
+        add(metric.key, metric.label, result.scores, result.signature, result.p_values)
+    if "bertscore" in names:
+        from eval.bertscore import load_bertscorer
+
+        scorer = load_bertscorer(bertscore_model, bertscore_layers, target=target, device=device)
+        values = [scorer.f1(system, references, bertscore_batch_size) for system in systems]
+        means = [sum(system) / len(system) for system in values]
+        add("bertscore", "BERTScore F1", means, scorer.signature, compare_means(values, samples, seed))
+
+    report: dict[str, Any] = {"sentences": len(references), "target": target, "metrics": rows}
+    for row in rows:
+        report[row["key"]] = row["score"]
+        report[f"{row['key']}_signature"] = row["signature"]
+    if others:
+        report["bootstrap"] = {"samples": samples, "seed": seed}
+        report["baselines"] = [{"name": name, "metrics": compared[place]} for place, name in enumerate(others)]
+    return report
+
+
+def _check_metrics(metrics: Sequence[str]) -> list[str]:
+    names = list(dict.fromkeys(name.strip().lower() for name in metrics if name.strip()))
+    for name in names:
+        if name not in METRICS:
+            raise InputError(f"unknown metric {name!r}, expected some of {','.join(METRICS)}")
+    if not names:
+        raise InputError(f"no metric, expected some of {','.join(METRICS)}")
+    return names
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    paths = [arguments.hypothesis, arguments.reference, *arguments.baseline]
+    if paths.count("-") > 1:
+        raise InputError("'-' is given more than once, expected standard input to be one of the files")
+    if len(set(arguments.baseline)) < len(arguments.baseline):
+        raise InputError("a baseline is given twice, expected different files")
+    names = _check_metrics(arguments.metrics.split(","))
+    reference = read_lines(arguments.reference)
+    files = {path: read_lines(path) for path in [arguments.hypothesis, *arguments.baseline]}
+    for path, lines in files.items():
+        if len(lines) != len(reference):
+            raise InputError(
+                f"{display_name(path)} has {len(lines)} lines and {display_name(arguments.reference)} has"
+                f" {len(reference)}, expected the same number"
+            )
+    if not reference:
+        raise InputError(f"{display_name(arguments.reference)}: no sentences to score, expected at least one line")
+    _announce(arguments, names, len(reference))
+    report = {
+        "hypothesis": display_name(arguments.hypothesis),
+        "reference": display_name(arguments.reference),
+        **score(
+            files[arguments.hypothesis],
+            reference,
+            names,
+            target=arguments.target,
+            baselines={display_name(path): files[path] for path in arguments.baseline},
+            samples=arguments.samples,
+            seed=arguments.seed,
+            bertscore_model=arguments.bertscore_model,
+            bertscore_layers=arguments.bertscore_layers,
+            bertscore_batch_size=arguments.batch_size,
+            device=arguments.device,
+        ),
+    }
+    if arguments.json:
+        print(json.dumps(report, ensure_ascii=False, indent=2))
+    else:
+        from eval.table import print_report
+
+        print_report(report)
+    return 0
+
+
+def _announce(arguments: argparse.Namespace, names: Sequence[str], sentences: int) -> None:
+    """What will be done, on standard error, so that standard output holds the result alone."""
+    parts = []
+    for name in names:
+        parts.append(f"bleu ({', '.join(bleu_tokenizers(arguments.target))})" if name == "bleu" else name)
+    against = f", bootstrap of {arguments.samples} against {len(arguments.baseline)} baseline(s)"
+    print(
+        f"scoring {sentences:,} sentences of {display_name(arguments.hypothesis)}: {', '.join(parts)}"
+        f"{against if arguments.baseline else ''}",
+        file=sys.stderr,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.score",
+        description="Score translations against references: BLEU, chrF, TER (sacrebleu) and BERTScore.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--hypothesis", required=True, metavar="FILE", help="translations, one a line ('-' is standard input)")
+    add("--reference", required=True, metavar="FILE", help="reference translations, line-aligned")
+    add("--metrics", default="bleu,chrf", metavar="LIST", help=f"some of {','.join(METRICS)} (default: bleu,chrf)")
+    add("--target", metavar="CODE", help="target language; adds BLEU with its own tokenizer (ja, zh, ko)")
+    add("--baseline", action="append", default=[], metavar="FILE", help="compare with these translations; repeatable")
+    add("--samples", type=int, default=SAMPLES, help=f"resamples of the paired bootstrap (default: {SAMPLES})")
+    add("--seed", type=int, default=SEED, help=f"seed of the resampling (default: {SEED}, sacrebleu's)")
+    add("--bertscore-model", metavar="NAME|DIR", help="encoder (default: bert-score's for the target language)")
+    add("--bertscore-layers", type=int, metavar="N", help="layer to read (default: bert-score's; required for a DIR)")
+    add("--batch-size", type=int, default=64, help="sentences at once through the encoder (default: 64)")
+    add("--device", default="auto", help="device of the encoder: auto, cpu, cuda (default: auto)")
+    add("--json", action="store_true", help="print JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,143 @@
+"""Linear layers for decoding on a CPU: the weight is brought once into the form that the processor reads fastest.
+
+`F.linear` leaves 2 to 4 times on the table at batches of 2 to 16: its weight lies row after row, and the library copies
+blocks of it into its own order at every call. Three storages, with y = x Wᵀ + b in all of them:
+
+| dtype | storage | product | max |y - float64| over the RMS of y, D = 2,048 |
+|---|---|---|---|
+| float32 | packed by oneDNN | float32: exact up to the order of additions | 4e-6 |
+| bfloat16 | packed by oneDNN, or plain without the instructions | bf16 x bf16 into float32, result in bf16 | 2e-2 |
+| int8 | plain, one scale an output row | int8 x bf16 into float32, result in bf16 | 7e-2 |
+
+(weights and inputs normal; the errors contain the rounding of the weights; tests/kernels holds them.) `auto` is bfloat16
+where the processor has the instructions and the weight is already bfloat16, so that nothing is lost by it, and float32 elsewhere. Which
+way a call takes depends on the storage and the number of rows only, never on a clock: two runs give the same bits.
+
+    D inputs  O outputs  R rows (all leading dimensions of x together)
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DTYPES = ("auto", "float32", "bfloat16", "int8")
+
+# The number of rows that the packed layout is told to expect. It does not bind: a weight packed for 64 rows was as fast as one
+# packed for 16 at 16 and faster everywhere else (1 to 64 rows, AVX-512 and AVX2; one packed for 1 was slower from 2 rows on).
+EXPECTED_ROWS = 64
+# Up to here the int8 product is the fastest; beyond, its time grows with the rows while unpacking a block does not. It reads
+# whole vectors: with D not a multiple of 16 it was seen to run past the end of a row.
+INT8_ROWS, INT8_VECTOR = 16, 16
+# Without bf16 instructions PyTorch's bf16 product is emulated: it wins while reading the weight is all that counts.
+PLAIN_BFLOAT16_ROWS = 2
+# Output rows that are brought to float32 at once: 2 MB of them at D = 2,048, what a core's L2 holds.
+BLOCK_ELEMENTS = 1 << 19
+
+
+@functools.cache
+def has_bfloat16_instructions() -> bool:
+    """Whether oneDNN multiplies packed bf16 weights here: asked by packing one, since environment variables may forbid it."""
+    try:
+        weight_OD = torch.ops.mkldnn._reorder_linear_weight(torch.ones(16, 16, dtype=torch.bfloat16), EXPECTED_ROWS)
+        torch.ops.mkldnn._linear_pointwise(torch.ones(2, 16, dtype=torch.bfloat16), weight_OD, None, "none", [], "")
+    except RuntimeError:  # how oneDNN refuses; then the plain storage is used
+        return False
+    return True
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` for inference on a CPU, without gradients.
+
+    linear: an `nn.Linear`, or a weight (O, D) with `bias` (O,). The given weight is not kept (int8 and packed storages copy
+    it), so it is free once the caller drops it. x: (..., D) of any float dtype; the result (..., O) has x's dtype.
+    Raises ValueError for an unknown dtype, a weight that is not 2-dimensional or not on the CPU.
+    """
+
+    def __init__(self, linear: nn.Linear | Tensor, bias: Tensor | None = None, *, dtype: str = "auto") -> None:
+        super().__init__()
+        if isinstance(linear, nn.Linear):
+            linear, bias = linear.weight, linear.bias
+        weight_OD = linear.detach()
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, found {dtype}")
+        if weight_OD.dim() != 2 or weight_OD.device.type != "cpu":
+            raise ValueError(f"weight must be (O, D) on the CPU, found {tuple(weight_OD.shape)} on {weight_OD.device}")
+        if dtype == "auto":
+            keeps_all = weight_OD.dtype == torch.bfloat16 and has_bfloat16_instructions()
+            dtype = "bfloat16" if keeps_all else "float32"
+        self.dtype = dtype
+        self.out_features, self.in_features = weight_OD.shape
+        # Not buffers: oneDNN's opaque tensors cannot be moved, cast or saved, and the model's own weights are what is saved.
+        self._scale_O: Tensor | None = None
+        self._bias_O = None if bias is None else bias.detach().float()
+        if dtype == "float32":
+            self._weight = _pack(weight_OD.float())
+        elif dtype == "bfloat16":
+            weight_OD = weight_OD.bfloat16()
+            self._weight = _pack(weight_OD) if has_bfloat16_instructions() else weight_OD.contiguous().clone()
+        else:
+            self._weight, self._scale_O = quantize_rows(weight_OD)
+        self._packed_bias_O = self._bias_O
+        if self._bias_O is not None and dtype == "bfloat16":
+            self._packed_bias_O = self._bias_O.bfloat16()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight that one call reads."""
+        itemsize = {"float32": 4, "bfloat16": 2, "int8": 1}[self.dtype]
+        return self.out_features * self.in_features * itemsize
+
+    def extra_repr(self) -> str:
+        bias = self._bias_O is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, dtype={self.dtype}"
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        x_RD = x.reshape(-1, self.in_features)
+        if self._weight.is_mkldnn:
+            own = torch.float32 if self.dtype == "float32" else torch.bfloat16
+            y_RO = torch.ops.mkldnn._linear_pointwise(x_RD.to(own), self._weight, self._packed_bias_O, "none", [], "")
+        elif self._scale_O is not None and x_RD.shape[0] <= INT8_ROWS and self.in_features % INT8_VECTOR == 0:
+            # with float32 activations this operation is 5 to 40 times slower
+            y_RO = torch._weight_int8pack_mm(x_RD.bfloat16(), self._weight, self._scale_O)
+            y_RO = y_RO if self._bias_O is None else y_RO + self._bias_O
+        elif self.dtype == "bfloat16" and x_RD.shape[0] <= PLAIN_BFLOAT16_ROWS:
+            y_RO = F.linear(x_RD.bfloat16(), self._weight, self._packed_bias_O)
+        else:
+            y_RO = self._block_by_block(x_RD.float())
+        return y_RO.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _block_by_block(self, x_RD: Tensor) -> Tensor:
+        """float32 product over blocks of the weight that are brought to float32 in cache, never the whole of it."""
+        x_DR = x_RD.t()
+        y_OR = torch.empty(self.out_features, x_RD.shape[0])
+        rows = max(1, BLOCK_ELEMENTS // self.in_features)
+        for start in range(0, self.out_features, rows):
+            torch.mm(self._weight[start : start + rows].float(), x_DR, out=y_OR[start : start + rows])
+        if self._scale_O is not None:
+            y_OR *= self._scale_O.float()[:, None]
+        if self._bias_O is not None:
+            y_OR += self._bias_O[:, None]
+        return y_OR.t()
+
+
+def quantize_rows(weight_OD: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 (O, D) and scale (O,) bfloat16 with weight = int8 * scale, symmetric, the largest entry of a row at 127.
+
+    The scale is rounded to bf16 first and the weights divided by the rounded one, so its rounding adds no error.
+    """
+    weight_OD = weight_OD.float()
+    scale_O = (weight_OD.abs().amax(dim=1) / 127).clamp_min(1e-30).bfloat16()
+    quantized_OD = (weight_OD / scale_O.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    return quantized_OD, scale_O
+
+
+def _pack(weight_OD: Tensor) -> Tensor:
+    """oneDNN's own order of the weight; a build without oneDNN keeps it plain."""
+    if not torch.backends.mkldnn.is_available():
+        return weight_OD.contiguous().clone()
+    return torch.ops.mkldnn._reorder_linear_weight(weight_OD.contiguous(), EXPECTED_ROWS)

@@ -1,0 +1,107 @@
+"""A static key/value cache: allocated once, one length per row, written in place.
+
+Rows of different lengths share a batch without left-padding: a row's new keys go to that row's own positions, and
+queries see keys up to their own position. What lies beyond a row's length is stale and never read, so dropping tokens
+(a rejected draft, the right padding of a ragged prefill) is only a change of `lengths`.
+"""
+
+# B rows  T new positions  S capacity  K key/value heads  C head width
+
+import torch
+from torch import Tensor
+
+from minillama.config import LlamaConfig
+
+
+class KVCache:
+    """Keys and values of every layer for `batch_size` rows of up to `capacity` positions.
+
+    lengths_B (int64, on the cache's device) is the number of valid positions of each row. `filled`, a host integer, is
+    an upper bound of all lengths: attention reads that many positions and no more.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        batch_size: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys_LBKSC = torch.zeros(shape, dtype=dtype, device=device)
+        self.values_LBKSC = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.filled = 0
+
+    @property
+    def batch_size(self) -> int:
+        return self.keys_LBKSC.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys_LBKSC.shape[3]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys_LBKSC.nbytes + self.values_LBKSC.nbytes
+
+    @staticmethod
+    def bytes_per_position(config: LlamaConfig, dtype: torch.dtype) -> int:
+        """Bytes that one position of one row costs, all layers."""
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+    def rows(self, first: int, last: int) -> "KVCache":
+        """A view of rows [first, last): same storage, so what is appended to the view is in the whole cache."""
+        view = object.__new__(KVCache)
+        view.keys_LBKSC = self.keys_LBKSC[:, first:last]
+        view.values_LBKSC = self.values_LBKSC[:, first:last]
+        view.lengths_B = self.lengths_B[first:last]
+        view.filled = self.filled
+        return view
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Make row `target` equal to row `source` (its valid positions)."""
+        used = self.filled
+        self.keys_LBKSC[:, target, :, :used] = self.keys_LBKSC[:, source, :, :used]
+        self.values_LBKSC[:, target, :, :used] = self.values_LBKSC[:, source, :, :used]
+        self.lengths_B[target] = self.lengths_B[source]
+
+    def place(self, count: int, positions_BT: Tensor | None) -> Tensor:
+        """Positions (B, T) of `count` new tokens a row, by default right behind each row; sets the new lengths.
+
+        Raises ValueError when a row would run past the end. Explicit positions are read back to the host.
+        """
+        if positions_BT is None:
+            if self.filled + count > self.capacity:
+                self.filled = int(self.lengths_B.max())
+            last = self.filled + count - 1
+            positions_BT = self.lengths_B[:, None] + torch.arange(count, device=self.lengths_B.device)
+        else:
+            last = int(positions_BT.max())
+            if int(positions_BT.min()) < 0:
+                raise ValueError("cache positions must not be negative")
+        if last >= self.capacity:
+            raise ValueError(f"position {last} runs past the end of a cache of {self.capacity} positions")
+        self.filled = max(self.filled, last + 1)
+        self.lengths_B.copy_(positions_BT[:, -1] + 1)
+        return positions_BT
+
+    def write(self, layer: int, keys_BKTC: Tensor, values_BKTC: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values at their positions; returns the filled part (B, K, filled, C) of both."""
+        keys_BKSC, values_BKSC = self.keys_LBKSC[layer], self.values_LBKSC[layer]
+        if positions_BT.shape[0] == 1:  # one row: a slice is several times cheaper than an indexed write
+            index_T = positions_BT[0]
+            keys_BKSC.index_copy_(2, index_T, keys_BKTC)
+            values_BKSC.index_copy_(2, index_T, values_BKTC)
+        else:
+            index_BKTC = positions_BT[:, None, :, None].expand_as(keys_BKTC)
+            keys_BKSC.scatter_(2, index_BKTC, keys_BKTC)
+            values_BKSC.scatter_(2, index_BKTC, values_BKTC)
+        return keys_BKSC[:, :, : self.filled], values_BKSC[:, :, : self.filled]
+
+    def truncate(self, lengths_B: Tensor) -> None:
+        """Forget every row's positions from `lengths_B` on; raises ValueError if a row is shorter than that."""
+        if bool((lengths_B > self.lengths_B).any()):
+            raise ValueError("a cache can only be truncated to lengths that it has")
+        self.lengths_B.copy_(lengths_B)

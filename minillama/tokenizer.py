@@ -1,0 +1,249 @@
+"""Text to token ids and back, from any of the three files that Llamas come with.
+
+`tokenizer.json` (tokenizers), Meta's tiktoken ranks and sentencepiece's protobuf, the latter two both named
+`tokenizer.model`. The libraries do the work; this file picks one, keeps control tokens out of user text, and lays the
+tables of two tokenizers side by side. Ids of control tokens are got by name (`special`), never by encoding text.
+"""
+
+import base64
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from minillama.errors import InputError
+from minillama.weights import resolve_folder
+
+# Published with Llama 3 (github.com/meta-llama/llama-models, llama3/tokenizer.py).
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_NAMED = {
+    0: "<|begin_of_text|>", 1: "<|end_of_text|>", 4: "<|finetune_right_pad_id|>", 5: "<|step_id|>",
+    6: "<|start_header_id|>", 7: "<|end_header_id|>", 8: "<|eom_id|>", 9: "<|eot_id|>", 10: "<|python_tag|>",
+    11: "<|image|>",
+}  # fmt: skip
+LLAMA3_CONTROL_TOKENS = 256
+# Longer runs of one kind (space or not) make tiktoken's regular expression overflow; Meta's tokenizer cuts there too.
+TIKTOKEN_LONGEST_RUN = 25_000
+TIKTOKEN_LONGEST_TEXT = 400_000
+
+
+class Backend(Protocol):
+    """One file format. `pieces` gives every id's bytes, `specials` the control tokens by name."""
+
+    specials: dict[str, int]
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def pieces(self) -> dict[int, bytes]: ...
+
+
+class Tokenizer:
+    """`Tokenizer.from_pretrained(DIR)`; `encode` adds no special tokens, and never makes one out of user text."""
+
+    def __init__(self, backend: Backend, files: Sequence[Path] = ()) -> None:
+        self._backend = backend
+        self._files = list(files)
+        self.specials = backend.specials
+        self._control = frozenset(backend.specials.values())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
+        """Read the tokenizer of a folder or hub id; raises InputError if there is none or it is damaged."""
+        folder = resolve_folder(folder)
+        # Meta's own layout keeps it beside the weights; the hub's copies of that layout, in `original/`.
+        found = [path for name in ("tokenizer.json", "tokenizer.model") if (path := folder / name).exists()]
+        if not found:
+            raise InputError(f"{folder}: no tokenizer.json and no tokenizer.model")
+        extra = [path for name in ("tokenizer_config.json", "special_tokens_map.json") if (path := folder / name).exists()]
+        return cls(_open_backend(found[0]), [*found, *extra])
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, control tokens left out, bytes that are not UTF-8 shown as U+FFFD."""
+        return self._backend.decode([token for token in ids if token not in self._control])
+
+    def special(self, name: str) -> int | None:
+        """Id of a control token such as `<|eot_id|>`, or None."""
+        return self.specials.get(name)
+
+    def __len__(self) -> int:
+        """One more than the largest id."""
+        return max(self._backend.pieces(), default=-1) + 1
+
+    def differences(self, other: "Tokenizer") -> list[str]:
+        """Every id that the two read differently, one line each; empty when they are one vocabulary.
+
+        Entries are compared as bytes, so the same vocabulary in two file formats is equal. A control token that one of
+        the two merely reserves (`<|reserved_special_token_3|>`) has no meaning to differ in.
+        """
+        mine, others = self._backend.pieces(), other._backend.pieces()
+        return [
+            f"{token}: {_show(mine.get(token))} against {_show(others.get(token))}"
+            for token in sorted(mine.keys() | others.keys())
+            if mine.get(token) != others.get(token)
+            and not (_is_reserved(mine.get(token)) or _is_reserved(others.get(token)))
+        ]
+
+    def save(self, folder: Path) -> None:
+        """Copy the files that this tokenizer came from."""
+        for file in self._files:
+            shutil.copyfile(file, folder / file.name)
+
+
+def _show(piece: bytes | None) -> str:
+    return "nothing" if piece is None else repr(piece.decode("utf-8", errors="backslashreplace"))
+
+
+def _is_reserved(piece: bytes | None) -> bool:
+    return piece is not None and b"reserved_special_token" in piece
+
+
+def _open_backend(path: Path) -> Backend:
+    try:
+        if path.name == "tokenizer.json":
+            return JsonBackend(path)
+        return SentencePieceBackend(path) if path.read_bytes()[:1] == b"\n" else TiktokenBackend(path)
+    except InputError:
+        raise
+    except Exception as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise InputError(f"{path}: not a tokenizer that can be read ({reason})") from None
+
+
+class JsonBackend:
+    """`tokenizer.json`, by Hugging Face's tokenizers."""
+
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+        self._tokenizer = HuggingFaceTokenizer.from_file(str(path))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # Without this, `<|eot_id|>` typed by a user would become the control token.
+        self._tokenizer.encode_special_tokens = True
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.specials = {token.content: index for index, token in added.items() if token.special}
+        self._byte_level = '"ByteLevel"' in json.dumps(json.loads(self._tokenizer.to_str()).get("decoder"))
+        self._added = {index: token.content for index, token in added.items()}
+
+    def encode(self, text: str) -> list[int]:
+        # Lone surrogates are no UTF-8; they enter as U+FFFD, as tiktoken has it.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def pieces(self) -> dict[int, bytes]:
+        to_bytes = _byte_level_bytes if self._byte_level else _sentencepiece_bytes
+        table = {index: to_bytes(piece) for piece, index in self._tokenizer.get_vocab(with_added_tokens=False).items()}
+        return table | {index: content.encode() for index, content in self._added.items()}
+
+
+class TiktokenBackend:
+    """Meta's Llama 3 `tokenizer.model`: base64 ranks, with 256 control tokens behind them."""
+
+    def __init__(self, path: Path) -> None:
+        import tiktoken
+
+        ranks = {}
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+            if line:
+                try:
+                    piece, rank = line.split()
+                    ranks[base64.b64decode(piece, validate=True)] = int(rank)
+                except ValueError:
+                    raise InputError(f"{path}:{number}: expected a base64 piece and its rank") from None
+        names = dict(LLAMA3_NAMED)
+        reserved = 0
+        for index in range(LLAMA3_CONTROL_TOKENS):
+            if index not in names:
+                names[index] = f"<|reserved_special_token_{reserved}|>"
+                reserved += 1
+        self.specials = {name: len(ranks) + index for index, name in sorted(names.items())}
+        self._encoding = tiktoken.Encoding(
+            path.name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=self.specials
+        )
+        self._ranks: dict[bytes, int] = ranks
+
+    def encode(self, text: str) -> list[int]:
+        if len(text) < TIKTOKEN_LONGEST_RUN:
+            return self._encoding.encode_ordinary(text)
+        return [token for part in _cut_long_runs(text) for token in self._encoding.encode_ordinary(part)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._encoding.decode(list(ids))
+
+    def pieces(self) -> dict[int, bytes]:
+        table = {rank: piece for piece, rank in self._ranks.items()}
+        return table | {index: name.encode() for name, index in self.specials.items()}
+
+
+class SentencePieceBackend:
+    """Llama 1 and 2 style `tokenizer.model`."""
+
+    def __init__(self, path: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._processor: Any = SentencePieceProcessor(model_file=str(path))
+        indices = range(self._processor.get_piece_size())
+        self.specials = {
+            self._processor.id_to_piece(i): i
+            for i in indices
+            if self._processor.is_control(i) or self._processor.is_unknown(i)
+        }
+
+    def encode(self, text: str) -> list[int]:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return self._processor.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode(list(ids))
+
+    def pieces(self) -> dict[int, bytes]:
+        return {i: _sentencepiece_bytes(self._processor.id_to_piece(i)) for i in range(self._processor.get_piece_size())}
+
+
+def _cut_long_runs(text: str) -> list[str]:
+    """Meta's cuts: texts of 400,000 characters, and in them runs of at most 25,000 spaces or non-spaces."""
+    parts = []
+    for offset in range(0, len(text), TIKTOKEN_LONGEST_TEXT):
+        block = text[offset : offset + TIKTOKEN_LONGEST_TEXT]
+        start, run, run_is_space = 0, 0, block[0].isspace()
+        for index, character in enumerate(block):
+            if character.isspace() != run_is_space:
+                run, run_is_space = 1, not run_is_space
+            else:
+                run += 1
+                if run > TIKTOKEN_LONGEST_RUN:
+                    parts.append(block[start:index])
+                    start, run = index, 1
+        parts.append(block[start:])
+    return parts
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_ALPHABET = _byte_level_alphabet()
+
+
+def _byte_level_bytes(piece: str) -> bytes:
+    if all(character in _ALPHABET for character in piece):
+        return bytes(_ALPHABET[character] for character in piece)
+    return piece.encode()
+
+
+def _sentencepiece_bytes(piece: str) -> bytes:
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("\u2581", " ").encode()

@@ -1,0 +1,278 @@
+"""Weights in and out: Hugging Face's safetensors layout, and Meta's own `consolidated.*.pth`.
+
+A folder is opened first (`open_folder`: configuration and the shape of every tensor, no data) and checked as a whole;
+only then is data read, tensor by tensor, from a memory map that is closed again as the reading goes on.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from minillama.config import LlamaConfig, read_config, read_json, token_ids
+from minillama.errors import InputError
+
+if TYPE_CHECKING:
+    from minillama.model import Llama
+
+# Reopening the map after this many bytes gives pages that were copied elsewhere back to the system.
+MAPPED_BYTES = 64 << 20
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "prompt.toml"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's folder before its data is read. `tensors` yields (name, tensor) lazily, names as in Hugging Face's."""
+
+    folder: Path
+    config: LlamaConfig
+    stop_tokens: tuple[int, ...]
+    shapes: dict[str, tuple[int, ...]]
+    tensors: Callable[[], Iterator[tuple[str, Tensor]]]
+
+
+def resolve_folder(name: str | Path) -> Path:
+    """A local folder as it is; `owner/name` that is no local folder is fetched from the Hugging Face hub."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{name}: is a file; a model is a folder with config.json and model.safetensors")
+    if not HUB_ID.fullmatch(str(name)) or path.parent.exists():
+        raise InputError(f"{name}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{name}: no such folder, and the hub does not give a model of that name ({reason})") from None
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """Read the configuration and all tensors' shapes; raises InputError for anything that cannot be a Llama."""
+    if (folder / "config.json").exists():
+        return _open_hugging_face(folder)
+    if (folder / "params.json").exists():
+        return _open_meta(folder)
+    raise InputError(f"{folder}: not a model: there is neither config.json (Hugging Face) nor params.json (Meta)")
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device) -> None:
+    """Fill a model built on the meta device; raises InputError naming every tensor that does not fit."""
+    parameters = dict(model.named_parameters())
+    _check_shapes({name: tuple(p.shape) for name, p in parameters.items()}, checkpoint)
+    filled: set[str] = set()
+    for name, tensor in checkpoint.tensors():
+        if name in parameters:
+            if not tensor.is_floating_point():
+                raise InputError(f"{checkpoint.folder}: {name} holds {tensor.dtype}; quantised weights cannot be run")
+            owner, _, leaf = name.rpartition(".")
+            tensor = tensor.to(device=device, dtype=dtype or tensor.dtype)
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=True))
+            filled.add(name)
+    assert filled == parameters.keys()
+
+
+def write_model(model: "Llama", folder: Path) -> None:
+    """config.json, generation_config.json and safetensors (sharded above 5 GB) into an existing, private folder."""
+    from huggingface_hub import save_torch_state_dict
+
+    config = model.config
+    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    dtype = str(model.dtype).removeprefix("torch.")
+    # transformers 5 reads `dtype`, earlier releases and the converters `torch_dtype`.
+    write_json(folder / "config.json", {**config.to_dict(), "dtype": dtype, "torch_dtype": dtype})
+    eos = list(model.stop_tokens)
+    write_json(folder / "generation_config.json", {
+        "bos_token_id": config.bos_token_id, "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+    })  # fmt: skip
+    save_torch_state_dict(state, str(folder))
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_shapes(expected: dict[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:
+    found = {name: shape for name, shape in checkpoint.shapes.items() if not _is_ignored(name, checkpoint.config)}
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
+    misshapen = [
+        f"{name} {list(found[name])} instead of {list(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name] != expected[name]
+    ]
+    faults = [
+        f"{kind}: {', '.join(names)}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+        if names
+    ]
+    if faults:
+        raise InputError(f"{checkpoint.folder}: the tensors do not fit the configuration; {'; '.join(faults)}")
+
+
+def _is_ignored(name: str, config: LlamaConfig) -> bool:
+    """Tables that early checkpoints carry and any program computes, and a tied output layer written out again."""
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
+
+
+# --- Hugging Face -----------------------------------------------------------------------------------------------------
+
+
+def _open_hugging_face(folder: Path) -> Checkpoint:
+    config = read_config(folder)
+    stop_tokens = config.eos_token_id
+    if (folder / "generation_config.json").exists():
+        generation = read_json(folder / "generation_config.json")
+        stop_tokens = tuple(dict.fromkeys(stop_tokens + token_ids(generation.get("eos_token_id"))))
+    files = _weight_files(folder)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with _open_safetensors(file) as handle:
+            for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
+                shapes[name] = tuple(handle.get_slice(name).get_shape())
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for file in files:
+            yield from _read_safetensors(file)
+
+    return Checkpoint(folder, config, stop_tokens, shapes, tensors)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise InputError(f"{index}: no weight_map")
+        files = [folder / str(name) for name in sorted(set(weight_map.values()))]
+        absent = [file.name for file in files if not file.exists()]
+        if absent:
+            raise InputError(f"{folder}: model.safetensors.index.json names shards that are not there: {', '.join(absent)}")
+        return files
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+
+
+def _open_safetensors(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        size = os.path.getsize(file)
+        raise InputError(f"{file}: truncated or damaged ({size:,} bytes; {error}); copy or download it again") from None
+
+
+def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    with _open_safetensors(file) as handle:
+        names = list(handle.keys())
+    while names:
+        mapped = 0
+        with _open_safetensors(file) as handle:
+            while names and mapped < MAPPED_BYTES:
+                tensor = handle.get_tensor(names[0])
+                mapped += tensor.nbytes
+                yield names.pop(0), tensor
+                del tensor
+
+
+# --- Meta -------------------------------------------------------------------------------------------------------------
+
+
+def _open_meta(folder: Path) -> Checkpoint:
+    files = sorted(folder.glob("consolidated.*.pth"))
+    if not files:
+        raise InputError(f"{folder}: params.json without consolidated.*.pth")
+    parts = [_map_pth(file) for file in files]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in parts[0]:
+        if not name.startswith("rope."):
+            shapes[_hugging_face_name(name)] = _joined_shape(name, parts, files)
+    try:
+        vocab_size, width = shapes["model.embed_tokens.weight"]
+    except KeyError:
+        raise InputError(f"{files[0]}: no tok_embeddings.weight; is this a Llama checkpoint of Meta's?") from None
+    tied = "lm_head.weight" not in shapes or _same_output(parts)
+    params = folder / "params.json"
+    config = LlamaConfig.from_meta(read_json(params), vocab_size, tied, str(params))
+    if width != config.hidden_size:
+        raise InputError(f"{params}: dim is {config.hidden_size}, but tok_embeddings.weight is {width} wide")
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in parts[0]:
+            if not name.startswith("rope."):
+                tensor = torch.cat([part[name] for part in parts], dim=_split_axis(name)) if _is_split(name, parts) else parts[0][name]
+                hf_name = _hugging_face_name(name)
+                if hf_name.endswith(("q_proj.weight", "k_proj.weight")):
+                    tensor = _rotate_halves(tensor, config.head_dim)
+                yield hf_name, tensor
+
+    return Checkpoint(folder, config, config.eos_token_id, shapes, tensors)
+
+
+def _map_pth(file: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"{file}: truncated, damaged or not a file of weights alone ({reason})") from None
+
+
+META_NAMES = {
+    "tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight", "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}  # fmt: skip
+
+
+def _hugging_face_name(name: str) -> str:
+    """`layers.3.attention.wq.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names stay, to be refused."""
+    if name in META_NAMES:
+        return META_NAMES[name]
+    match = re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", name)
+    if match and match[2] in META_NAMES:
+        return f"model.layers.{match[1]}.{META_NAMES[match[2]]}.weight"
+    return name
+
+
+def _split_axis(name: str) -> int:
+    """Meta's model-parallel files split inputs of wo and w2, outputs of all else (Llama 3)."""
+    return 1 if name.endswith(("wo.weight", "w2.weight")) else 0
+
+
+def _is_split(name: str, parts: list[dict[str, Tensor]]) -> bool:
+    return len(parts) > 1 and parts[0][name].dim() == 2
+
+
+def _joined_shape(name: str, parts: list[dict[str, Tensor]], files: list[Path]) -> tuple[int, ...]:
+    lacking = [file.name for part, file in zip(parts, files) if name not in part]
+    if lacking:
+        raise InputError(f"{files[0].parent}: {name} is missing from {', '.join(lacking)}")
+    shape = list(parts[0][name].shape)
+    if _is_split(name, parts):
+        axis = _split_axis(name)
+        shape[axis] = sum(part[name].shape[axis] for part in parts)
+    return tuple(shape)
+
+
+def _same_output(parts: list[dict[str, Tensor]]) -> bool:
+    """The 1B and 3B checkpoints write the tied embedding out a second time."""
+    return all(torch.equal(part["output.weight"], part["tok_embeddings.weight"]) for part in parts)
+
+
+def _rotate_halves(weight: Tensor, head_dim: int) -> Tensor:
+    """Meta turns neighbouring channels (2c, 2c+1), Hugging Face channels (c, c + C/2): reorder each head's rows."""
+    rows, width = weight.shape
+    return weight.view(rows // head_dim, head_dim // 2, 2, width).transpose(1, 2).reshape(rows, width)

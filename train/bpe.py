@@ -1,0 +1,53 @@
+"""A byte-level BPE for models trained from scratch: `python -m train.bpe --text FILE… --vocab-size 8000 --output DIR`.
+
+Llama 3's pre-tokenizer, the tokenizers library's trainer, two control tokens. The result is a `tokenizer.json`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from corpora import read_texts
+from minillama.errors import exit_code
+from minillama.files import atomic_folder
+from minillama.tokenizer import LLAMA3_PATTERN
+
+BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
+# A word named with --whole is counted this often, so that its merges are always learned.
+WHOLE_COUNT = 10_000
+
+
+def train_bpe(texts: Sequence[str], vocab_size: int, whole: Sequence[str], output: Path) -> None:
+    """Write a folder with `tokenizer.json`; begin and end of text are ids 0 and 1."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[BEGIN, END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator([*texts, *(word for word in whole for _ in range(WHOLE_COUNT))], trainer)
+    with atomic_folder(output) as folder:
+        tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m train.bpe", description="Train a byte-level BPE tokenizer.")
+    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text files, one document a line")
+    parser.add_argument("--vocab-size", type=int, default=8000, help="entries, with 256 bytes and 2 control tokens (8000)")
+    parser.add_argument("--whole", nargs="*", default=[], metavar="WORD", help="words that shall be one token each")
+    parser.add_argument("--output", required=True, metavar="DIR")
+    arguments = parser.parse_args(argv)
+    texts = read_texts(arguments.text)
+    train_bpe(texts.documents, arguments.vocab_size, arguments.whole, Path(arguments.output))
+    print(f"{arguments.output}: {arguments.vocab_size} entries from {texts.describe()}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

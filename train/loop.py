@@ -1,0 +1,206 @@
+"""The loop: one optimizer step after another over a data order that is a function of the step number.
+
+CPT and SFT differ in their examples only. What is notable:
+- the loss of an optimizer step is the sum over all its micro-batches divided by the targets of all of them, so how a
+  step is cut into micro-batches does not change it;
+- everything that decides the next step is in a checkpoint, so a killed run goes on to the same weights;
+- `metrics.jsonl` holds what was computed and nothing that depends on the clock.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from minillama import InputError, Llama
+from train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from train.data import Batch, Example, collate, epoch_order, micro_batches
+from train.loss import mean_loss, target_loss
+from train.report import Reporter
+from train.settings import DTYPES, Settings
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run reports."""
+
+    steps: int
+    epochs: int
+    best_loss: float | None
+    best_step: int | None
+    seconds: float
+
+
+def learning_rate(settings: Settings, step: int, total: int) -> float:
+    """Of step 1..total: linear warm-up, then constant or a half cosine down to `min_lr_ratio` of the peak."""
+    if step <= settings.warmup_steps:
+        return settings.lr * step / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.lr
+    share = (step - settings.warmup_steps) / max(1, total - settings.warmup_steps)
+    low = settings.min_lr_ratio
+    return settings.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def make_optimizer(model: Llama, settings: Settings) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices, none on norms and biases."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
+
+
+class Trainer:
+    """One run over fixed examples. `run()` trains to the end, or goes on from the last checkpoint in `output`."""
+
+    def __init__(
+        self, model: Llama, examples: Sequence[Example], held_out: Sequence[Example], settings: Settings, output: Path
+    ) -> None:
+        if not examples:
+            raise InputError("there is nothing to train on: no example is left after reading")
+        self.model, self.examples, self.settings, self.output = model, examples, settings, output
+        self.device = model.device
+        self.optimizer = make_optimizer(model, settings)
+        self.lengths = [len(example.tokens) for example in examples]
+        self.steps_per_epoch = math.ceil(len(examples) / settings.batch_size)
+        self.total_steps = self.steps_per_epoch * settings.epochs
+        self.micro = settings.micro_batch_size or settings.batch_size
+        order = sorted(held_out, key=lambda example: len(example.tokens))
+        self.held_out = [collate(part) for part in micro_batches(order, self.micro)]
+        self.progress = Progress()
+        self.best_weights: dict[str, Tensor] | None = None
+
+    def run(self, resume: bool, reporter: Reporter) -> Outcome:
+        """Train; the model holds the chosen weights afterwards. Raises InputError when the loss is not finite."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        if resume:
+            self._restore()
+        started, progress, settings = time.monotonic(), self.progress, self.settings
+        eval_every = settings.eval_every or self.steps_per_epoch
+        checkpoint_every = settings.checkpoint_every or self.steps_per_epoch
+        order_epoch, order = -1, []
+        self.model.train()
+        with open(self.output / "metrics.jsonl", "r+" if progress.step else "w", encoding="utf-8") as metrics:
+            metrics.seek(progress.metrics_bytes)
+            metrics.truncate()
+            reporter.start(progress.step, self.total_steps)
+            while progress.step < self.total_steps and not progress.stopped:
+                epoch, position = divmod(progress.step, self.steps_per_epoch)
+                if epoch != order_epoch:
+                    order_epoch, order = epoch, epoch_order(self.lengths, settings.batch_size, settings.seed, epoch)
+                batch = [self.examples[index] for index in order[position]]
+                self._step(batch, metrics, reporter)
+                if self.held_out and (progress.step % eval_every == 0 or progress.step == self.total_steps):
+                    self._validate(metrics, reporter)
+                if progress.step % checkpoint_every == 0 and progress.step < self.total_steps:
+                    self._checkpoint(metrics)
+            self._checkpoint(metrics)
+        reporter.stop()
+        if settings.keep == "best" and self.best_weights is not None:
+            self.model.load_state_dict(self.best_weights)
+        self.model.eval()
+        known = progress.best_step > 0
+        return Outcome(
+            steps=progress.step,
+            epochs=settings.epochs,
+            best_loss=progress.best_loss if known else None,
+            best_step=progress.best_step if known else None,
+            seconds=time.monotonic() - started,
+        )
+
+    def _step(self, examples: Sequence[Example], metrics: TextIO, reporter: Reporter) -> None:
+        progress, settings = self.progress, self.settings
+        step = progress.step + 1
+        targets = sum(example.targets for example in examples)
+        tokens = sum(len(example.tokens) for example in examples)
+        loss = torch.zeros((), device=self.device)
+        for part in micro_batches(examples, self.micro):
+            part_loss = self._forward(collate(part).to(self.device)) / targets
+            part_loss.backward()
+            loss += part_loss.detach()
+        limit = settings.clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        loss_value, norm_value = float(loss), float(norm)
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            raise InputError(
+                f"step {step}: loss {loss_value}, gradient norm {norm_value}; the checkpoint before it is kept in "
+                f"{self.output}; try a smaller --lr or --resume with other settings"
+            )
+        rate = learning_rate(settings, step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        progress.step = step
+        _write(metrics, {"step": step, "loss": loss_value, "grad_norm": norm_value, "lr": rate,
+                         "tokens": tokens, "targets": targets})  # fmt: skip
+        reporter.step(step, loss_value, tokens, targets)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        compute = DTYPES.get(self.settings.compute_dtype)
+        if compute is None or compute == self.model.dtype:
+            return target_loss(self.model, batch)
+        with torch.autocast(self.device.type, dtype=compute):
+            return target_loss(self.model, batch)
+
+    def _validate(self, metrics: TextIO, reporter: Reporter) -> None:
+        progress = self.progress
+        self.model.eval()
+        loss = mean_loss(self.model, self.held_out, self.device)
+        self.model.train()
+        if loss < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.stale = loss, progress.step, 0
+            if self.settings.keep == "best":
+                self.best_weights = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+        else:
+            progress.stale += 1
+        progress.stopped = 0 < self.settings.patience <= progress.stale
+        _write(metrics, {"step": progress.step, "valid_loss": loss})
+        reporter.validation(progress.step, loss, progress.best_loss)
+
+    def _checkpoint(self, metrics: TextIO) -> None:
+        metrics.flush()
+        self.progress.metrics_bytes = metrics.tell()
+        state: dict[str, Any] = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best_weights,
+            "fingerprint": self._fingerprint(),
+        }
+        save_checkpoint(self.output, self.progress, state)
+
+    def _restore(self) -> None:
+        if (found := load_checkpoint(self.output)) is None:
+            return
+        progress, state = found
+        changed = [
+            f"{name} (was {state['fingerprint'].get(name)}, now {value})"
+            for name, value in self._fingerprint().items()
+            if state["fingerprint"].get(name) != value
+        ]
+        if changed:
+            raise InputError(f"--resume {self.output}: the run was started with other settings: {', '.join(changed)}")
+        self.progress = progress
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.best_weights = state["best"]
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What must be equal for a resumed run to be the same run."""
+        free = ("checkpoint_every", "save_dtype")
+        return {name: value for name, value in self.settings.as_dict().items() if name not in free} | {
+            "examples": len(self.examples),
+            "tokens": sum(self.lengths),
+        }
+
+
+def _write(metrics: TextIO, record: dict[str, Any]) -> None:
+    metrics.write(json.dumps(record) + "\n")
+
+

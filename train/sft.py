@@ -1,0 +1,74 @@
+"""Fine-tuning on sentence pairs: `python -m train.sft --model DIR --train pairs.tsv --valid pairs.tsv --output DIR`.
+
+The loss is on the response alone. The prompt is saved with the model (`prompt.toml`), so decoding uses the same one.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from corpora import Pairs, Prompt, language_name, read_pairs
+from minillama import InputError
+from minillama.chat import chat_format
+from minillama.errors import exit_code
+from train.data import Example, responses
+from train.run import end_token, load_start, longest, prepare, shorter_than, train_and_save
+from train.settings import add_arguments, settings_from
+
+EXAMPLES = """examples:
+  python -m train.sft --model runs/base-ja --train alt:ja-en:train --source ja --target en --output runs/S_src
+  python -m train.sft --model DIR --train pairs.tsv --valid valid.tsv --source de --target en --prompt plain --output DIR
+  python -m train.sft --model DIR --train train.ja.gz train.en.gz --source ja --target en --both-directions --output DIR
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.sft", description="Fine-tuning on sentence pairs, loss on the response alone.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    files = "one TSV, JSON lines or parquet file, two line-aligned files, or a split such as alt:ja-en:train"
+    parser.add_argument("--train", nargs="+", required=True, metavar="FILE", help=files)
+    parser.add_argument("--valid", nargs="+", metavar="FILE", help="held-out pairs for the validation loss, likewise")
+    parser.add_argument("--source", default="ja", help="language code of the source side (default ja)")
+    parser.add_argument("--target", default="en", help="language code of the target side (default en)")
+    parser.add_argument("--both-directions", action="store_true", help="train each pair in both directions")
+    parser.add_argument("--prompt", default="paper", help="a built-in prompt's name or a TOML file (default paper)")
+    parser.add_argument("--chat", default="auto", help="llama3, chatml, plain; auto: from the tokenizer")
+    add_arguments(parser, epochs=3)
+    arguments = parser.parse_args(argv)
+    settings = settings_from(arguments)
+    language_name(arguments.source), language_name(arguments.target)
+    prompt = Prompt.load(arguments.prompt)
+    if not prepare(arguments):
+        return 0
+    pairs = read_pairs(arguments.train, arguments.source, arguments.target)
+    held_out = read_pairs(arguments.valid, arguments.source, arguments.target) if arguments.valid else None
+    model, tokenizer = load_start(arguments, settings)
+    chat = chat_format(arguments.chat, tokenizer)
+    bos, eos, limit = model.config.bos_token_id, end_token(model), longest(model, settings)
+    print(pairs.describe(), file=sys.stderr)
+
+    def examples_of(some: Pairs) -> list[Example]:
+        languages = (arguments.source, arguments.target)
+        examples = responses(some, languages, prompt, chat, tokenizer, bos, eos)
+        if arguments.both_directions:
+            back = Pairs(some.target, some.source, some.dropped, some.origin)
+            examples += responses(back, (languages[1], languages[0]), prompt, chat, tokenizer, bos, eos)
+        kept = shorter_than(examples, limit)
+        if len(kept) < len(examples):
+            print(f"{some.origin}: {len(examples) - len(kept)} examples over {limit} tokens left out", file=sys.stderr)
+        return kept
+
+    examples, valid = examples_of(pairs), examples_of(held_out) if held_out else []
+    if not examples:
+        raise InputError(f"{pairs.origin}: every example is over {limit} tokens; raise --max-length")
+    notes = {
+        "train": pairs.describe(), "valid": held_out.describe() if held_out else None, "source": arguments.source,
+        "target": arguments.target, "both_directions": arguments.both_directions, "prompt": prompt.name, "chat": chat.name,
+    }  # fmt: skip
+    return train_and_save(arguments, settings, model, tokenizer, examples, valid, notes, prompt)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
