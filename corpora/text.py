@@ -10,7 +10,7 @@ import gzip
 import io
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ def read_lines(path: str | Path) -> list[str]:
         return list(iter_lines(stream, display_name(path)))
 
 
-def iter_lines(stream: BinaryIO, name: str) -> Iterator[str]:
+def iter_lines(stream: Iterable[bytes], name: str) -> Iterator[str]:
     """Lines of a binary stream, each as soon as it has arrived; `name` is for error messages."""
     number = 0
     try:

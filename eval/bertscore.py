@@ -18,6 +18,7 @@ from typing import Any
 from minillama.errors import InputError
 
 INSTALL = "BERTScore needs the package bert-score: pip install 'collab-mt[bertscore]'"
+BATCH_SIZE = 64  # bert-score's default
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -29,8 +30,9 @@ class BertScorer:
     tokenizer: Any
     signature: str
     device: str
+    batch_size: int
 
-    def f1(self, hypotheses: Sequence[str], references: Sequence[str], batch_size: int = 64) -> list[float]:
+    def f1(self, hypotheses: Sequence[str], references: Sequence[str]) -> list[float]:
         """F1 of each sentence, 0 where a side is blank."""
         from bert_score.utils import bert_cos_score_idf
 
@@ -50,7 +52,7 @@ class BertScorer:
             self.tokenizer,
             weights,
             device=self.device,
-            batch_size=batch_size,
+            batch_size=self.batch_size,
         )
         for place, value in zip(places, values[..., 2].tolist()):
             scores[place] = value
@@ -58,12 +60,19 @@ class BertScorer:
 
 
 def load_bertscorer(
-    model: str | None = None, layers: int | None = None, *, target: str | None = None, device: str = "auto"
+    model: str | None = None,
+    layers: int | None = None,
+    *,
+    target: str | None = None,
+    device: str = "auto",
+    batch_size: int = BATCH_SIZE,
 ) -> BertScorer:
     """The encoder by name or folder, cut after `layers` layers.
 
     Without a name it is bert-score's own for the target language (roberta-large for English, multilingual BERT for
     Japanese and German); without `layers` bert-score's own for that name. A folder needs `layers`.
+    Padding in a batch raises negative similarities to 0 in bert-score, so its usual batch size belongs to the score;
+    another one is named in the signature.
     Raises InputError where bert-score or the model is missing, or a number does not fit.
     """
     try:
@@ -85,6 +94,8 @@ def load_bertscorer(
         layers = None if is_folder else model2layers.get(model)
         if layers is None:
             raise InputError(f"{model}: bert-score knows no best layer for it, give --bertscore-layers N")
+    if batch_size < 1:
+        raise InputError(f"batch size {batch_size}, expected at least 1")
     device = _device(device)
     if not sys.stderr.isatty():
         _quiet_progress()
@@ -104,7 +115,9 @@ def load_bertscorer(
     signature = get_hash(folder.resolve().name if is_folder else model, layers, False, False, False, False)
     if is_folder:
         signature += f"_sha256={_digest(folder)}"
-    return BertScorer(encoder, tokenizer, signature, device)
+    if batch_size != BATCH_SIZE:
+        signature += f"_batch={batch_size}"
+    return BertScorer(encoder, tokenizer, signature, device, batch_size)
 
 
 def _load_tokenizer(model: str) -> Any:

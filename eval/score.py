@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from corpora.languages import language_name
+from corpora.metrics import bleu_tokenizers, text_metrics
 from corpora.text import display_name, read_lines
-from eval.metrics import SAMPLES, SEED, bleu_tokenizers, compare, compare_means, text_metrics
+from eval.significance import SAMPLES, SEED, compare, compare_means
 from minillama.errors import InputError, exit_code
 
 METRICS = ("bleu", "chrf", "chrf++", "ter", "bertscore")
@@ -76,8 +77,10 @@ def score(
     if "bertscore" in names:
         from eval.bertscore import load_bertscorer
 
-        scorer = load_bertscorer(bertscore_model, bertscore_layers, target=target, device=device)
-        values = [scorer.f1(system, references, bertscore_batch_size) for system in systems]
+        scorer = load_bertscorer(
+            bertscore_model, bertscore_layers, target=target, device=device, batch_size=bertscore_batch_size
+        )
+        values = [scorer.f1(system, references) for system in systems]
         means = [sum(system) / len(system) for system in values]
         add("bertscore", "BERTScore F1", means, scorer.signature, compare_means(values, samples, seed))
 

@@ -33,6 +33,7 @@ class KVCache:
         self.values_LBKSC = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.filled = 0
+        self._whole: KVCache | None = None
 
     @property
     def batch_size(self) -> int:
@@ -51,18 +52,22 @@ class KVCache:
         """Bytes that one position of one row costs, all layers."""
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
-    def rows(self, first: int, last: int) -> "KVCache":
-        """A view of rows [first, last): same storage, so what is appended to the view is in the whole cache."""
+    def rows(self, first: int, last: int, filled: int | None = None) -> "KVCache":
+        """A view of rows [first, last): same storage, so what is appended to the view is in the whole cache.
+
+        `filled`: the longest of these rows, where the caller knows it; attention then reads no further. What the whole
+        cache appends later is not in the view's `filled`: take a new view then.
+        """
         view = object.__new__(KVCache)
         view.keys_LBKSC = self.keys_LBKSC[:, first:last]
         view.values_LBKSC = self.values_LBKSC[:, first:last]
         view.lengths_B = self.lengths_B[first:last]
-        view.filled = self.filled
+        view.filled = self.filled if filled is None else filled
+        view._whole = self
         return view
 
-    def copy_row(self, source: int, target: int) -> None:
-        """Make row `target` equal to row `source` (its valid positions)."""
-        used = self.filled
+    def copy_row(self, source: int, target: int, used: int) -> None:
+        """Make row `target` equal to row `source`, whose length is `used`."""
         self.keys_LBKSC[:, target, :, :used] = self.keys_LBKSC[:, source, :, :used]
         self.values_LBKSC[:, target, :, :used] = self.values_LBKSC[:, source, :, :used]
         self.lengths_B[target] = self.lengths_B[source]
@@ -84,6 +89,9 @@ class KVCache:
         if last >= self.capacity:
             raise ValueError(f"position {last} runs past the end of a cache of {self.capacity} positions")
         self.filled = max(self.filled, last + 1)
+        whole = self._whole
+        while whole is not None:  # rows appended through a view are rows of the whole cache too
+            whole.filled, whole = max(whole.filled, self.filled), whole._whole
         self.lengths_B.copy_(positions_BT[:, -1] + 1)
         return positions_BT
 
@@ -102,6 +110,6 @@ class KVCache:
 
     def truncate(self, lengths_B: Tensor) -> None:
         """Forget every row's positions from `lengths_B` on; raises ValueError if a row is shorter than that."""
-        if bool((lengths_B > self.lengths_B).any()):
+        if bool(((lengths_B > self.lengths_B) | (lengths_B < 0)).any()):
             raise ValueError("a cache can only be truncated to lengths that it has")
         self.lengths_B.copy_(lengths_B)

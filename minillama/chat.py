@@ -6,6 +6,7 @@ open or close a turn. The begin-of-text token stands once, at the start.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from minillama.errors import InputError
 from minillama.tokenizer import Tokenizer
@@ -15,7 +16,7 @@ Message = tuple[str, str]
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """`{role}` in `opening` is the message's role. `begin` names the token before everything, None for the model's own."""
+    """Pieces around a message: control tokens, or text with `{role}` for the message's. `strip` trims the message."""
 
     name: str
     opening: tuple[str, ...]
@@ -62,7 +63,8 @@ def chat_format(name: str | None, tokenizer: Tokenizer) -> ChatFormat:
 def render(messages: Sequence[Message], chat: ChatFormat, tokenizer: Tokenizer, bos_token_id: int | None) -> list[int]:
     """Token ids of the messages and, in a chat format, of the header under which the assistant answers.
 
-    In `plain` the texts follow each other, a newline between. ChatML models have no token before the first turn.
+    In `plain` the texts follow each other, a newline between. ChatML models have no token before the first turn. Texts
+    that touch (a role's newline and the message) are encoded as one, as in a rendered template.
     """
     begin = bos_token_id if chat.name != "chatml" else None
     if begin is None and chat.name != "chatml":
@@ -70,11 +72,16 @@ def render(messages: Sequence[Message], chat: ChatFormat, tokenizer: Tokenizer, 
     ids = [] if begin is None else [begin]
     if not chat.opening:
         return ids + tokenizer.encode("\n".join(text for _, text in messages))
+    parts: list[int | str] = []
     for role, text in messages:
-        ids += _parts(chat.opening, role, tokenizer)
-        ids += tokenizer.encode(text.strip() if chat.strip else text)
-        ids += _parts(chat.closing, role, tokenizer)
-    return ids + _parts(chat.opening, "assistant", tokenizer)
+        parts += _parts(chat.opening, role, tokenizer)
+        parts.append(text.strip() if chat.strip else text)
+        parts += _parts(chat.closing, role, tokenizer)
+    parts += _parts(chat.opening, "assistant", tokenizer)
+    for _, touching in groupby(parts, key=lambda part: isinstance(part, int)):
+        run = list(touching)
+        ids += tokenizer.encode("".join(map(str, run))) if isinstance(run[0], str) else [int(part) for part in run]
+    return ids
 
 
 def stop_tokens(chat: ChatFormat, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -83,9 +90,10 @@ def stop_tokens(chat: ChatFormat, tokenizer: Tokenizer) -> tuple[int, ...]:
     return () if token is None else (token,)
 
 
-def _parts(parts: tuple[str, ...], role: str, tokenizer: Tokenizer) -> list[int]:
-    ids: list[int] = []
+def _parts(parts: tuple[str, ...], role: str, tokenizer: Tokenizer) -> list[int | str]:
+    """Control tokens as ids, the rest as text."""
+    found: list[int | str] = []
     for part in parts:
         token = tokenizer.special(part)
-        ids += [token] if token is not None else tokenizer.encode(part.replace("{role}", role))
-    return ids
+        found.append(part.replace("{role}", role) if token is None else token)
+    return found

@@ -44,8 +44,16 @@ class LlamaConfig:
     eos_token_id: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1")
@@ -61,13 +69,19 @@ class LlamaConfig:
     def from_dict(cls, config: dict[str, Any], where: str = "config.json") -> "LlamaConfig":
         """Read a Hugging Face configuration; raises InputError naming the first thing that this model cannot run."""
         _refuse_unsupported(config, where)
-        missing = [name for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                     "num_attention_heads") if config.get(name) is None]  # fmt: skip
+        missing = [
+            name
+            for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+            if config.get(name) is None
+        ]
         if missing:
             raise InputError(f"{where}: no {', '.join(missing)}; is this a Llama's configuration?")
         heads = config["num_attention_heads"]
         theta, scaling = _read_rope(config, where)
         try:
+            for name in ("hidden_size", "num_attention_heads"):  # divided below
+                if not isinstance(config[name], int) or config[name] < 1:
+                    raise InputError(f"{name} is {config[name]!r}; it must be a whole number of at least 1")
             return cls(
                 vocab_size=config["vocab_size"],
                 hidden_size=config["hidden_size"],
@@ -90,21 +104,24 @@ class LlamaConfig:
             raise InputError(f"{where}: {error}") from None
 
     @classmethod
-    def from_meta(cls, params: dict[str, Any], vocab_size: int, tied: bool, where: str = "params.json") -> "LlamaConfig":
+    def from_meta(
+        cls, params: dict[str, Any], vocab_size: int, tied: bool, where: str = "params.json"
+    ) -> "LlamaConfig":
         """Read Meta's `params.json`. It has no vocabulary size in some releases, so the weights' own is passed in.
 
         The feed-forward width is the reference code's: two thirds of 4 D, times a multiplier, rounded up. Meta's file
-        only says *that* frequencies are scaled; the factors are those of the release: 32 for Llama 3.2's tied 1B and 3B,
+        says only *that* frequencies are scaled; the factors are the releases': 32 for Llama 3.2's tied 1B and 3B,
         8 for 3.1 and later (Hugging Face's published configurations of the same checkpoints).
         """
-        unknown = [name for name in ("moe_args", "vision_chunk_size", "quantization_args", "lora_args") if params.get(name)]
+        unknown = [
+            name for name in ("moe_args", "vision_chunk_size", "quantization_args", "lora_args") if params.get(name)
+        ]
         if unknown:
             raise InputError(f"{where}: {unknown[0]} is set; only dense, unquantised text Llamas can be run")
-        try:
-            width, heads = params["dim"], params["n_heads"]
-            layers = params["n_layers"]
-        except KeyError as missing:
-            raise InputError(f"{where}: no {missing.args[0]!r}; is this Meta's params.json?") from None
+        for name in ("dim", "n_heads", "n_layers"):
+            if not isinstance(params.get(name), int) or params[name] < 1:
+                raise InputError(f"{where}: {name} is {params.get(name)!r}; is this Meta's params.json?")
+        width, heads, layers = params["dim"], params["n_heads"], params["n_layers"]
         hidden = int(2 * 4 * width / 3)
         if params.get("ffn_dim_multiplier") is not None:
             hidden = int(params["ffn_dim_multiplier"] * hidden)
@@ -124,7 +141,9 @@ class LlamaConfig:
             max_position_embeddings=params.get("max_seq_len", context),
             rms_norm_eps=params.get("norm_eps", 1e-5),
             rope_theta=float(params.get("rope_theta", 10000.0)),
-            rope_scaling=RopeScaling(factor, 1.0, float(params.get("rope_high_freq_factor") or 4.0), 8192) if scaled else None,
+            rope_scaling=RopeScaling(factor, 1.0, float(params.get("rope_high_freq_factor") or 4.0), 8192)
+            if scaled
+            else None,
             tie_word_embeddings=tied,
             bos_token_id=128000 if is_llama3 else 1,
             eos_token_id=(128001,) if is_llama3 else (2,),
@@ -181,12 +200,14 @@ def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
 def _read_rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     """Both spellings: `rope_theta` + `rope_scaling` (official files), `rope_parameters` (transformers 5)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{where}: the RoPE settings are {rope!r}; expected an object with rope_type")
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise InputError(f"{where}: partial_rotary_factor is {partial}; only 1 can be run")
     if kind == "default":
-        partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-        if partial not in (None, 1, 1.0):
-            raise InputError(f"{where}: partial_rotary_factor is {partial}; only 1 can be run")
         return theta, None
     if kind != "llama3":
         raise InputError(f"{where}: rope type is {kind!r}; only 'default' and 'llama3' can be run")
@@ -200,5 +221,7 @@ def _read_rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling |
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{where}: the llama3 rope scaling lacks a usable {error}") from None
     if not (scaling.factor > 0 and scaling.high_freq_factor > scaling.low_freq_factor > 0):
-        raise InputError(f"{where}: the llama3 rope scaling needs factor > 0 and high_freq_factor > low_freq_factor > 0")
+        raise InputError(
+            f"{where}: the llama3 rope scaling needs factor > 0 and high_freq_factor > low_freq_factor > 0"
+        )
     return theta, scaling

@@ -17,7 +17,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     Files that `folder` already had and the block did not write again are kept. When the block raises, the temporary
     folder is removed and `folder` is as it was.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))  # through a symbolic link: the folder is replaced, the link stays
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; the output must be a folder")
     try:
@@ -35,7 +35,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
             os.rename(folder, old)
-        os.rename(temporary, folder)
+        try:
+            os.rename(temporary, folder)
+        except BaseException:
+            if old is not None:
+                os.rename(old, folder)
+            raise
         sync(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -51,6 +51,19 @@ def rotate(x_BTHC: Tensor, cos_BT1C: Tensor, sin_BT1C: Tensor) -> Tensor:
     return x_BTHC * cos_BT1C + torch.cat((-second, first), dim=-1) * sin_BT1C
 
 
+class Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        # Random numbers for the meta device would import torch's compiler: 150 MB and seconds, for nothing.
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -73,10 +86,10 @@ class Attention(nn.Module):
             config.head_dim,
         )
         width, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=bias)
+        self.q_proj = Linear(width, self.heads * self.head_dim, bias=bias)
+        self.k_proj = Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = Linear(self.heads * self.head_dim, width, bias=bias)
 
     def forward(self, x_BTD: Tensor, step: "Step") -> Tensor:
         batch, count, _ = x_BTD.shape
@@ -93,9 +106,9 @@ class MLP(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(width, inner, bias=bias)
-        self.up_proj = nn.Linear(width, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.gate_proj = Linear(width, inner, bias=bias)
+        self.up_proj = Linear(width, inner, bias=bias)
+        self.down_proj = Linear(inner, width, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
@@ -150,7 +163,7 @@ class Decoder(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -176,7 +189,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         # Ids that end a text, from config.json and generation_config.json; chat formats add their own end of turn.
         self.stop_tokens: tuple[int, ...] = config.eos_token_id
 
@@ -224,8 +237,8 @@ class Llama(nn.Module):
     ) -> "Llama":
         """Load a folder (or hub id) in Hugging Face's or Meta's layout; dtype None keeps the file's own.
 
-        Tensors are memory-mapped: no more than the model itself and one group of tensors is ever held. Raises InputError,
-        before a weight is read, for what cannot be run and for every missing, unexpected or misshapen tensor.
+        Tensors are memory-mapped: no more than the model itself and one group of tensors is ever held. Raises
+        InputError, before a weight is read, for what cannot be run, naming all missing, unexpected, misshapen tensors.
         """
         checkpoint = open_folder(resolve_folder(folder))
         with torch.device("meta"):

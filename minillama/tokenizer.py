@@ -9,6 +9,7 @@ import base64
 import json
 import shutil
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,13 +18,21 @@ from minillama.weights import resolve_folder
 
 # Published with Llama 3 (github.com/meta-llama/llama-models, llama3/tokenizer.py).
 LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3_NAMED = {
-    0: "<|begin_of_text|>", 1: "<|end_of_text|>", 4: "<|finetune_right_pad_id|>", 5: "<|step_id|>",
-    6: "<|start_header_id|>", 7: "<|end_header_id|>", 8: "<|eom_id|>", 9: "<|eot_id|>", 10: "<|python_tag|>",
+    0: "<|begin_of_text|>",
+    1: "<|end_of_text|>",
+    4: "<|finetune_right_pad_id|>",
+    5: "<|step_id|>",
+    6: "<|start_header_id|>",
+    7: "<|end_header_id|>",
+    8: "<|eom_id|>",
+    9: "<|eot_id|>",
+    10: "<|python_tag|>",
     11: "<|image|>",
-}  # fmt: skip
+}
 LLAMA3_CONTROL_TOKENS = 256
 # Longer runs of one kind (space or not) make tiktoken's regular expression overflow; Meta's tokenizer cuts there too.
 TIKTOKEN_LONGEST_RUN = 25_000
@@ -48,6 +57,7 @@ class Tokenizer:
         self._files = list(files)
         self.specials = backend.specials
         self._control = frozenset(backend.specials.values())
+        self._size = max(backend.pieces(), default=-1) + 1
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
@@ -57,15 +67,17 @@ class Tokenizer:
         found = [path for name in ("tokenizer.json", "tokenizer.model") if (path := folder / name).exists()]
         if not found:
             raise InputError(f"{folder}: no tokenizer.json and no tokenizer.model")
-        extra = [path for name in ("tokenizer_config.json", "special_tokens_map.json") if (path := folder / name).exists()]
+        extra = [
+            path for name in ("tokenizer_config.json", "special_tokens_map.json") if (path := folder / name).exists()
+        ]
         return cls(_open_backend(found[0]), [*found, *extra])
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, control tokens left out, bytes that are not UTF-8 shown as U+FFFD."""
-        return self._backend.decode([token for token in ids if token not in self._control])
+        """Text of the ids, control tokens and ids behind the last entry left out, invalid UTF-8 shown as U+FFFD."""
+        return self._backend.decode([token for token in ids if token < self._size and token not in self._control])
 
     def special(self, name: str) -> int | None:
         """Id of a control token such as `<|eot_id|>`, or None."""
@@ -73,7 +85,7 @@ class Tokenizer:
 
     def __len__(self) -> int:
         """One more than the largest id."""
-        return max(self._backend.pieces(), default=-1) + 1
+        return self._size
 
     def differences(self, other: "Tokenizer") -> list[str]:
         """Every id that the two read differently, one line each; empty when they are one vocabulary.
@@ -128,13 +140,24 @@ class JsonBackend:
         self._tokenizer.encode_special_tokens = True
         added = self._tokenizer.get_added_tokens_decoder()
         self.specials = {token.content: index for index, token in added.items() if token.special}
-        self._byte_level = '"ByteLevel"' in json.dumps(json.loads(self._tokenizer.to_str()).get("decoder"))
+        written = json.loads(self._tokenizer.to_str())
+        self._byte_level = '"ByteLevel"' in json.dumps(written.get("decoder"))
+        unknown = written["model"].get("unk_token")
+        self._control = frozenset(index for name, index in self.specials.items() if name != unknown)
         self._added = {index: token.content for index, token in added.items()}
 
     def encode(self, text: str) -> list[int]:
         # Lone surrogates are no UTF-8; they enter as U+FFFD, as tiktoken has it.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        if self._control.isdisjoint(encoding.ids):
+            return encoding.ids
+        # A vocabulary that has its control tokens among its words finds them in a text all the same: cut them in two.
+        spans = [span for token, span in zip(encoding.ids, encoding.offsets) if token in self._control]
+        cuts = [start + 1 for start, end in spans if end > start + 1]
+        if not cuts:
+            return [token for token in encoding.ids if token not in self._control]
+        return [token for first, last in pairwise([0, *cuts, len(text)]) for token in self.encode(text[first:last])]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -159,6 +182,10 @@ class TiktokenBackend:
                     ranks[base64.b64decode(piece, validate=True)] = int(rank)
                 except ValueError:
                     raise InputError(f"{path}:{number}: expected a base64 piece and its rank") from None
+        if not ranks:
+            raise InputError(f"{path}: empty; expected base64 pieces and their ranks, one a line")
+        if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
+            raise InputError(f"{path}: expected ranks 0, 1, 2, ... and all 256 bytes among the pieces")
         names = dict(LLAMA3_NAMED)
         reserved = 0
         for index in range(LLAMA3_CONTROL_TOKENS):
@@ -206,7 +233,9 @@ class SentencePieceBackend:
         return self._processor.decode(list(ids))
 
     def pieces(self) -> dict[int, bytes]:
-        return {i: _sentencepiece_bytes(self._processor.id_to_piece(i)) for i in range(self._processor.get_piece_size())}
+        return {
+            i: _sentencepiece_bytes(self._processor.id_to_piece(i)) for i in range(self._processor.get_piece_size())
+        }
 
 
 def _cut_long_runs(text: str) -> list[str]:

@@ -5,6 +5,7 @@ only then is data read, tensor by tensor, from a memory map that is closed again
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -22,19 +23,26 @@ from minillama.errors import InputError
 if TYPE_CHECKING:
     from minillama.model import Llama
 
-# Reopening the map after this many bytes gives pages that were copied elsewhere back to the system.
-MAPPED_BYTES = 64 << 20
+# The largest tensors are read first, while little else is held; reopening the map after this many bytes gives
+# pages that were copied elsewhere back to the system, which counts mapped pages as the process's own.
+MAPPED_BYTES = 8 << 20
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# safetensors' names of what a weight may be stored as.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "prompt.toml"]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's folder before its data is read. `tensors` yields (name, tensor) lazily, names as in Hugging Face's."""
+    """A model's folder before its data is read. `tensors` yields (name, tensor) lazily, names as in Hugging Face's.
+
+    dtype: that of the embedding; a checkpoint that keeps some tensors in another one is loaded in this.
+    """
 
     folder: Path
     config: LlamaConfig
     stop_tokens: tuple[int, ...]
+    dtype: torch.dtype
     shapes: dict[str, tuple[int, ...]]
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
 
@@ -49,11 +57,11 @@ def resolve_folder(name: str | Path) -> Path:
     if not HUB_ID.fullmatch(str(name)) or path.parent.exists():
         raise InputError(f"{name}: no such folder")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{name}: no such folder, and the hub does not give a model of that name ({reason})") from None
 
@@ -74,10 +82,8 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | 
     filled: set[str] = set()
     for name, tensor in checkpoint.tensors():
         if name in parameters:
-            if not tensor.is_floating_point():
-                raise InputError(f"{checkpoint.folder}: {name} holds {tensor.dtype}; quantised weights cannot be run")
             owner, _, leaf = name.rpartition(".")
-            tensor = tensor.to(device=device, dtype=dtype or tensor.dtype)
+            tensor = tensor.to(device=device, dtype=dtype or checkpoint.dtype)
             setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=True))
             filled.add(name)
     assert filled == parameters.keys()
@@ -93,9 +99,13 @@ def write_model(model: "Llama", folder: Path) -> None:
     # transformers 5 reads `dtype`, earlier releases and the converters `torch_dtype`.
     write_json(folder / "config.json", {**config.to_dict(), "dtype": dtype, "torch_dtype": dtype})
     eos = list(model.stop_tokens)
-    write_json(folder / "generation_config.json", {
-        "bos_token_id": config.bos_token_id, "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-    })  # fmt: skip
+    write_json(
+        folder / "generation_config.json",
+        {
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        },
+    )
     save_torch_state_dict(state, str(folder))
 
 
@@ -137,16 +147,24 @@ def _open_hugging_face(folder: Path) -> Checkpoint:
         stop_tokens = tuple(dict.fromkeys(stop_tokens + token_ids(generation.get("eos_token_id"))))
     files = _weight_files(folder)
     shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
     for file in files:
         with _open_safetensors(file) as handle:
             for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
-                shapes[name] = tuple(handle.get_slice(name).get_shape())
+                entry = handle.get_slice(name)
+                shapes[name], dtypes[name] = tuple(entry.get_shape()), entry.get_dtype()
+    quantised = [f"{name} ({kind})" for name, kind in dtypes.items() if kind not in FLOATS]
+    if quantised:
+        raise InputError(
+            f"{folder}: quantised weights cannot be run; give the unquantised model: {', '.join(quantised)}"
+        )
+    dtype = FLOATS[dtypes.get("model.embed_tokens.weight", "F32")]
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for file in files:
             yield from _read_safetensors(file)
 
-    return Checkpoint(folder, config, stop_tokens, shapes, tensors)
+    return Checkpoint(folder, config, stop_tokens, dtype, shapes, tensors)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -158,7 +176,9 @@ def _weight_files(folder: Path) -> list[Path]:
         files = [folder / str(name) for name in sorted(set(weight_map.values()))]
         absent = [file.name for file in files if not file.exists()]
         if absent:
-            raise InputError(f"{folder}: model.safetensors.index.json names shards that are not there: {', '.join(absent)}")
+            raise InputError(
+                f"{folder}: model.safetensors.index.json names shards that are not there: {', '.join(absent)}"
+            )
         return files
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
@@ -175,7 +195,7 @@ def _open_safetensors(file: Path) -> safe_open:
 
 def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     with _open_safetensors(file) as handle:
-        names = list(handle.keys())
+        names = sorted(handle.keys(), key=lambda name: -math.prod(handle.get_slice(name).get_shape()))
     while names:
         mapped = 0
         with _open_safetensors(file) as handle:
@@ -194,10 +214,10 @@ def _open_meta(folder: Path) -> Checkpoint:
     if not files:
         raise InputError(f"{folder}: params.json without consolidated.*.pth")
     parts = [_map_pth(file) for file in files]
+    names = [name for name in parts[0] if not name.startswith("rope.")]
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in parts[0]:
-        if not name.startswith("rope."):
-            shapes[_hugging_face_name(name)] = _joined_shape(name, parts, files)
+    for name in names:
+        shapes[_hugging_face_name(name)] = _joined_shape(name, parts, files)
     try:
         vocab_size, width = shapes["model.embed_tokens.weight"]
     except KeyError:
@@ -209,32 +229,51 @@ def _open_meta(folder: Path) -> Checkpoint:
         raise InputError(f"{params}: dim is {config.hidden_size}, but tok_embeddings.weight is {width} wide")
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name in parts[0]:
-            if not name.startswith("rope."):
-                tensor = torch.cat([part[name] for part in parts], dim=_split_axis(name)) if _is_split(name, parts) else parts[0][name]
-                hf_name = _hugging_face_name(name)
+        waiting = sorted(names, key=lambda name: -math.prod(shapes[_hugging_face_name(name)]))
+        while waiting:
+            mapped = 0
+            parts = [_map_pth(file) for file in files]
+            while waiting and mapped < MAPPED_BYTES:
+                tensor = _joined(waiting[0], parts)
+                mapped += tensor.nbytes
+                hf_name = _hugging_face_name(waiting.pop(0))
                 if hf_name.endswith(("q_proj.weight", "k_proj.weight")):
                     tensor = _rotate_halves(tensor, config.head_dim)
                 yield hf_name, tensor
+                del tensor
 
-    return Checkpoint(folder, config, config.eos_token_id, shapes, tensors)
+    dtype = parts[0]["tok_embeddings.weight"].dtype
+    return Checkpoint(folder, config, config.eos_token_id, dtype, shapes, tensors)
 
 
 def _map_pth(file: Path) -> dict[str, Tensor]:
     try:
-        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"{file}: truncated, damaged or not a file of weights alone ({reason})") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise InputError(f"{file}: not a Llama checkpoint of Meta's; expected a table of tensors by name")
+    quantised = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in FLOATS.values()]
+    if quantised:
+        raise InputError(f"{file}: quantised weights cannot be run; give the unquantised model: {', '.join(quantised)}")
+    return tensors
 
 
 META_NAMES = {
-    "tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight", "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm",
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
-}  # fmt: skip
+}
 
 
 def _hugging_face_name(name: str) -> str:
@@ -267,9 +306,20 @@ def _joined_shape(name: str, parts: list[dict[str, Tensor]], files: list[Path]) 
     return tuple(shape)
 
 
+def _joined(name: str, parts: list[dict[str, Tensor]]) -> Tensor:
+    """One tensor of all files. A copy even of one file's: what stays a view would keep the whole map in memory."""
+    if _is_split(name, parts):
+        return torch.cat([part[name] for part in parts], dim=_split_axis(name))
+    return parts[0][name].clone()
+
+
 def _same_output(parts: list[dict[str, Tensor]]) -> bool:
     """The 1B and 3B checkpoints write the tied embedding out a second time."""
-    return all(torch.equal(part["output.weight"], part["tok_embeddings.weight"]) for part in parts)
+    return all(
+        torch.equal(part["output.weight"][:rows], part["tok_embeddings.weight"][:rows])
+        for rows in (64, None)  # a few rows settle it for most models without reading the rest
+        for part in parts
+    )
 
 
 def _rotate_halves(weight: Tensor, head_dim: int) -> Tensor:

@@ -28,9 +28,11 @@ def train_bpe(texts: Sequence[str], vocab_size: int, whole: Sequence[str], outpu
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[BEGIN, END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=vocab_size,
+        special_tokens=[BEGIN, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator([*texts, *(word for word in whole for _ in range(WHOLE_COUNT))], trainer)
     with atomic_folder(output) as folder:
         tokenizer.save(str(folder / "tokenizer.json"))
@@ -39,7 +41,9 @@ def train_bpe(texts: Sequence[str], vocab_size: int, whole: Sequence[str], outpu
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.bpe", description="Train a byte-level BPE tokenizer.")
     parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text files, one document a line")
-    parser.add_argument("--vocab-size", type=int, default=8000, help="entries, with 256 bytes and 2 control tokens (8000)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=8000, help="entries, with 256 bytes and 2 control tokens (8000)"
+    )
     parser.add_argument("--whole", nargs="*", default=[], metavar="WORD", help="words that shall be one token each")
     parser.add_argument("--output", required=True, metavar="DIR")
     arguments = parser.parse_args(argv)

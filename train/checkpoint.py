@@ -1,8 +1,8 @@
 """Checkpoints of a running training, and the finished model: each appears whole or not at all.
 
-    OUTPUT/metrics.jsonl            what the run computed, one line a step or validation
-    OUTPUT/checkpoints/step-N/      weights, optimizer, position: all that decides the next step
-    OUTPUT/config.json, model.safetensors, tokenizer.json, prompt.toml, run.json    the finished model, config.json last
+OUTPUT/metrics.jsonl            what the run computed, one line a step or validation
+OUTPUT/checkpoints/step-N/      weights, optimizer, position: all that decides the next step
+OUTPUT/config.json, model.safetensors, tokenizer.json, prompt.toml, run.json    the finished model, config.json last
 """
 
 import os
@@ -24,7 +24,7 @@ STATE = "state.pt"
 
 @dataclass
 class Progress:
-    """Where a run stands. `metrics_bytes` is the length of metrics.jsonl at this step, so a resumed run rewrites the rest."""
+    """Where a run stands. `metrics_bytes` is metrics.jsonl's length at this step: a resumed run rewrites the rest."""
 
     step: int = 0
     best_loss: float = float("inf")
@@ -58,7 +58,7 @@ def load_checkpoint(output: Path) -> tuple[Progress, dict[str, Any]] | None:
 
 
 def finish(output: Path, write: Callable[[Path], None]) -> None:
-    """Move the files that `write` makes into OUTPUT, config.json last: a folder without it is no model. Drop checkpoints."""
+    """Move what `write` makes into OUTPUT, config.json last (a folder without it is no model); drop checkpoints."""
     temporary = Path(tempfile.mkdtemp(prefix=".finished.", dir=output))
     try:
         write(temporary)

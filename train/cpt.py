@@ -18,10 +18,14 @@ EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m train.cpt", description="Continual pre-training on text, one document a line.", epilog=EXAMPLES,
+        prog="python -m train.cpt",
+        description="Continual pre-training on text, one document a line.",
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text files, one document a line, or a split")
+    )
+    parser.add_argument(
+        "--text", nargs="+", required=True, metavar="FILE", help="text files, one document a line, or a split"
+    )
     parser.add_argument("--valid", nargs="+", metavar="FILE", help="held-out text for the validation loss")
     add_arguments(parser, epochs=5)
     arguments = parser.parse_args(argv)

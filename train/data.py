@@ -33,7 +33,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows. inputs_BT int64; target_rows (M,) index the flattened (B*T) hidden states that predict targets_M."""
+    """Right-padded rows. target_rows_M index the flattened (B*T) hidden states that predict targets_M; all int64."""
 
     inputs_BT: Tensor
     target_rows_M: Tensor
@@ -43,8 +43,10 @@ class Batch:
         return Batch(self.inputs_BT.to(device), self.target_rows_M.to(device), self.targets_M.to(device))
 
 
-def documents(texts: Sequence[str], tokenizer: Tokenizer, bos: int | None, eos: int | None, max_length: int) -> list[Example]:
-    """Plain text for CPT: begin, text, end; every token but the first is a target. Longer texts continue in a new example."""
+def documents(
+    texts: Sequence[str], tokenizer: Tokenizer, bos: int | None, eos: int | None, max_length: int
+) -> list[Example]:
+    """Text for CPT: begin, text, end; every token but the first is a target. Longer texts go on in a new example."""
     examples = []
     for text in texts:
         tokens = [*([] if bos is None else [bos]), *tokenizer.encode(text), *([] if eos is None else [eos])]
@@ -56,10 +58,15 @@ def documents(texts: Sequence[str], tokenizer: Tokenizer, bos: int | None, eos: 
 
 
 def responses(
-    pairs: Pairs, languages: tuple[str, str], prompt: Prompt, chat: ChatFormat, tokenizer: Tokenizer,
-    bos: int | None, eos: int | None,
-) -> list[Example]:  # fmt: skip
-    """Pairs for SFT: the rendered prompt, then the target and the token that ends a turn; the latter two are targets."""
+    pairs: Pairs,
+    languages: tuple[str, str],
+    prompt: Prompt,
+    chat: ChatFormat,
+    tokenizer: Tokenizer,
+    bos: int | None,
+    eos: int | None,
+) -> list[Example]:
+    """Pairs for SFT: the rendered prompt, then as targets the translation and the token that ends a turn."""
     end = stop_tokens(chat, tokenizer) or (() if eos is None else (eos,))
     examples = []
     for source, target in zip(pairs.source, pairs.target):

@@ -138,8 +138,17 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         progress.step = step
-        _write(metrics, {"step": step, "loss": loss_value, "grad_norm": norm_value, "lr": rate,
-                         "tokens": tokens, "targets": targets})  # fmt: skip
+        _write(
+            metrics,
+            {
+                "step": step,
+                "loss": loss_value,
+                "grad_norm": norm_value,
+                "lr": rate,
+                "tokens": tokens,
+                "targets": targets,
+            },
+        )
         reporter.step(step, loss_value, tokens, targets)
 
     def _forward(self, batch: Batch) -> Tensor:
@@ -202,5 +211,3 @@ class Trainer:
 
 def _write(metrics: TextIO, record: dict[str, Any]) -> None:
     metrics.write(json.dumps(record) + "\n")
-
-

@@ -61,9 +61,15 @@ def shorter_than(examples: Sequence[Example], limit: int) -> list[Example]:
 
 
 def train_and_save(
-    arguments: argparse.Namespace, settings: Settings, model: Llama, tokenizer: Tokenizer,
-    examples: Sequence[Example], held_out: Sequence[Example], notes: dict[str, Any], prompt: Prompt | None,
-) -> int:  # fmt: skip
+    arguments: argparse.Namespace,
+    settings: Settings,
+    model: Llama,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+    notes: dict[str, Any],
+    prompt: Prompt | None,
+) -> int:
     """Train on the examples and leave a normal Hugging Face folder, with the run's record (run.json) beside it."""
     output = Path(arguments.output)
     trainer = Trainer(model, examples, held_out, settings, output)
@@ -76,10 +82,15 @@ def train_and_save(
     )
     outcome = trainer.run(arguments.resume, Reporter())
     record = {
-        "settings": settings.as_dict(), "data": notes, "examples": len(examples), "tokens": tokens, "targets": targets,
-        **asdict(outcome), "parameters": sum(p.numel() for p in model.parameters()),
+        "settings": settings.as_dict(),
+        "data": notes,
+        "examples": len(examples),
+        "tokens": tokens,
+        "targets": targets,
+        **asdict(outcome),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }  # fmt: skip
+    }
     model.to(DTYPES[settings.save_dtype or settings.dtype])
 
     def write(folder: Path) -> None:

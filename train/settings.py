@@ -1,4 +1,4 @@
-"""The settings of a run and their command line, shared by CPT and SFT. Defaults are the paper's, where it states one."""
+"""The settings of a run and their command line, shared by CPT and SFT. Defaults are the paper's where it has one."""
 
 import argparse
 from dataclasses import asdict, dataclass, fields
@@ -38,8 +38,16 @@ class Settings:
     checkpoint_every: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("micro_batch_size", 0), ("warmup_steps", 0), ("patience", 0),
-                            ("eval_every", 0), ("checkpoint_every", 0), ("max_length", 0)):  # fmt: skip
+        for name, least in (
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("micro_batch_size", 0),
+            ("warmup_steps", 0),
+            ("patience", 0),
+            ("eval_every", 0),
+            ("checkpoint_every", 0),
+            ("max_length", 0),
+        ):
             if getattr(self, name) < least:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
         if not 0 < self.lr < 1:
@@ -84,10 +92,14 @@ def add_arguments(parser: argparse.ArgumentParser, epochs: int) -> None:
     """Where the model comes from and goes to, and every field of Settings."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", metavar="DIR", help="folder or hub id to start from")
-    source.add_argument("--init", metavar="CONFIG", help="config.json to start from, with fresh weights (needs --tokenizer)")
+    source.add_argument(
+        "--init", metavar="CONFIG", help="config.json to start from, with fresh weights (needs --tokenizer)"
+    )
     parser.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer, if not the model's")
     parser.add_argument("--output", metavar="DIR", required=True, help="folder of the finished model and of the run")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output, if there is one")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in --output, if there is one"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: the first GPU, else the CPU")
     group = parser.add_argument_group("settings")
     for field in fields(Settings):
@@ -95,8 +107,14 @@ def add_arguments(parser: argparse.ArgumentParser, epochs: int) -> None:
         default = epochs if field.name == "epochs" else field.default
         kind = type(default)
         text = HELP[field.name] + (f" (default {default})" if default != "" else "")
-        group.add_argument(name, type=kind, default=default, choices=CHOICES.get(field.name), help=text,
-                           metavar=None if field.name in CHOICES else kind.__name__.upper())  # fmt: skip
+        group.add_argument(
+            name,
+            type=kind,
+            default=default,
+            choices=CHOICES.get(field.name),
+            help=text,
+            metavar=None if field.name in CHOICES else kind.__name__.upper(),
+        )
 
 
 def settings_from(arguments: argparse.Namespace) -> Settings:

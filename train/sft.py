@@ -17,16 +17,18 @@ from train.settings import add_arguments, settings_from
 
 EXAMPLES = """examples:
   python -m train.sft --model runs/base-ja --train alt:ja-en:train --source ja --target en --output runs/S_src
-  python -m train.sft --model DIR --train pairs.tsv --valid valid.tsv --source de --target en --prompt plain --output DIR
+  python -m train.sft --model DIR --train pairs.tsv --valid v.tsv --source de --target en --prompt plain --output O
   python -m train.sft --model DIR --train train.ja.gz train.en.gz --source ja --target en --both-directions --output DIR
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m train.sft", description="Fine-tuning on sentence pairs, loss on the response alone.", epilog=EXAMPLES,
+        prog="python -m train.sft",
+        description="Fine-tuning on sentence pairs, loss on the response alone.",
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     files = "one TSV, JSON lines or parquet file, two line-aligned files, or a split such as alt:ja-en:train"
     parser.add_argument("--train", nargs="+", required=True, metavar="FILE", help=files)
     parser.add_argument("--valid", nargs="+", metavar="FILE", help="held-out pairs for the validation loss, likewise")
@@ -64,9 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not examples:
         raise InputError(f"{pairs.origin}: every example is over {limit} tokens; raise --max-length")
     notes = {
-        "train": pairs.describe(), "valid": held_out.describe() if held_out else None, "source": arguments.source,
-        "target": arguments.target, "both_directions": arguments.both_directions, "prompt": prompt.name, "chat": chat.name,
-    }  # fmt: skip
+        "train": pairs.describe(),
+        "valid": held_out.describe() if held_out else None,
+        "source": arguments.source,
+        "target": arguments.target,
+        "both_directions": arguments.both_directions,
+        "prompt": prompt.name,
+        "chat": chat.name,
+    }
     return train_and_save(arguments, settings, model, tokenizer, examples, valid, notes, prompt)
 
 

@@ -1,0 +1,58 @@
+"""BLEU and chrF of sacrebleu, each with the signature that repeats it.
+
+Every language has BLEU with sacrebleu's default tokenizer `13a`, and those written without spaces also with their own:
+`ja-mecab`, `zh`, `ko-mecab`. The two are different numbers, never to be compared with each other.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minillama.errors import InputError
+
+OWN_TOKENIZERS = {"ja": "ja-mecab", "zh": "zh", "ko": "ko-mecab"}
+OPTIONAL_TOKENIZERS = {"ja-mecab": "MeCab", "ko-mecab": "mecab_ko"}
+
+
+@dataclass(frozen=True)
+class TextMetric:
+    """One sacrebleu metric with its references inside. `key` names it in reports, `label` in tables."""
+
+    key: str
+    label: str
+    metric: Any
+
+
+def bleu_tokenizers(target: str | None) -> list[str]:
+    """The tokenizers BLEU is reported with for a target language, `13a` first."""
+    own = OWN_TOKENIZERS.get((target or "").lower().replace("_", "-").split("-")[0])
+    if own is None:
+        return ["13a"]
+    module = OPTIONAL_TOKENIZERS.get(own)
+    if module and importlib.util.find_spec(module) is None:
+        if own == "ko-mecab":  # an extra of sacrebleu that is not among what we require
+            return ["13a"]
+        raise InputError(f"BLEU with {own} needs MeCab: pip install 'sacrebleu[ja]'")
+    return ["13a", own]
+
+
+def text_metrics(names: Sequence[str], references: Sequence[str], target: str | None) -> list[TextMetric]:
+    """Those of `bleu`, `chrf`, `chrf++`, `ter` among the names, in the names' order; BLEU once for each tokenizer."""
+    from sacrebleu.metrics import BLEU, CHRF, TER
+
+    found: list[TextMetric] = []
+    stream = [list(references)]
+    for name in names:
+        if name == "bleu":
+            for tokenizer in bleu_tokenizers(target):
+                key = "bleu" if tokenizer == "13a" else f"bleu_{tokenizer.replace('-', '_')}"
+                metric = BLEU(tokenize=tokenizer, references=stream)
+                found.append(TextMetric(key, f"BLEU {tokenizer}", metric))
+        elif name == "chrf":
+            found.append(TextMetric("chrf", "chrF2", CHRF(references=stream)))
+        elif name == "chrf++":
+            found.append(TextMetric("chrf++", "chrF2++", CHRF(word_order=2, references=stream)))
+        elif name == "ter":
+            found.append(TextMetric("ter", "TER", TER(references=stream)))
+    return found

@@ -1,0 +1,85 @@
+"""The built-in demo: real trained models translate real sentences, alone and together."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from corpora import sample
+from decode.ensemble import Ensemble
+from decode.expression import spell
+from decode.members import Options, load_ensemble, open_readers
+from decode.report import scores
+from decode.session import Session
+from minillama import InputError
+
+FOLDER = Path(__file__).resolve().parent.parent / "demo"
+SYSTEMS = {
+    "L alone": {"L": 1.0},
+    "Proxy-tuning": {"L": 1.0, "S_mt": 1.0, "S_base": -1.0},
+    "Collab-MT": {"L": 1.0, "S_src": 1.0, "S_tgt": 1.0},
+}
+SHOWN = 8
+
+
+def demo() -> int:
+    """Translate the sample with three systems, show some sentences side by side and a table of scores."""
+    names = ("L", "S_base", "S_mt", "S_src", "S_tgt")
+    missing = [name for name in names if not (FOLDER / name / "config.json").exists()]
+    if missing:
+        raise InputError(
+            f"{FOLDER}: the demo's models {', '.join(missing)} are not there; run from a clone of the repository, "
+            "or train them with demo/train.sh"
+        )
+    pairs = sample("ja", "en")
+    print(
+        f"{len(pairs)} sentences of {pairs.origin}, Japanese to English, {len(SYSTEMS)} systems on the CPU",
+        file=sys.stderr,
+    )
+    readers = open_readers({name: str(FOLDER / name) for name in names}, None, None)
+    ensemble, _ = load_ensemble(readers, dict.fromkeys(names, 1.0), torch.float32, torch.device("cpu"))
+    models = {member.name: member.model for member in ensemble.members}
+    outputs: dict[str, list[str]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for system, weights in SYSTEMS.items():
+        part = Ensemble(models, weights)
+        used = [reader for reader in readers if reader.name in part.names]
+        session = Session(part, used, Options("ja", "en", max_new_tokens=128))
+        lines = {line: text for line, text, _ in session.translate(session.encode(pairs.source, "sample"))}
+        outputs[system] = [lines[line] for line in range(len(pairs))]
+        rows[system] = {
+            **scores(outputs[system], pairs.target, "en"),
+            "tokens_per_second": session.counters.tokens / session.seconds,
+        }
+    _show(pairs.source, pairs.target, outputs, rows)
+    return 0
+
+
+def _show(
+    sources: list[str], references: list[str], outputs: dict[str, list[str]], rows: dict[str, dict[str, Any]]
+) -> None:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    differing = [i for i in range(len(sources)) if len({output[i] for output in outputs.values()}) > 1]
+    for index in differing[:SHOWN]:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_row("Japanese", sources[index], style="bold")
+        for system, output in outputs.items():
+            grid.add_row(system, output[index])
+        grid.add_row("reference", references[index], style="dim")
+        console.print(grid)
+        console.print()
+    table = Table("system", "next token from the softmax of", "BLEU", "chrF", "tokens/s")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for system, row in rows.items():
+        speed = f"{row['tokens_per_second']:,.0f}"
+        table.add_row(system, spell(SYSTEMS[system]), f"{row['bleu']:.1f}", f"{row['chrf']:.1f}", speed)
+    console.print(table)
+    any_row = next(iter(rows.values()))
+    console.print(f"BLEU {any_row['bleu_signature']}\nchrF {any_row['chrf_signature']}", soft_wrap=True)
+    console.print(
+        f"{len(sources)} sentences are a small sample: differences of a point or two are noise. README.md has 500."
+    )

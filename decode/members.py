@@ -1,0 +1,168 @@
+"""From model folders to an ensemble that reads text: tokenizers, chat formats, prompts, then weights.
+
+Everything cheap is opened and checked first, so that bad input is refused before a weight is read.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from corpora import Prompt
+from decode.ensemble import Ensemble
+from decode.vocabulary import check_shared
+from minillama import InputError, Llama, Tokenizer
+from minillama.chat import ChatFormat, chat_format, render, stop_tokens
+from minillama.weights import Checkpoint, open_folder, resolve_folder
+
+PROMPT_FILE = "prompt.toml"
+TOO_LONG = ("error", "truncate", "skip")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How sentences are read and decoded. Languages are codes such as `ja`."""
+
+    source: str
+    target: str
+    max_new_tokens: int = 256
+    batch_size: int = 16
+    too_long: str = "error"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How one member reads a sentence: its tokenizer, chat format, prompt and context."""
+
+    name: str
+    folder: Path
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    chat: ChatFormat
+    prompt: Prompt
+
+    @property
+    def context(self) -> int:
+        return self.checkpoint.config.max_position_embeddings
+
+    def encode(self, sentence: str, source: str, target: str) -> list[int]:
+        messages = self.prompt.messages(sentence, source, target)
+        return render(messages, self.chat, self.tokenizer, self.checkpoint.config.bos_token_id)
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """A group of `count` lines, ready to decode: prompts and their 0-based lines; `empty` lines have none.
+
+    A skipped line is too long and empty, a truncated one too long and shortened.
+    """
+
+    count: int
+    lines: list[int]
+    prompts: list[tuple[list[int], ...]]
+    empty: list[int]
+    skipped: list[int]
+    truncated: list[int]
+
+
+def open_readers(
+    folders: Mapping[str, str], prompts: Mapping[str, str | None] | None, chats: Mapping[str, str | None] | None
+) -> list[Reader]:
+    """Open every member's folder; without a prompt named for it a member uses its folder's, or the paper's.
+
+    Raises InputError for what cannot be run and for vocabularies that differ.
+    """
+    readers = []
+    opened: dict[Path, tuple[Checkpoint, Tokenizer]] = {}
+    for name, spec in folders.items():
+        folder = resolve_folder(spec).resolve()
+        if folder not in opened:
+            opened[folder] = (open_folder(folder), Tokenizer.from_pretrained(folder))
+        checkpoint, tokenizer = opened[folder]
+        size = checkpoint.config.vocab_size
+        if len(tokenizer) > size:
+            raise InputError(f"{folder}: the tokenizer has {len(tokenizer):,} entries, the model only {size:,}")
+        wanted = prompts.get(name) if prompts else None
+        prompt = Prompt.load(wanted or (folder if (folder / PROMPT_FILE).exists() else "paper"))
+        chat = chat_format(chats.get(name) if chats else None, tokenizer)
+        readers.append(Reader(name, folder, checkpoint, tokenizer, chat, prompt))
+    check_shared({reader.name: reader.tokenizer for reader in readers})
+    sizes = {reader.name: reader.checkpoint.config.vocab_size for reader in readers}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        raise InputError(f"the models' vocabularies differ in size: {listed}")
+    return readers
+
+
+def load_ensemble(
+    readers: Sequence[Reader], weights: Mapping[str, float], dtype: torch.dtype, device: torch.device
+) -> tuple[Ensemble, float]:
+    """Load the weights of all members at once, a folder named twice only once; returns the ensemble and the seconds."""
+    started = time.monotonic()
+    folders = list(dict.fromkeys(reader.folder for reader in readers))
+    with ThreadPoolExecutor(len(folders)) as pool:
+        loaded = dict(zip(folders, pool.map(lambda folder: Llama.from_pretrained(folder, dtype, device), folders)))
+    models = {}
+    for reader in readers:
+        model = loaded[reader.folder]
+        ends = stop_tokens(reader.chat, reader.tokenizer)
+        model.stop_tokens = tuple(dict.fromkeys(model.stop_tokens + ends))
+        models[reader.name] = model
+    return Ensemble(models, dict(weights)), time.monotonic() - started
+
+
+def encode_sentences(
+    sentences: Sequence[str], readers: Sequence[Reader], options: Options, where: str, first_line: int = 0
+) -> Sentences:
+    """Prompts of every sentence that is not blank; raises InputError naming the line of one that fits no context."""
+    found = Sentences(len(sentences), [], [], [], [], [])
+    for line, sentence in enumerate(sentences, first_line):
+        if not sentence.strip():
+            found.empty.append(line)
+            continue
+        prompt = tuple(reader.encode(sentence, options.source, options.target) for reader in readers)
+        if (tight := _tightest(prompt, readers)) is not None:
+            reader, length = tight
+            if options.too_long == "error":
+                raise InputError(
+                    f"{where}:{line + 1}: the sentence makes {length} tokens for {reader.name}, whose context is "
+                    f"{reader.context}; shorten it, or give --too-long truncate or skip"
+                )
+            if options.too_long == "skip":
+                found.skipped.append(line)
+                found.empty.append(line)
+                continue
+            prompt = _truncate(sentence, readers, options, f"{where}:{line + 1}")
+            found.truncated.append(line)
+        found.lines.append(line)
+        found.prompts.append(prompt)
+    return found
+
+
+def _tightest(prompt: Sequence[list[int]], readers: Sequence[Reader]) -> tuple[Reader, int] | None:
+    """The first member whose context has no room for one token behind the prompt."""
+    for reader, part in zip(readers, prompt):
+        if len(part) >= reader.context:
+            return reader, len(part)
+    return None
+
+
+def _truncate(sentence: str, readers: Sequence[Reader], options: Options, where: str) -> tuple[list[int], ...]:
+    """The longest beginning of the sentence that leaves every member half of its context for the translation."""
+
+    def prompt_of(count: int) -> tuple[list[int], ...]:
+        return tuple(reader.encode(sentence[:count], options.source, options.target) for reader in readers)
+
+    low, high = 0, len(sentence)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if all(2 * len(part) <= reader.context for part, reader in zip(prompt_of(middle), readers)):
+            low = middle
+        else:
+            high = middle - 1
+    if low == 0:
+        raise InputError(f"{where}: the prompt alone fills half of a member's context; use a shorter prompt")
+    return prompt_of(low)

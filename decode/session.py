@@ -1,0 +1,44 @@
+"""A loaded ensemble with the readers of its members: sentences in, translations out, work counted on the way."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from decode.ensemble import Ensemble
+from decode.members import Options, Reader, Sentences, encode_sentences
+from decode.translate import Counters, Translation, decode
+
+
+@dataclass
+class Session:
+    """`translate` may be called for one group of lines after another; the counts run on. `seconds`: decoding alone."""
+
+    ensemble: Ensemble
+    readers: Sequence[Reader]
+    options: Options
+    counters: Counters = field(default_factory=Counters)
+    lines: int = 0
+    skipped: list[int] = field(default_factory=list)
+    truncated: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def encode(self, sentences: Sequence[str], where: str) -> Sentences:
+        """Prompts of the next group of lines; raises InputError naming the line of one that is too long."""
+        return encode_sentences(sentences, self.readers, self.options, where, self.lines)
+
+    def translate(self, prepared: Sentences) -> Iterator[tuple[int, str, Translation | None]]:
+        """(line, text, translation) as each line ends; blank and skipped lines are empty and have no translation."""
+        self.skipped += [line + 1 for line in prepared.skipped]
+        self.truncated += [line + 1 for line in prepared.truncated]
+        self.lines += prepared.count
+        for line in prepared.empty:
+            yield line, "", None
+        tokenizer, stops = self.readers[0].tokenizer, self.ensemble.stop_tokens
+        limits = self.options.max_new_tokens, self.options.batch_size
+        started = time.perf_counter()
+        for index, translation in decode(self.ensemble, prepared.prompts, *limits, stops, self.counters):
+            self.seconds += time.perf_counter() - started
+            # A model may write line breaks; a translation is one line.
+            yield prepared.lines[index], " ".join(tokenizer.decode(translation.tokens).split()), translation
+            started = time.perf_counter()
+        self.seconds += time.perf_counter() - started

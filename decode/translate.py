@@ -1,0 +1,156 @@
+"""Continuous batching: which prompt goes into which row, and when.
+
+The longest prompts start first. A row that ends is refilled at once, results come out as they end, and a row's result
+does not depend on its neighbours: no row is padded to another's length, and every row has its own positions.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from decode.ensemble import Ensemble, Rows
+from minillama import InputError
+
+Prompt = Sequence[int]
+# One list for all members, or one per member by name.
+Prompts = Sequence[Prompt] | Mapping[str, Sequence[Prompt]]
+
+
+@dataclass(frozen=True)
+class Translation:
+    """`finished` says why it ended: "stop" (a stop token, not included) or "length"."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    finished: str
+
+
+@dataclass
+class Translations:
+    """In the order of the prompts: new tokens (prompt and stop token not included), their log-probabilities in nats."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    finished: list[str]
+    steps: int = 0
+
+
+@dataclass
+class Counters:
+    """What decoding did: forward passes of the whole ensemble, tokens kept."""
+
+    steps: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class _Row:
+    index: int
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+def translate(
+    ensemble: Ensemble,
+    prompts: Prompts,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    ignore_eos: bool = False,
+    on_finished: Callable[[int, Translation], None] | None = None,
+) -> Translations:
+    """Greedy decoding of all prompts; `on_finished(index, translation)` is called as each one ends.
+
+    prompts: token ids, a list per sentence, or {"L": [...], "S": [...]} with a list per member. With ignore_eos stop
+    tokens are ordinary ones and every result has max_new_tokens, as far as the context reaches. Raises InputError for
+    prompts that do not fit a member's context, FloatingPointError when a member's logits are NaN or infinite.
+    """
+    rows = per_member(ensemble, prompts)
+    counters = Counters()
+    results: list[Translation | None] = [None] * len(rows)
+    stops = frozenset() if ignore_eos else ensemble.stop_tokens
+    for index, translation in decode(ensemble, rows, max_new_tokens, batch_size, stops, counters):
+        results[index] = translation
+        if on_finished is not None:
+            on_finished(index, translation)
+    done = [result for result in results if result is not None]
+    return Translations(
+        [result.tokens for result in done],
+        [result.logprobs for result in done],
+        [result.finished for result in done],
+        counters.steps,
+    )
+
+
+def per_member(ensemble: Ensemble, prompts: Prompts) -> list[tuple[list[int], ...]]:
+    """For each sentence a tuple of prompts in the members' order; raises InputError if lists are missing or unequal."""
+    if not isinstance(prompts, Mapping):
+        return [(list(prompt),) * len(ensemble.members) for prompt in prompts]
+    missing = [name for name in ensemble.names if name not in prompts]
+    if missing:
+        raise InputError(f"no prompts for {', '.join(missing)}; every member needs a list")
+    counts = {name: len(prompts[name]) for name in ensemble.names}
+    if len(set(counts.values())) > 1:
+        raise InputError(f"the members have unequal numbers of prompts: {counts}")
+    return [tuple(list(prompt) for prompt in row) for row in zip(*(prompts[name] for name in ensemble.names))]
+
+
+def room(ensemble: Ensemble, prompt: Sequence[Prompt]) -> int:
+    """New tokens that every member's context has room for behind its prompt; zero or less: the prompt does not fit."""
+    return min(context - len(part) for context, part in zip(ensemble.context.values(), prompt))
+
+
+def decode(
+    ensemble: Ensemble,
+    prompts: Sequence[tuple[list[int], ...]],
+    max_new_tokens: int,
+    batch_size: int,
+    stops: frozenset[int],
+    counters: Counters,
+) -> Iterator[tuple[int, Translation]]:
+    """Yield (index, translation) as sentences end, longest prompts started first."""
+    if max_new_tokens < 1 or batch_size < 1:
+        raise InputError(f"max_new_tokens {max_new_tokens} and batch_size {batch_size} must be at least 1")
+    limits = [min(max_new_tokens, room(ensemble, prompt)) for prompt in prompts]
+    for index, (prompt, limit) in enumerate(zip(prompts, limits)):
+        if not all(prompt):
+            raise InputError(f"prompt {index + 1} is empty; a model needs at least one token to go on from")
+        if limit < 1:
+            raise InputError(
+                f"prompt {index + 1} has {max(map(len, prompt))} tokens; a member's context has no room behind it"
+            )
+    if not prompts:
+        return
+    capacity = [
+        max(len(prompt[n]) + limit for prompt, limit in zip(prompts, limits)) for n in range(len(ensemble.members))
+    ]
+    rows = Rows(ensemble, min(batch_size, len(prompts)), capacity)
+    waiting = sorted(range(len(prompts)), key=lambda index: sum(map(len, prompts[index])))  # the last is the longest
+    active: list[_Row] = []
+    while waiting or active:
+        free = min(rows.batch_size - len(active), len(waiting))
+        if free:
+            started = [waiting.pop() for _ in range(free)]
+            choice = rows.add([prompts[index] for index in started])
+            first = len(active)
+            active += [_Row(index, limits[index]) for index in started]
+        else:
+            choice = rows.step([row.tokens[-1] for row in active])
+            first = 0
+        counters.steps += 1
+        ended = []
+        for number, (token, logprob) in enumerate(zip(choice.tokens, choice.logprobs), first):
+            row = active[number]
+            if token in stops:
+                ended.append((number, "stop"))
+                continue
+            row.tokens.append(token)
+            row.logprobs.append(logprob)
+            counters.tokens += 1
+            if len(row.tokens) == row.limit:
+                ended.append((number, "length"))
+        finished = [(active[number], reason) for number, reason in ended]
+        for source, target in rows.remove([number for number, _ in ended]):
+            active[target] = active[source]
+        del active[len(rows) :]
+        for row, reason in finished:
+            yield row.index, Translation(row.tokens, row.logprobs, reason)
