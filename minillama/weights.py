@@ -36,7 +36,8 @@ HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "prompt.toml"]
 class Checkpoint:
     """A model's folder before its data is read. `tensors` yields (name, tensor) lazily, names as in Hugging Face's.
 
-    dtype: that of the embedding; a checkpoint that keeps some tensors in another one is loaded in this.
+    dtype: that of the embedding; a checkpoint that keeps some tensors in another one is loaded in this. copy: tensors
+    must be copied even where they fit: a view of the map would keep all of it in memory beside what was reordered.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class Checkpoint:
     dtype: torch.dtype
     shapes: dict[str, tuple[int, ...]]
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
+    copy: bool = False
 
 
 def resolve_folder(name: str | Path) -> Path:
@@ -83,7 +85,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | 
     for name, tensor in checkpoint.tensors():
         if name in parameters:
             owner, _, leaf = name.rpartition(".")
-            tensor = tensor.to(device=device, dtype=dtype or checkpoint.dtype)
+            tensor = tensor.to(device=device, dtype=dtype or checkpoint.dtype, copy=checkpoint.copy)
             setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=True))
             filled.add(name)
     assert filled == parameters.keys()
@@ -243,7 +245,7 @@ def _open_meta(folder: Path) -> Checkpoint:
                 del tensor
 
     dtype = parts[0]["tok_embeddings.weight"].dtype
-    return Checkpoint(folder, config, config.eos_token_id, dtype, shapes, tensors)
+    return Checkpoint(folder, config, config.eos_token_id, dtype, shapes, tensors, copy=True)
 
 
 def _map_pth(file: Path) -> dict[str, Tensor]:
@@ -307,10 +309,9 @@ def _joined_shape(name: str, parts: list[dict[str, Tensor]], files: list[Path]) 
 
 
 def _joined(name: str, parts: list[dict[str, Tensor]]) -> Tensor:
-    """One tensor of all files. A copy even of one file's: what stays a view would keep the whole map in memory."""
     if _is_split(name, parts):
         return torch.cat([part[name] for part in parts], dim=_split_axis(name))
-    return parts[0][name].clone()
+    return parts[0][name]
 
 
 def _same_output(parts: list[dict[str, Tensor]]) -> bool:

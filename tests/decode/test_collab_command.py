@@ -1,0 +1,231 @@
+"""`python -m decode.collab` as a user meets it: outputs, reports, streaming, interruption, and every refusal in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import sacrebleu
+
+from corpora import sample
+from decode import Ensemble, translate
+from decode.collab import main
+from decode.members import open_readers
+from minillama import InputError, Llama
+from minillama.errors import exit_code
+
+PAIRS = sample()
+
+
+@pytest.fixture
+def texts(tmp_path):
+    (tmp_path / "src.txt").write_text("\n".join(PAIRS.source[:6]) + "\n", encoding="utf-8")
+    (tmp_path / "ref.txt").write_text("\n".join(PAIRS.target[:6]) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+def arguments(folders, texts, *extra, names=("A", "C"), combine=None):
+    models = [part for name in names for part in ("--model", f"{name}={folders[name]}")]
+    combination = ["--combine", combine] if combine else []
+    languages = ["--source", "ja", "--target", "en", "--input", str(texts / "src.txt"), "--max-new-tokens", "12"]
+    return [*models, *combination, *languages, *extra]
+
+
+def command(*args, **kwargs):
+    return subprocess.Popen([sys.executable, "-m", "decode.collab", *args], stderr=subprocess.PIPE, **kwargs)
+
+
+def refusal(argv, capsys):
+    """Exit code and standard error of a command line that is to be refused."""
+    code = exit_code(lambda: main(argv))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    return code, captured.err
+
+
+def test_the_output_is_that_of_the_python_interface_line_by_line(model_folders, texts):
+    assert main(arguments(model_folders, texts, "--output", str(texts / "hyp.txt"), combine="A + 0.5*C")) == 0
+    readers = open_readers({name: str(model_folders[name]) for name in ("A", "C")}, None, None)
+    models = {name: Llama.from_pretrained(model_folders[name]) for name in ("A", "C")}
+    prompts = [readers[0].encode(sentence, "ja", "en") for sentence in PAIRS.source[:6]]
+    result = translate(Ensemble(models, "A + 0.5*C"), prompts, max_new_tokens=12)
+    expected = [" ".join(readers[0].tokenizer.decode(tokens).split()) for tokens in result.tokens]
+    assert (texts / "hyp.txt").read_text(encoding="utf-8").split("\n") == [*expected, ""]
+
+
+def test_the_report_has_what_the_contract_names_and_sacrebleus_own_scores(model_folders, texts):
+    hyp, report = texts / "hyp.txt", texts / "run.json"
+    extra = ("--reference", str(texts / "ref.txt"), "--output", str(hyp), "--report", str(report))
+    assert main(arguments(model_folders, texts, *extra)) == 0
+    found = json.loads(report.read_text())
+    named = """sentences output_tokens seconds load_seconds tokens_per_second sentences_per_second steps combine weights
+               models device dtype versions bleu chrf bleu_signature chrf_signature"""
+    assert set(named.split()) <= found.keys()
+    assert found["sentences"] == 6
+    assert found["weights"] == {"A": 1.0, "C": 1.0}
+    hypotheses = hyp.read_text(encoding="utf-8").splitlines()
+    assert found["bleu"] == sacrebleu.corpus_bleu(hypotheses, [PAIRS.target[:6]]).score
+    assert found["chrf"] == sacrebleu.corpus_chrf(hypotheses, [PAIRS.target[:6]]).score
+
+
+def test_blank_lines_stay_blank_and_in_place(model_folders, texts):
+    (texts / "src.txt").write_text(f"{PAIRS.source[0]}\n\n{PAIRS.source[1]}\n", encoding="utf-8")
+    assert main(arguments(model_folders, texts, "--output", str(texts / "hyp.txt"), names=("A",))) == 0
+    lines = (texts / "hyp.txt").read_text(encoding="utf-8").split("\n")
+    assert len(lines) == 4
+    assert lines[1] == lines[3] == ""
+    assert lines[0] and lines[2]
+
+
+def test_an_empty_input_is_an_empty_output(model_folders, texts):
+    (texts / "src.txt").write_text("")
+    assert main(arguments(model_folders, texts, "--output", str(texts / "hyp.txt"))) == 0
+    assert (texts / "hyp.txt").read_text() == ""
+
+
+def test_standard_input_is_answered_line_by_line_before_it_ends(model_folders):
+    models = ["--model", f"A={model_folders['A']}"]
+    options = ["--source", "ja", "--target", "en", "--input", "-", "--max-new-tokens", "8"]
+    with command(*models, *options, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        for sentence in PAIRS.source[:3]:
+            process.stdin.write(sentence.encode() + b"\n")
+            process.stdin.flush()
+            assert process.stdout.readline().endswith(b"\n")
+        process.stdin.close()
+        assert process.wait(60) == 0
+        assert process.stdout.read() == b""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_keeps_the_finished_sentences_and_counts_them(model_folders, texts, kind):
+    (texts / "src.txt").write_text("\n".join(PAIRS.source * 100) + "\n", encoding="utf-8")
+    output = texts / "hyp.txt"
+    extra = ("--output", str(output), "--batch-size", "2", "--max-new-tokens", "40")
+    with command(*arguments(model_folders, texts, *extra, names=("A",))) as process:
+        process.stderr.readline()  # what it will do
+        while not (output.exists() and output.stat().st_size):
+            time.sleep(0.05)
+            if process.poll() is not None:
+                break
+        os.kill(process.pid, kind)
+        error = process.stderr.read().decode()
+        assert process.wait(60) == 130
+    assert "Traceback" not in error
+    lines = output.read_text(encoding="utf-8").split("\n")
+    count = int(error.split("interrupted: ")[1].split(" of 4,000")[0].replace(",", ""))
+    gaps = int(error.split("; ")[-1].split(" empty")[0].replace(",", "")) if "empty lines" in error else 0
+    assert len(lines) - 1 == count + gaps
+
+
+def test_members_may_have_prompts_of_their_own(model_folders, texts, tmp_path):
+    report = tmp_path / "run.json"
+    extra = ("--report", str(report), "--output", str(tmp_path / "h"), "--prompt", "C=plain", "--prompt", "paper-user")
+    assert main(arguments(model_folders, texts, *extra)) == 0
+    assert json.loads(report.read_text())["prompts"] == {"A": "paper-user", "C": "plain"}
+
+
+@pytest.mark.parametrize("choice", ["truncate", "skip"])
+def test_a_sentence_beyond_the_context_is_truncated_or_skipped_when_asked(model_folders, texts, choice):
+    (texts / "src.txt").write_text("\n".join([PAIRS.source[0], "長い" * 300, PAIRS.source[1]]) + "\n", encoding="utf-8")
+    report = texts / "run.json"
+    extra = ("--too-long", choice, "--output", str(texts / "hyp.txt"), "--report", str(report))
+    assert main(arguments(model_folders, texts, *extra)) == 0
+    found = json.loads(report.read_text())
+    assert found["skipped_lines"] == ([2] if choice == "skip" else [])
+    assert found["truncated_lines"] == ([2] if choice == "truncate" else [])
+    assert bool((texts / "hyp.txt").read_text(encoding="utf-8").split("\n")[1]) == (choice == "truncate")
+
+
+def test_refused_expressions_exit_with_2_and_one_line(model_folders, texts, capsys):
+    for combine, named in [("A + X", "X is unknown"), ("A", "C is given"), ("A + C/2", "no division"), ("(A + C", "')'")]:
+        code, error = refusal(arguments(model_folders, texts, combine=combine), capsys)
+        assert code == 2
+        assert named in error
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: (t / "src.txt").write_bytes(b"fine\n\xff\xfe bad\n"), "src.txt:2"),
+        (lambda t: (t / "src.txt").unlink(), "src.txt"),
+        (lambda t: (t / "ref.txt").write_text("one\n"), "6 lines"),
+        (lambda t: (t / "src.txt").write_text("長い" * 300 + "\n" + "x\n" * 5, encoding="utf-8"), "src.txt:1"),
+    ],
+)
+def test_bad_texts_are_refused_and_nothing_is_written(model_folders, texts, capsys, change, named):
+    change(texts)
+    output = texts / "hyp.txt"
+    extra = ("--reference", str(texts / "ref.txt"), "--output", str(output))
+    code, error = refusal(arguments(model_folders, texts, *extra), capsys)
+    assert code == 2
+    assert named in error
+    assert error.count("\n") == 1
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        (("--device", "cuda"), "no CUDA device here"),
+        (("--device", "abacus"), "abacus"),
+        (("--output", "/no/such/folder/hyp.txt"), "/no/such/folder/hyp.txt: cannot be written"),
+        (("--report", "/no/such/folder/run.json"), "/no/such/folder/run.json: cannot be written"),
+        (("--output", "SRC"), "is also an input"),
+        (("--chat", "llama3"), "<|eot_id|>"),
+        (("--prompt", "nonsense"), "nonsense"),
+        (("--prompt", "X=plain"), "X is no model"),
+        (("--batch-size", "0"), "--batch-size 0"),
+        (("--source", "xx-unknown"), "xx-unknown"),
+    ],
+)
+def test_bad_options_are_refused(model_folders, texts, capsys, extra, named, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    extra = [str(texts / "src.txt") if part == "SRC" else part for part in extra]
+    code, error = refusal(arguments(model_folders, texts, *extra), capsys)
+    assert code == 2
+    assert named in error
+    assert error.count("\n") == 1
+    assert (texts / "src.txt").read_text(encoding="utf-8").split("\n")[0] == PAIRS.source[0]
+
+
+def test_folders_that_are_no_models_are_refused(model_folders, texts, capsys, tmp_path):
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    for file in Path(model_folders["A"]).iterdir():
+        (cut / file.name).write_bytes(file.read_bytes())
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-1000])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for folder, named in [(tmp_path / "nowhere", "no such folder"), (empty, "not a model"), (cut, "truncated")]:
+        code, error = refusal(arguments({"A": folder, "C": model_folders["C"]}, texts), capsys)
+        assert code == 2
+        assert named in error
+        assert str(folder) in error
+
+
+def test_different_vocabularies_are_refused_with_the_entries_that_differ(model_folders, texts, capsys, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in Path(model_folders["A"]).iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    content = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    by_id = {index: piece for piece, index in vocabulary.items()}
+    vocabulary[by_id[300]], vocabulary[by_id[301]] = 301, 300
+    (other / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    code, error = refusal(arguments({"A": model_folders["A"], "C": other}, texts), capsys)
+    assert code == 2
+    assert "2 ids differ, 300: " in error
+
+
+def test_a_name_given_twice_or_without_a_folder_is_refused(model_folders, texts):
+    with pytest.raises(InputError, match="given twice"):
+        main(arguments(model_folders, texts, names=("A", "A")))
+    with pytest.raises(InputError, match="expected NAME=DIR"):
+        main(["--model", str(model_folders["A"]), "--source", "ja", "--target", "en", "--input", str(texts / "src.txt")])

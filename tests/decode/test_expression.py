@@ -1,0 +1,87 @@
+"""Expressions: their weights are those of arithmetic, and what is not a weighted sum is refused by name."""
+
+import ast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from decode.expression import parse, spell
+from minillama import InputError
+
+NAMES = ["L", "S_src", "S_tgt", "S_1"]
+numbers = st.sampled_from(["0.5", "2", "1.25", ".75", "3", "1e-1"])
+
+
+@st.composite
+def linear(draw, depth=3):
+    """Source text of a linear form over NAMES."""
+    if depth == 0:
+        return draw(st.sampled_from(NAMES))
+    kind = draw(st.sampled_from(["name", "sum", "difference", "times", "minus", "parentheses"]))
+    if kind == "name":
+        return draw(st.sampled_from(NAMES))
+    inner = draw(linear(depth - 1))
+    if kind == "times":
+        number = draw(numbers)
+        return draw(st.sampled_from([f"{number}*({inner})", f"({inner}) * {number}", f"{number}*2*({inner})"]))
+    if kind == "minus":
+        return f"-({inner})"
+    if kind == "parentheses":
+        return f"( {inner} )"
+    return f"{inner} {'+' if kind == 'sum' else '-'} ({draw(linear(depth - 1))})"
+
+
+def value_in_python(expression: str, name: str) -> float:
+    """The weight of `name`: Python's own value of the expression with that name 1 and the others 0."""
+    return eval(compile(ast.parse(expression, mode="eval"), "", "eval"), {n: float(n == name) for n in NAMES})
+
+
+@given(linear())
+def test_weights_are_those_of_python_arithmetic(expression):
+    used = [name for name in NAMES if name in {node.id for node in ast.walk(ast.parse(expression)) if isinstance(node, ast.Name)}]
+    expected = {name: value_in_python(expression, name) for name in used}
+    if not any(expected.values()):
+        with pytest.raises(InputError, match="every weight is zero"):
+            parse(expression, used)
+        return
+    found = parse(expression, used)
+    assert {name: found.get(name, 0.0) for name in used} == pytest.approx(expected)
+    assert all(found.values())
+
+
+@given(st.dictionaries(st.sampled_from(NAMES), st.floats(-1e6, 1e6).filter(bool), min_size=1))
+def test_a_spelled_expression_reads_back_to_the_same_weights(weights):
+    assert parse(spell(weights), list(weights)) == weights
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        ("L + S_x", "at column 5: S_x is unknown; the models are L, S"),
+        ("L", "S is given as a model but not used"),
+        ("L + S/2", "at column 6: there is no division; write a factor, 0.5*S instead of S/2"),
+        ("(L + S", "at column 1: this '(' is never closed"),
+        ("L + S)", "at column 6: this ')' closes nothing"),
+        ("L * S", "at column 3: L is multiplied by S"),
+        ("L + S + 1", "the number 1 stands alone"),
+        ("0*L + 0*S", "every weight is zero"),
+        ("L S", "at column 3: 'S' follows without an operator"),
+        ("2L + S", "at column 2: 'L' follows without an operator"),
+        ("L + ", "it ends where a model"),
+        ("", "it ends where a model"),
+        ("L + * S", "'*' stands where a model"),
+        ("L ** S", "'*' stands where a model"),
+        ("L + 1e999*S", "the weight of S is not finite"),
+        ("L % S", "'%' is no operator"),
+    ],
+)
+def test_what_is_not_a_weighted_sum_is_refused_with_its_place(expression, message):
+    with pytest.raises(InputError) as error:
+        parse(expression, ["L", "S"])
+    assert message in str(error.value)
+    assert repr(expression) in str(error.value)
+
+
+def test_a_model_may_appear_twice_and_one_that_cancels_is_left_out():
+    assert parse("L + S_1 + 0.5*L - S_1", ["L", "S_1"]) == {"L": 1.5}

@@ -1,0 +1,46 @@
+"""Where the Triton kernels run in these tests: on the GPU if there is one (marked `gpu`), interpreted otherwise."""
+
+import os
+
+import torch
+
+# Read when a kernel is defined, so it must be set before the first import of one.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+from hypothesis import settings
+from kernel_cases import CASES_RUN
+
+settings.register_profile("kernels", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("kernels")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors gain nothing from a second thread and wait for it where the cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# numpy says so wherever an interpreted kernel meets the corners that it is tested on
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("triton", marks=[pytest.mark.gpu] if torch.cuda.is_available() else [])],
+)
+def path(request, monkeypatch):
+    """An implementation under test; its tensors live on `kernel_cases.device(path)`."""
+    monkeypatch.setenv("COLLAB_KERNELS", request.param)
+    return request.param
+
+
+def pytest_terminal_summary(terminalreporter):
+    if CASES_RUN:
+        counts = ", ".join(f"{name} {count:,}" for name, count in sorted(CASES_RUN.items()))
+        terminalreporter.write_line(f"generated kernel cases compared with float64: {counts}")

@@ -1,0 +1,85 @@
+"""Packed linear layers against float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from kernels import PackedLinear
+from kernels.packed_linear import DTYPES, INT8_ROWS, has_bfloat16_instructions, quantize_rows
+
+# worst |y - float64| over the RMS of y at D = 2,048, as the module's docstring states it
+STATED = {"float32": 6e-6, "bfloat16": 2e-2, "int8": 4e-2}
+
+
+@pytest.mark.parametrize("dtype", STATED)
+@pytest.mark.parametrize("rows", [1, 2, 5, INT8_ROWS, INT8_ROWS + 1, 64])
+def test_the_error_stays_within_what_the_docstring_states(dtype, rows):
+    generator = torch.Generator().manual_seed(rows)
+    weight_OD = torch.randn(1024, 2048, generator=generator) / 2048**0.5
+    x_RD = torch.randn(rows, 2048, generator=generator)
+    truth_RO = x_RD.double() @ weight_OD.double().T
+    error = (PackedLinear(weight_OD, dtype=dtype)(x_RD).double() - truth_RO).abs().max()
+    assert error <= STATED[dtype] * truth_RO.pow(2).mean().sqrt()
+
+
+@given(
+    shape=st.lists(st.integers(1, 4), max_size=2),
+    inputs=st.sampled_from((1, 7, 16, 33, 64, 576)),
+    outputs=st.sampled_from((1, 3, 16, 65, 200)),
+    dtype=st.sampled_from(DTYPES),
+    x_dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+    bias=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=150)
+def test_any_shape_and_dtype(shape, inputs, outputs, dtype, x_dtype, bias, seed):
+    torch.manual_seed(seed)
+    linear = nn.Linear(inputs, outputs, bias=bias)
+    x = torch.randn(*shape, inputs).to(x_dtype)
+    packed = PackedLinear(linear, dtype=dtype)
+    y = packed(x)
+    assert y.shape == (*shape, outputs)
+    assert y.dtype == x_dtype
+    truth = x.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0.0)
+    exact = packed.dtype == "float32" and x_dtype == torch.float32
+    assert ((y.double() - truth).abs() <= (1e-5 if exact else 0.06) * (1 + truth.abs())).all()
+
+
+def test_rows_do_not_change_the_storage_and_the_original_may_go():
+    linear = nn.Linear(64, 32)
+    packed = PackedLinear(linear, dtype="float32")
+    first = packed(torch.ones(1, 64))
+    storage = packed._weight
+    with torch.no_grad():
+        linear.weight.zero_()
+    assert torch.equal(packed(torch.ones(1, 64)), first)
+    packed(torch.ones(200, 64))
+    assert packed._weight is storage
+    assert not list(packed.parameters())
+    assert not packed.state_dict()
+
+
+def test_auto_loses_nothing():
+    weight = torch.randn(32, 64)
+    assert PackedLinear(weight).dtype == "float32"
+    expected = "bfloat16" if has_bfloat16_instructions() else "float32"
+    assert PackedLinear(weight.bfloat16()).dtype == expected
+
+
+def test_quantized_rows_are_within_half_a_step():
+    weight_OD = torch.randn(50, 300)
+    weight_OD[7] = 0
+    quantized_OD, scale_O = quantize_rows(weight_OD)
+    # the scale is rounded to bf16, by at most 2**-9 of it: the largest entry may be cut by 127 times that
+    error_OD = (quantized_OD.double() * scale_O.double()[:, None] - weight_OD.double()).abs()
+    assert (error_OD <= scale_O.double()[:, None] * (0.5 + 127 * 2.0**-8)).all()
+    assert (error_OD.median(dim=1).values <= scale_O.double() * 0.5).all()
+
+
+def test_what_cannot_be_packed_is_refused():
+    with pytest.raises(ValueError, match="float64"):
+        PackedLinear(torch.ones(2, 2), dtype="float64")
+    with pytest.raises(ValueError, match=r"\(O, D\)"):
+        PackedLinear(torch.ones(2))

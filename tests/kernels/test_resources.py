@@ -1,0 +1,71 @@
+"""What the compiler makes of the kernels, for GPUs that this machine does not have."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kernels.resources import TARGETS, load_bytes, occupancy
+
+KEYS = {"kernel", "variant", "target", "registers", "spills", "shared_bytes", "load_bytes"}
+
+
+def rows_of(*arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "kernels.resources", "--json", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def assert_within_limits(rows):
+    assert rows
+    for row in rows:
+        assert row.keys() >= KEYS
+        assert row["spills"] == 0, row
+        assert row["load_bytes"] == (16 if row["aligned"] else 2), row
+        assert 0 < row["registers"] <= 255, row
+        assert row["occupancy"] >= 0.125, row
+
+
+def test_no_spills_and_wide_loads_where_most_is_decoded():
+    pytest.importorskip("triton")
+    for arguments in (["--kernel", "fused_logits", "--variant", "argmax N=3"], ["--kernel", "truncated_sample"]):
+        assert_within_limits(rows_of(*arguments, "--target", "sm_90", "--target", "gfx942"))
+
+
+@pytest.mark.slow
+def test_no_spills_and_wide_loads_for_every_variant_and_target():
+    rows = rows_of()
+    assert {row["target"] for row in rows} == set(TARGETS)
+    assert {row["kernel"] for row in rows} == {"fused_logits", "fused_head", "truncated_sample"}
+    assert_within_limits(rows)
+
+
+def test_load_width_is_read_from_the_instructions():
+    wide = "ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd1];\n" * 6
+    scalar = "ld.global.b32 {%r1}, [%rd2];\n"
+    assert load_bytes(wide + scalar) == 16
+    assert load_bytes("ld.global.b16 {%rs1}, [%rd1];\n" * 48 + scalar) == 2
+    assert load_bytes("cp.async.cg.shared.global [%r1 + 0], [%rd1 + 0], 0x10, %r2;\n" * 4) == 16
+    assert (
+        load_bytes("global_load_dwordx4 v[0:3], v[4:5], off\n" * 4 + "global_load_dword v1, v[2:3], off sc1\n" * 9)
+        == 16
+    )
+
+
+def test_occupancy_follows_the_scarcest_resource():
+    target = TARGETS["sm_90"]
+    assert occupancy(target, registers=32, shared=0, warps=8) == 1.0
+    assert occupancy(target, registers=128, shared=0, warps=8) == 0.25
+    assert occupancy(target, registers=32, shared=100 << 10, warps=8) == 0.25
+
+
+def test_interpreted_kernels_are_refused(monkeypatch):
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "kernels.resources"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1

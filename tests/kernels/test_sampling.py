@@ -1,0 +1,188 @@
+"""Draws: the right distribution, nothing outside what is kept, and the same draw in whatever company."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_cases import CASES_RUN, cases, device
+from scipy.stats import chisquare
+
+from kernels import Sampling, fused_logits, reference
+from kernels.philox import gumbel, philox
+from kernels.request import Request, check_sampling
+
+VOCABULARY, DRAWS, ROWS = 1000, 100_000, 2500
+
+
+def logits_of_two(where="cpu"):
+    generator = torch.Generator().manual_seed(1)
+    first_V = torch.randn(VOCABULARY, generator=generator) * 2
+    second_V = (torch.randn(VOCABULARY, generator=generator) * 2).bfloat16()
+    second_V[::7] = -torch.inf
+    return first_V.to(where), second_V.to(where)
+
+
+def draws(logits, count=DRAWS, seed=77, **truncation):
+    """`count` draws from one distribution: rows that share their memory, positions that differ."""
+    where = logits[0].device
+    tokens = []
+    for start in range(0, count, ROWS):
+        rows = min(ROWS, count - start)
+        position = torch.arange(start, start + rows, device=where)
+        sample = Sampling(seed, torch.full_like(position, 5), position, **truncation)
+        tokens.append(fused_logits([l_V.expand(rows, -1) for l_V in logits], [1.0, -0.5], sample=sample).sample_token)
+    return torch.cat(tokens).cpu()
+
+
+def exact_V(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """The distribution by sorting, in float64, written without the code under test."""
+    x_V = logits[0].double() - 0.5 * logits[1].double()
+    x_V = x_V.masked_fill(logits[1] == -torch.inf, -torch.inf)
+    p_V = torch.softmax(x_V / temperature, dim=0)
+    order = p_V.argsort(descending=True)
+    sorted_V = p_V[order]
+    kept = torch.ones_like(sorted_V, dtype=torch.bool)
+    if top_k:
+        kept[top_k:] = False
+    kept &= sorted_V.cumsum(0) - sorted_V < top_p
+    q_V = torch.zeros_like(p_V)
+    q_V[order[kept]] = sorted_V[kept]
+    return q_V / q_V.sum()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 20, 1.0), (1.0, 0, 0.6), (1.5, 300, 0.8)]
+)
+def test_draws_follow_the_exact_distribution(temperature, top_k, top_p):
+    logits = logits_of_two()
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    count = DRAWS if (top_k, top_p) == (0, 1.0) else 20_000  # a truncated row is sorted for every draw on the CPU
+    p_V = exact_V(logits, **options)
+    counts_V = torch.bincount(draws(logits, count, **options), minlength=VOCABULARY).double()
+    assert counts_V[p_V == 0].sum() == 0
+    # cells below five expected draws are joined, as the test's approximation wants
+    large_V = p_V * count >= 5
+    observed = torch.cat([counts_V[large_V], counts_V[~large_V].sum()[None]])
+    expected = torch.cat([p_V[large_V], p_V[~large_V].sum()[None]]) * count
+    some = expected > 0
+    outcome = chisquare(observed[some].numpy(), (expected / expected.sum() * count)[some].numpy())
+    CASES_RUN["draws in chi-square tests"] += count
+    assert outcome.pvalue > 1e-3, outcome
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (1, 1.0), (20, 1.0), (0, 0.6), (0, 1e-6), (300, 0.8)])
+def test_both_paths_draw_the_same(monkeypatch, top_k, top_p):
+    tokens = {}
+    for name in ("cpu", "triton"):
+        monkeypatch.setenv("COLLAB_KERNELS", name)
+        tokens[name] = draws(logits_of_two(device(name)), 12, top_k=top_k, top_p=top_p)
+    assert torch.equal(tokens["cpu"], tokens["triton"])
+    if top_k == 1 or top_p == 1e-6:
+        best = (logits_of_two()[0] - 0.5 * logits_of_two()[1].float()).masked_fill(
+            logits_of_two()[1] == -torch.inf, -1e9
+        )
+        assert (tokens["cpu"] == best.argmax()).all()
+
+
+@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (40, 0.9)])
+def test_a_draw_does_not_depend_on_its_batch(path, size, top_k, top_p):
+    generator = torch.Generator().manual_seed(2)
+    # interpreted, ten launches for a truncated draw of each of 64 rows would take minutes
+    rows = 64 if path == "cpu" or device(path) == "cuda" or top_k == 0 else 8
+    vocabulary = 4500 if path == "cpu" else 300
+    logits = [torch.randn(rows, vocabulary, generator=generator).to(device(path)) for _ in range(2)]
+    row_id, position = torch.randperm(rows, generator=generator), torch.randint(0, 50, (rows,), generator=generator)
+
+    def drawn(rows_I):
+        ids, places = row_id[rows_I].to(device(path)), position[rows_I].to(device(path))
+        sample = Sampling(-12345678901, ids, places, temperature=0.9, top_k=top_k, top_p=top_p)
+        result = fused_logits([l_BV[rows_I] for l_BV in logits], [1.0, 0.5], sample=sample)
+        return result.sample_token, result.sample_logprob
+
+    token_R, logprob_R = drawn(torch.arange(rows))
+    for rows_I in torch.randperm(rows, generator=generator).split(size)[: 9 if path == "cpu" else 2]:
+        token_I, logprob_I = drawn(rows_I)
+        assert torch.equal(token_I, token_R[rows_I])
+        assert torch.equal(logprob_I, logprob_R[rows_I])
+
+
+@given(case=cases(vocabularies=(1, 2, 7, 130, 4097), max_batch=3, max_members=3), data=st.data())
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_a_draw_is_one_of_the_kept_tokens(path, case, data):
+    truncation = {
+        "top_k": data.draw(st.sampled_from((0, 1, 5, 1000))),
+        "top_p": data.draw(st.sampled_from((1.0, 0.9, 0.3))),
+    }
+    rows = torch.arange(case.batch, device=device(path))
+    sample = Sampling(case.seed, rows, rows + 3, temperature=data.draw(st.sampled_from((0.5, 1.0, 3.0))), **truncation)
+    request = case.request(device(path))
+    result = fused_logits(request.logits, request.weights, sample=sample)
+    x_RV, flag_R = reference.combine(request, torch.float64)
+    assert torch.equal(result.flag, flag_R)
+    fine_R = flag_R == 0
+    assert (result.sample_token[~fine_R] == -1).all()
+    full = check_sampling(sample, case.batch, rows.device)
+    for row in torch.nonzero(fine_R)[:, 0].tolist():
+        token = int(result.sample_token[row])
+        x_V = x_RV[row]
+        lowest = reference.threshold(x_V[None], full.temperature[row : row + 1], sample)[0]
+        size = max(1e-5, float(x_V[x_V > -torch.inf].abs().max()) * 1e-5)
+        assert x_V[token] > -torch.inf
+        assert x_V[token] >= lowest - size
+        CASES_RUN["rows drawn from"] += 1
+
+
+def test_equal_tokens_are_kept_or_dropped_together():
+    logits = torch.tensor([[3.0, 2.0, 2.0, 2.0, 1.0]])
+    zero = torch.zeros(1, dtype=torch.int64)
+    for sample in (Sampling(0, zero, zero, top_k=2), Sampling(0, zero, zero, top_p=0.7)):
+        assert reference.threshold(logits, torch.ones(1), sample).item() == 2.0
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_published_numbers(counter, key, words):
+    """Known answers that come with the authors' Random123 library for philox4x32-10."""
+    found = philox(tuple(torch.tensor([c]) for c in counter), key)
+    assert tuple(int(word) for word in found) == words
+
+
+def test_noise_in_float32_is_that_of_float64():
+    words = torch.cat([torch.arange(3000), torch.randint(0, 2**32, (5000,)), 2**32 - 1 - torch.arange(200)])
+    truth = gumbel(words, torch.float64)
+    found = gumbel(words)
+    assert found.isfinite().all()
+    # near u = 1, where the noise is lowest and decides nothing, float32 has no finer steps
+    ordinary = words < 2**32 - 2**25
+    assert ((found - truth).abs() <= 1e-5 * (1 + truth.abs()))[ordinary].all()
+
+
+def test_what_cannot_be_drawn_from_is_refused():
+    logits, rows = [torch.zeros(2, 5)], torch.zeros(2, dtype=torch.int64)
+    for wrong, message in (
+        (Sampling(0, rows[:1], rows), "row_id"),
+        (Sampling(0, rows, rows, temperature=0.0), "temperature"),
+        (Sampling(0, rows, rows, top_p=0.0), "top_p"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fused_logits(logits, [1.0], sample=wrong)
+
+
+def test_the_eager_path_draws_too(monkeypatch):
+    monkeypatch.setenv("COLLAB_KERNELS", "eager")
+    eager = draws(logits_of_two(), 500, top_k=20)
+    monkeypatch.setenv("COLLAB_KERNELS", "cpu")
+    assert torch.equal(eager, draws(logits_of_two(), 500, top_k=20))
+    request = Request(logits_of_two()[0][None].split(1), torch.ones(1))
+    assert reference.fused_logits(request).sample_token is None

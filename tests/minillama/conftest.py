@@ -1,0 +1,84 @@
+"""No test of this folder may reach a hub; set before huggingface_hub is imported. Shared: small random models."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import random
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models here are so small that a second thread only costs, above all on a machine that has other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def draw_config(seed: int, **fixed):
+    """A small random configuration, every choice that a Llama has among them, as transformers' LlamaConfig."""
+    from transformers import LlamaConfig
+
+    rng = random.Random(seed)
+    kv_heads = rng.choice([1, 1, 2, 3])
+    heads = kv_heads * rng.choice([1, 2, 4])
+    head_dim = rng.choice([4, 6, 10, 16, 18])
+    settings = {
+        "vocab_size": rng.choice([97, 128, 211]),
+        "hidden_size": heads * (36 // heads + rng.choice([0, 1, 2])),  # transformers wants a multiple of the heads
+        "intermediate_size": rng.choice([29, 48, 64]),
+        "num_hidden_layers": rng.choice([1, 2, 3]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": rng.choice([1e-5, 1e-6]),
+        "tie_word_embeddings": rng.random() < 0.5,
+        "attention_bias": rng.random() < 0.4,
+        "mlp_bias": rng.random() < 0.4,
+        "bos_token_id": 1,
+        "eos_token_id": rng.choice([2, [2, 5, 7]]),
+    }
+    rope = {"rope_theta": rng.choice([10000.0, 500.0, 500000.0]), "rope_type": "default"}
+    if rng.random() < 0.6:
+        # So short an original context that wavelengths fall on either side of the ramp and on it.
+        rope |= {
+            "rope_type": "llama3",
+            "factor": rng.choice([4.0, 8.0, 32.0]),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": rng.choice([4.0, 2.0, 16.0]),
+            "original_max_position_embeddings": rng.choice([16, 32, 64]),
+        }
+    return LlamaConfig(**{**settings, "rope_parameters": rope, **fixed})
+
+
+def draw_model(seed: int, **fixed):
+    """A LlamaForCausalLM with weights large enough that every part moves the logits, biases and norms included."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM._from_config(draw_config(seed, **fixed), attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1 + 0.2 * noise)
+            elif parameter.dim() == 2:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+            else:
+                parameter.copy_(0.3 * noise)
+    return model
+
+
+@pytest.fixture
+def random_model():
+    return draw_model
+
+
+@pytest.fixture
+def random_config():
+    return draw_config

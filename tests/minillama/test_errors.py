@@ -1,0 +1,92 @@
+"""A command line ends in the code and the one line that DESIGN.md promises; and we do not break transformers."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from minillama import InputError, Llama
+from minillama.device import pick_device
+from minillama.errors import Interrupted, exit_code
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1), (3, 3)])
+def test_what_main_returns_is_the_exit_code(returned, code, capsys):
+    assert exit_code(lambda: returned) == code
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_input_error_is_one_line_and_code_2(capsys):
+    def main():
+        raise InputError("pairs.tsv:118: expected 2 columns,\nfound 3")
+
+    assert exit_code(main) == 2
+    assert capsys.readouterr() == ("", "error: pairs.tsv:118: expected 2 columns, found 3\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (Interrupted("12 of 30 sentences are in out.txt"), "12 of 30 sentences are in out.txt"),
+    ],
+)
+def test_an_interruption_says_what_was_kept_and_is_130(error, line, capsys):
+    def main():
+        raise error
+
+    assert exit_code(main) == 130
+    assert capsys.readouterr().err == line + "\n"
+
+
+def test_a_fault_of_ours_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        exit_code(lambda: 1 // 0)
+    with pytest.raises(SystemExit) as caught:  # argparse has printed its usage
+        exit_code(lambda: sys.exit(2))
+    assert caught.value.code == 2
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    program = """
+import sys
+from minillama.errors import exit_code
+def main():
+    for _ in range(200000):
+        print("a line")
+sys.exit(exit_code(main))
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"a line\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+def test_devices_are_picked_or_refused_by_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(InputError, match=r"--device cuda: no CUDA device here; use --device cpu"):
+        pick_device("cuda")
+    with pytest.raises(InputError, match=r"--device gpu: unknown; use cpu, cuda or cuda:N"):
+        pick_device("gpu")
+
+
+def test_transformers_loads_a_llama_with_our_package_named_kernels_installed(random_model, tmp_path):
+    import kernels
+
+    assert not hasattr(kernels, "__version__")  # transformers takes it for Hugging Face's own kernels from 0.16 or so
+    random_model(0).save_pretrained(tmp_path)
+    program = """
+import json, sys
+import kernels
+from transformers import LlamaForCausalLM
+model = LlamaForCausalLM.from_pretrained(sys.argv[1])
+print(json.dumps([type(model).__name__, sum(parameter.numel() for parameter in model.parameters())]))
+"""
+    run = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    count = sum(parameter.numel() for parameter in Llama.from_pretrained(tmp_path).parameters())
+    assert json.loads(run.stdout) == ["LlamaForCausalLM", count]
