@@ -77,9 +77,17 @@ class OrderedWriter:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back for a moment, so that no line is half written or lost."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    """Hold Ctrl-C and SIGTERM back for a moment, so that no line is half written or lost.
+
+    Python's handlers are exchanged: a signal mask would not do, other threads of the process would take the signal.
+    """
+    held: list[int] = []
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(kind, lambda number, frame: held.append(number)) for kind in kinds]
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for kind, handler in zip(kinds, before):
+            signal.signal(kind, handler)
+    if held:
+        raise KeyboardInterrupt

@@ -1,9 +1,7 @@
 """`run.json`: what was run, what came out, how fast, and in which environment."""
 
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 
 from corpora.metrics import text_metrics
 from minillama import InputError
+from minillama.files import write_whole
 
 
 def scores(hypotheses: Sequence[str], references: Sequence[str], target: str) -> dict[str, Any]:
@@ -46,15 +45,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def write_report(path: str, report: dict[str, Any]) -> None:
     """Write the JSON whole or not at all."""
-    file = Path(path)
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, file)
+        write_whole(Path(path), json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None

@@ -18,18 +18,37 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kernels.packed_linear import PackedLinear
 from kernels.request import (
     MAX_GIVEN,
     MAX_TOP_K,
+    FusedHead,
     FusedLogits,
+    HeadRequest,
     Request,
     Sampling,
+    Verification,
+    check_head,
     check_logits,
+    check_sampling,
+    check_tokens,
     check_weights,
+    copy_into,
     describe_flag,
 )
 
-__all__ = ["FusedLogits", "Sampling", "describe_flag", "fused_logits"]
+__all__ = [
+    "FusedHead",
+    "FusedLogits",
+    "PackedLinear",
+    "Sampling",
+    "Verification",
+    "backend",
+    "describe_flag",
+    "fused_head",
+    "fused_logits",
+    "verify",
+]
 
 
 def backend(device: torch.device) -> Literal["triton", "cpu", "eager"]:
@@ -49,18 +68,22 @@ def backend(device: torch.device) -> Literal["triton", "cpu", "eager"]:
 def _run(request: Request, out: FusedLogits | None) -> FusedLogits:
     kind = backend(request.device)
     if kind == "triton":
-        from kernels import fused_logits as triton_path
+        if request.sample is not None and request.sample.truncated:
+            from kernels import truncated_sample_triton
 
-        return triton_path.run(request, out)
+            return truncated_sample_triton.run(request, out)
+        from kernels import fused_logits_triton
+
+        return fused_logits_triton.run(request, out)
     if kind == "cpu":
-        from kernels import fused_logits_cpu as cpu_path
+        from kernels import fused_logits_cpu
 
-        result = cpu_path.run(request)
+        result = fused_logits_cpu.run(request)
     else:
         from kernels import reference
 
         result = reference.fused_logits(request)
-    return result if out is None else out.copy_(result)
+    return result if out is None else copy_into(out, result)
 
 
 def fused_logits(
@@ -79,19 +102,101 @@ def fused_logits(
     logits: N <= 8 tensors (B, V), bfloat16, float16 or float32, mixed as they come, any row stride.
     weights: (N,) or (N, B) float32, finite and not zero.   members: each member's own log-probability of the token.
     top_k: the k <= 16 best.   entropy: nats.   given: (B,) or (B, G) int64, G <= 64, log-probabilities of these tokens.
-    sample: a draw, see `Sampling`.   out: an earlier result of the same request, overwritten; nothing is allocated.
+    sample: a draw, see `Sampling`.   out: an earlier result of the same request, overwritten; nothing is allocated
+    then, which is what a CUDA graph needs.
     Raises ValueError for shapes, dtypes and devices that do not fit. What is wrong with the *values* is told by
     `flag` (see `describe_flag`), which the engine reads with the tokens: no wait here.
     """
     logits = check_logits(logits, dims=2)
     batch, vocabulary = logits[0].shape
-    weights = check_weights(weights, len(logits), batch, logits[0].device)
+    device = logits[0].device
+    weights = check_weights(weights, len(logits), batch, device)
     if not 0 <= top_k <= min(MAX_TOP_K, vocabulary):
         raise ValueError(f"top_k must be 0 to {min(MAX_TOP_K, vocabulary)}, found {top_k}")
     if given is not None:
-        if given.dim() == 1:
-            given = given[:, None]
+        given = given[:, None] if given.dim() == 1 else given
         if given.dim() != 2 or given.shape[0] != batch or not 1 <= given.shape[1] <= MAX_GIVEN:
             raise ValueError(f"given must be ({batch},) or ({batch}, 1 to {MAX_GIVEN}), found {tuple(given.shape)}")
-    request = Request(logits, weights, members=members, top_k=top_k, entropy=entropy, given=given, sample=sample)
-    return _run(request, out)
+        given = check_tokens(given, device, "given")
+    if sample is not None:
+        sample = check_sampling(sample, batch, device)
+    return _run(Request(logits, weights, members, top_k, entropy, given, sample), out)
+
+
+def verify(
+    logits: Sequence[Tensor],
+    weights: Tensor | Sequence[float],
+    draft: Tensor,
+    *,
+    out: Verification | None = None,
+) -> Verification:
+    """How far the combined argmax agrees with drafted tokens, and the token that follows: speculation without the host.
+
+    logits: N tensors (B, T + 1, V), position t predicting draft[:, t] and the last one the token after the whole draft.
+    draft: (B, T) int64, T <= 63; -1 pads a shorter draft, no token agrees with it.   weights: (N,) or (N, B) float32.
+    out: an earlier result of the same shapes, overwritten.   Raises ValueError as `fused_logits` does, and for logits
+    whose (B, T + 1) rows have no common stride.
+    """
+    logits = check_logits(logits, dims=3)
+    batch, every, vocabulary = logits[0].shape
+    device = logits[0].device
+    if tuple(draft.shape) != (batch, every - 1) or not 2 <= every <= MAX_GIVEN:
+        raise ValueError(f"draft must be ({batch}, {every - 1}) for {every} positions, found {tuple(draft.shape)}")
+    weights = check_weights(weights, len(logits), batch, device)
+    draft = check_tokens(draft, device, "draft")
+    if any(logits_BTV.stride(0) != every * logits_BTV.stride(1) for logits_BTV in logits) and batch > 1:
+        raise ValueError("the rows of the logits must have one stride over (B, T + 1)")
+    rows = tuple(torch.as_strided(l_BTV, (batch * every, vocabulary), (l_BTV.stride(1), 1)) for l_BTV in logits)
+    request = Request(rows, weights, draft=draft, every=every)
+    kind = backend(device)
+    if kind == "triton":
+        from kernels import fused_logits_triton
+
+        return fused_logits_triton.verify(request, out)
+    if kind == "cpu":
+        from kernels import fused_logits_cpu
+
+        result = fused_logits_cpu.verify(request)
+    else:
+        from kernels import reference
+
+        result = reference.verify(request)
+    return result if out is None else copy_into(out, result)
+
+
+def fused_head(
+    hidden: Sequence[Tensor],
+    output: Sequence[Tensor],
+    weights: Tensor | Sequence[float],
+    *,
+    given: Tensor | None = None,
+    moments: bool = False,
+    out: FusedHead | None = None,
+) -> FusedHead:
+    """Next token of a weighted sum of logits straight from the members' last hidden states: no logits in memory.
+
+    hidden: N <= 8 tensors (R, D_i), of the dtype of their output layer.   output: N tensors (V, D_i), row-major.
+    weights: (N,) or (N, R) float32, finite and not zero.   given: (R,) or (R, G) int64, log-probabilities of these
+    tokens. moments: mean and covariance of the members' logits under the combined distribution, and their own logits of
+    the given tokens (on a GPU this runs in chunks of the vocabulary, as on a CPU).   out: an earlier result,
+    overwritten. Raises ValueError for shapes, dtypes and devices that do not fit; values are told by `flag`: here RANGE
+    stands for any infinite sum and the member is the one after which the sum is no longer finite.
+    """
+    hidden, output, given = check_head(hidden, output, given)
+    device = hidden[0].device
+    weights = check_weights(weights, len(hidden), hidden[0].shape[0], device)
+    request = HeadRequest(hidden, output, weights, given, moments)
+    kind = backend(device)
+    if kind == "triton" and not moments:
+        from kernels import fused_head_triton
+
+        return fused_head_triton.run(request, out)
+    if kind == "eager":
+        from kernels import reference
+
+        result = reference.fused_head(request)
+    else:
+        from kernels import fused_head_chunked
+
+        result = fused_head_chunked.run(request)
+    return result if out is None else copy_into(out, result)

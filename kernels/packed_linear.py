@@ -5,13 +5,14 @@ blocks of it into its own order at every call. Three storages, with y = x Wᵀ +
 
 | dtype | storage | product | max |y - float64| over the RMS of y, D = 2,048 |
 |---|---|---|---|
-| float32 | packed by oneDNN | float32: exact up to the order of additions | 4e-6 |
+| float32 | packed by oneDNN | float32: exact up to the order of additions | 6e-6 |
 | bfloat16 | packed by oneDNN, or plain without the instructions | bf16 x bf16 into float32, result in bf16 | 2e-2 |
-| int8 | plain, one scale an output row | int8 x bf16 into float32, result in bf16 | 7e-2 |
+| int8 | plain, one scale an output row | int8 x bf16 into float32, result in bf16 | 4e-2 |
 
-(weights and inputs normal; the errors contain the rounding of the weights; tests/kernels holds them.) `auto` is bfloat16
-where the processor has the instructions and the weight is already bfloat16, so that nothing is lost by it, and float32 elsewhere. Which
-way a call takes depends on the storage and the number of rows only, never on a clock: two runs give the same bits.
+(weights and inputs normal; the errors contain the rounding of the weights; tests/kernels holds them.) `auto` is
+bfloat16 where the processor has the instructions and the weight is already bfloat16, so that nothing is lost by it, and
+float32 elsewhere. Which way a call takes depends on the storage and the number of rows only, never on a clock: two runs
+give the same bits.
 
     D inputs  O outputs  R rows (all leading dimensions of x together)
 """
@@ -26,11 +27,12 @@ from torch import Tensor, nn
 
 DTYPES = ("auto", "float32", "bfloat16", "int8")
 
-# The number of rows that the packed layout is told to expect. It does not bind: a weight packed for 64 rows was as fast as one
-# packed for 16 at 16 and faster everywhere else (1 to 64 rows, AVX-512 and AVX2; one packed for 1 was slower from 2 rows on).
+# The number of rows that the packed layout is told to expect. It does not bind: a weight packed for 64 rows was as fast
+# as one packed for 16 at 16 and faster everywhere else (1 to 64 rows, AVX-512 and AVX2; one packed for 1 was slower
+# from 2 rows on).
 EXPECTED_ROWS = 64
-# Up to here the int8 product is the fastest; beyond, its time grows with the rows while unpacking a block does not. It reads
-# whole vectors: with D not a multiple of 16 it was seen to run past the end of a row.
+# Up to here the int8 product is the fastest; beyond, its time grows with the rows while unpacking a block does not. It
+# reads whole vectors: with D not a multiple of 16 it was seen to run past the end of a row.
 INT8_ROWS, INT8_VECTOR = 16, 16
 # Without bf16 instructions PyTorch's bf16 product is emulated: it wins while reading the weight is all that counts.
 PLAIN_BFLOAT16_ROWS = 2
@@ -40,7 +42,9 @@ BLOCK_ELEMENTS = 1 << 19
 
 @functools.cache
 def has_bfloat16_instructions() -> bool:
-    """Whether oneDNN multiplies packed bf16 weights here: asked by packing one, since environment variables may forbid it."""
+    """Whether oneDNN multiplies packed bf16 weights here: asked by packing one, since environment variables may forbid
+    it.
+    """
     try:
         weight_OD = torch.ops.mkldnn._reorder_linear_weight(torch.ones(16, 16, dtype=torch.bfloat16), EXPECTED_ROWS)
         torch.ops.mkldnn._linear_pointwise(torch.ones(2, 16, dtype=torch.bfloat16), weight_OD, None, "none", [], "")
@@ -52,16 +56,15 @@ def has_bfloat16_instructions() -> bool:
 class PackedLinear(nn.Module):
     """`nn.Linear` for inference on a CPU, without gradients.
 
-    linear: an `nn.Linear`, or a weight (O, D) with `bias` (O,). The given weight is not kept (int8 and packed storages copy
-    it), so it is free once the caller drops it. x: (..., D) of any float dtype; the result (..., O) has x's dtype.
+    linear: an `nn.Linear`, or a weight (O, D) with `bias` (O,). The given weight is not kept (int8 and packed storages
+    copy it), so it is free once the caller drops it. x: (..., D) of any float dtype; the result (..., O) has x's dtype.
     Raises ValueError for an unknown dtype, a weight that is not 2-dimensional or not on the CPU.
     """
 
     def __init__(self, linear: nn.Linear | Tensor, bias: Tensor | None = None, *, dtype: str = "auto") -> None:
         super().__init__()
-        if isinstance(linear, nn.Linear):
-            linear, bias = linear.weight, linear.bias
-        weight_OD = linear.detach()
+        weight_OD = (linear.weight if isinstance(linear, nn.Linear) else linear).detach()
+        bias = linear.bias if isinstance(linear, nn.Linear) else bias
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, found {dtype}")
         if weight_OD.dim() != 2 or weight_OD.device.type != "cpu":
@@ -71,7 +74,8 @@ class PackedLinear(nn.Module):
             dtype = "bfloat16" if keeps_all else "float32"
         self.dtype = dtype
         self.out_features, self.in_features = weight_OD.shape
-        # Not buffers: oneDNN's opaque tensors cannot be moved, cast or saved, and the model's own weights are what is saved.
+        # Not buffers: oneDNN's opaque tensors cannot be moved, cast or saved, and the model's own weights are what is
+        # saved.
         self._scale_O: Tensor | None = None
         self._bias_O = None if bias is None else bias.detach().float()
         if dtype == "float32":

@@ -11,7 +11,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.request import EMPTY, INFINITE, NAN, RANGE, FusedLogits, Request
+from kernels.philox import gumbel, random_words
+from kernels.request import (
+    EMPTY,
+    INFINITE,
+    NAN,
+    RANGE,
+    FusedHead,
+    FusedLogits,
+    HeadRequest,
+    Request,
+    Sampling,
+    Verification,
+)
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -19,8 +31,8 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 def combine(request: Request, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """The weighted sum x = sum_i w_i * logits_i, added in the members' order, and each row's flag.
 
-    A token that any member masks with -inf is masked, whatever the sign of that member's weight. NaN or +inf in any member,
-    a partial sum or product beyond float32's range at an unmasked token, and a row without a token are flagged.
+    A token that any member masks with -inf is masked, whatever the sign of that member's weight. NaN or +inf in any
+    member, a partial sum or product beyond float32's range at an unmasked token, and a row without a token are flagged.
     Returns x_RV in `dtype`, -inf where masked, and flag_R int32.
     """
     logits_NRV = torch.stack([logits_RV.to(dtype) for logits_RV in request.logits])
@@ -73,6 +85,11 @@ def fused_logits(request: Request, dtype: torch.dtype = torch.float32) -> FusedL
         inside_RG = (request.given >= 0) & (request.given < request.vocabulary)
         values_RG = logprob_RV.gather(1, torch.where(inside_RG, request.given, 0))
         given_logprob_RG = result(torch.where(inside_RG, values_RG, torch.nan))
+    sample_token_R = sample_logprob_R = None
+    if request.sample is not None:
+        drawn_R = draw(x_RV, request.sample)
+        sample_token_R = torch.where(fine_R, drawn_R, -1)
+        sample_logprob_R = result(pick(logprob_RV, drawn_R))
     return FusedLogits(
         token=torch.where(fine_R, token_R, -1),
         logprob=result(pick(logprob_RV, token_R)),
@@ -82,4 +99,83 @@ def fused_logits(request: Request, dtype: torch.dtype = torch.float32) -> FusedL
         top_logprob=top_logprob_RK,
         entropy=entropy_R,
         given_logprob=given_logprob_RG,
+        sample_token=sample_token_R,
+        sample_logprob=sample_logprob_R,
+    )
+
+
+def draw(x_RV: Tensor, sample: Sampling) -> Tensor:
+    """A draw from softmax(x / temperature) over the kept tokens: the largest of x / temperature + Gumbel noise.
+
+    (Gumbel, "Statistical Theory of Extreme Values", 1954; restricting the maximum to the kept tokens renormalises.)
+    """
+    assert isinstance(sample.temperature, Tensor)  # check_sampling made it one
+    words_RV = random_words(int(sample.seed), sample.row_id, sample.position, 0, x_RV.shape[1])
+    score_RV = x_RV * (1.0 / sample.temperature)[:, None] + gumbel(words_RV, x_RV.dtype)
+    if sample.truncated:
+        score_RV = score_RV.masked_fill(x_RV < threshold(x_RV, sample.temperature, sample)[:, None], -torch.inf)
+    return score_RV.argmax(dim=1)
+
+
+def threshold(x_RV: Tensor, temperature_R: Tensor, sample: Sampling) -> Tensor:
+    """The smallest x that is kept: fewer than top_k tokens are strictly larger and those have a mass below top_p."""
+    sorted_RV = x_RV.sort(dim=1, descending=True).values
+    tempered_RV = (sorted_RV.double() - sorted_RV[:, :1].double()) / temperature_R.double()[:, None]
+    mass_RV = tempered_RV.softmax(dim=1)
+    before_RV = mass_RV.cumsum(dim=1) - mass_RV
+    position_RV = torch.arange(x_RV.shape[1], device=x_RV.device).expand_as(x_RV)
+    # of a group of equal tokens the first decides: what stands before it is what is strictly larger
+    first_RV = torch.ones_like(sorted_RV, dtype=torch.bool)
+    first_RV[:, 1:] = sorted_RV[:, 1:] != sorted_RV[:, :-1]
+    kept_RV = first_RV & ((position_RV < sample.top_k) if sample.top_k else True)
+    if sample.top_p < 1:
+        kept_RV = kept_RV & (before_RV < sample.top_p)
+    kept_RV[:, 0] = True
+    return sorted_RV.masked_fill(~kept_RV, torch.inf).amin(dim=1)
+
+
+def accept(request: Request, steps: FusedLogits) -> Verification:
+    """The longest drafted prefix that equals the combined argmax, from the results of all positions."""
+    token_BT = steps.token.view(-1, request.every)
+    agrees_BT = (token_BT[:, :-1] == request.draft) & (token_BT[:, :-1] >= 0)
+    accepted_B = agrees_BT.to(torch.int64).cumprod(dim=1).sum(dim=1)
+
+    def at_end(values_R: Tensor) -> Tensor:
+        return values_R.view(-1, request.every).gather(1, accepted_B[:, None])[:, 0]
+
+    return Verification(accepted_B, at_end(steps.token), at_end(steps.logprob), at_end(steps.flag), steps)
+
+
+def verify(request: Request, dtype: torch.dtype = torch.float32) -> Verification:
+    """Verification by its definition."""
+    return accept(request, fused_logits(request, dtype))
+
+
+def fused_head(request: HeadRequest, dtype: torch.dtype = torch.float32) -> FusedHead:
+    """Output layers, weighted sum, log-softmax, argmax and moments, with all logits in memory."""
+    pairs = zip(request.hidden, request.output, strict=True)
+    logits_NRV = torch.stack([hidden_RD.to(dtype) @ output_VD.to(dtype).T for hidden_RD, output_VD in pairs])
+    sums = Request(tuple(logits_NRV), request.weights, given=request.given)
+    result = fused_logits(sums, dtype)
+    mean_NR = covariance_NNR = given_logits_NRG = None
+    if request.moments:
+        x_RV, flag_R = combine(sums, dtype)
+        p_RV = torch.where((flag_R == 0)[:, None], torch.softmax(x_RV, dim=1), torch.nan)
+        mean_NR = torch.einsum("rv,nrv->nr", p_RV, logits_NRV)
+        about_NRV = logits_NRV - mean_NR[:, :, None]
+        covariance_NNR = torch.einsum("rv,nrv,mrv->nmr", p_RV, about_NRV, about_NRV)
+        if request.given is not None:
+            inside_RG = (request.given >= 0) & (request.given < request.vocabulary)
+            token_RG = torch.where(inside_RG, request.given, 0)
+            own_NRG = torch.stack([logits_RV.gather(1, token_RG) for logits_RV in logits_NRV])
+            given_logits_NRG = torch.where(inside_RG, own_NRG, torch.nan).float()
+        mean_NR, covariance_NNR = mean_NR.float(), covariance_NNR.float()
+    return FusedHead(
+        token=result.token,
+        logprob=result.logprob,
+        flag=result.flag,
+        given_logprob=result.given_logprob,
+        given_logits=given_logits_NRG,
+        mean=mean_NR,
+        covariance=covariance_NNR,
     )

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,14 +91,6 @@ class FusedLogits:
     sample_logprob: Tensor | None = None
     workspace: tuple[Tensor, ...] = ()
 
-    def copy_(self, other: FusedLogits) -> FusedLogits:
-        """Overwrites this result's tensors with the other's, for a caller that keeps addresses fixed."""
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if isinstance(mine, Tensor):
-                mine.copy_(theirs)
-        return self
-
 
 @dataclass(frozen=True)
 class Verification:
@@ -117,7 +110,9 @@ class Verification:
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request: logits N tensors (R, V), weights (N,) or (N, B) float32; row r belongs to sequence r // every."""
+    """A checked request: logits N tensors (R, V), weights (N,) or (N, B) float32; row r belongs to sequence r //
+    every.
+    """
 
     logits: tuple[Tensor, ...]
     weights: Tensor
@@ -148,10 +143,57 @@ class Request:
         return self.weights.repeat_interleave(self.every, dim=1) if self.every > 1 else self.weights
 
 
+@dataclass(frozen=True)
+class FusedHead:
+    """Results of the fused output layers, one entry a row; a flagged row has token -1 and NaN in every float result.
+
+    token (R,) int64, logprob (R,) float32 nats, flag (R,) int32;   given_logprob (R, G) float32, NaN outside 0 .. V-1.
+    With moments: mean (N, R) and covariance (N, N, R) float32 of the members' logits under the combined distribution,
+    and given_logits (N, R, G) float32, the members' own logits of the given tokens.
+    """
+
+    token: Tensor
+    logprob: Tensor
+    flag: Tensor
+    given_logprob: Tensor | None = None
+    given_logits: Tensor | None = None
+    mean: Tensor | None = None
+    covariance: Tensor | None = None
+    workspace: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class HeadRequest:
+    """A checked request: hidden N tensors (R, D_i), output N tensors (V, D_i), weights (N,) or (N, R) float32."""
+
+    hidden: tuple[Tensor, ...]
+    output: tuple[Tensor, ...]
+    weights: Tensor
+    given: Tensor | None = None
+    moments: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.hidden[0].shape[0]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.output[0].shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden[0].device
+
+    def weights_NR(self) -> Tensor:
+        return self.weights if self.weights.dim() == 2 else self.weights[:, None].expand(-1, self.rows)
+
+
 def check_weights(weights: Tensor | Sequence[float], members: int, batch: int, device: torch.device) -> Tensor:
     """(N,) or (N, B) float32 on `device`. On a GPU a tensor's values are not looked at: that would wait for it."""
     if not isinstance(weights, Tensor):
-        if any(not math.isfinite(w) or w == 0 for row in weights for w in (row if isinstance(row, Sequence) else [row])):
+        if any(
+            not math.isfinite(w) or w == 0 for row in weights for w in (row if isinstance(row, Sequence) else [row])
+        ):
             raise ValueError(f"weights must be finite and not zero, found {list(weights)}")
         weights = torch.tensor(weights, dtype=torch.float32, device=device)
     elif not weights.is_cuda and (not torch.isfinite(weights).all() or (weights == 0).any()):
@@ -163,6 +205,73 @@ def check_weights(weights: Tensor | Sequence[float], members: int, batch: int, d
     return weights
 
 
+def check_sampling(sample: Sampling, batch: int, device: torch.device) -> Sampling:
+    """The same with tensors throughout: seed (1,), temperature (B,)."""
+    for name, tensor in (("row_id", sample.row_id), ("position", sample.position)):
+        if tuple(tensor.shape) != (batch,) or tensor.dtype != torch.int64 or tensor.device != device:
+            found = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{name} must be ({batch},) int64 on {device}, found {found}")
+    if sample.top_k < 0 or not 0 < sample.top_p <= 1:
+        raise ValueError(f"top_k must be 0 or more and top_p above 0 up to 1, found {sample.top_k} and {sample.top_p}")
+    seed, temperature = sample.seed, sample.temperature
+    if not isinstance(seed, Tensor):
+        seed = torch.tensor([(seed + 2**63) % 2**64 - 2**63], dtype=torch.int64, device=device)
+    if not isinstance(temperature, Tensor):
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be above 0, found {temperature}")
+        temperature = torch.full((batch,), temperature, dtype=torch.float32, device=device)
+    return replace(sample, seed=seed, temperature=temperature)
+
+
+def check_head(
+    hidden: Sequence[Tensor], output: Sequence[Tensor], given: Tensor | None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
+    """Shapes, dtypes and devices of hidden states (R, D_i), output layers (V, D_i) and given tokens (R, G)."""
+    hidden, output = tuple(hidden), tuple(output)
+    if not 1 <= len(hidden) <= MAX_MEMBERS or len(output) != len(hidden):
+        raise ValueError(
+            f"1 to {MAX_MEMBERS} members with one output layer each, found {len(hidden)} and {len(output)}"
+        )
+    rows, vocabulary, device = hidden[0].shape[0], output[0].shape[0], hidden[0].device
+    for number, (hidden_RD, output_VD) in enumerate(zip(hidden, output, strict=True)):
+        if hidden_RD.dim() != 2 or output_VD.dim() != 2 or hidden_RD.numel() == 0 or output_VD.numel() == 0:
+            raise ValueError(f"member {number}: expected (R, D) and (V, D), found {hidden_RD.shape}, {output_VD.shape}")
+        if hidden_RD.shape != (rows, output_VD.shape[1]) or output_VD.shape[0] != vocabulary:
+            raise ValueError(
+                f"member {number}: hidden {tuple(hidden_RD.shape)} and output {tuple(output_VD.shape)} do not fit "
+                f"{rows} rows and {vocabulary} entries"
+            )
+        if hidden_RD.device != device or output_VD.device != device or hidden_RD.dtype != output_VD.dtype:
+            raise ValueError(
+                f"member {number}: hidden is {hidden_RD.dtype} on {hidden_RD.device}, its output layer "
+                f"{output_VD.dtype} on {output_VD.device}; expected one dtype and {device}"
+            )
+    if given is not None:
+        given = given[:, None] if given.dim() == 1 else given
+        if given.dim() != 2 or given.shape[0] != rows or not 1 <= given.shape[1] <= MAX_GIVEN:
+            raise ValueError(f"given must be ({rows},) or ({rows}, 1 to {MAX_GIVEN}), found {tuple(given.shape)}")
+        given = check_tokens(given, device, "given")
+    return hidden, output, given
+
+
+def check_tokens(tokens: Tensor, device: torch.device, name: str) -> Tensor:
+    """int64 on `device`, contiguous."""
+    if tokens.dtype != torch.int64 or tokens.device != device:
+        raise ValueError(f"{name} must be int64 on {device}, found {tokens.dtype} on {tokens.device}")
+    return tokens.contiguous()
+
+
+def copy_into(out: Any, result: Any) -> Any:
+    """`out` with its tensors overwritten by those of a result like it, for a caller that keeps addresses fixed."""
+    for field in fields(out):
+        ours, theirs = getattr(out, field.name), getattr(result, field.name)
+        if isinstance(ours, Tensor):
+            ours.copy_(theirs)
+        elif isinstance(ours, FusedLogits):
+            copy_into(ours, theirs)
+    return out
+
+
 def check_logits(logits: Sequence[Tensor], dims: int) -> tuple[Tensor, ...]:
     """N tensors of one shape, each row contiguous."""
     logits = tuple(logits)
@@ -170,7 +279,9 @@ def check_logits(logits: Sequence[Tensor], dims: int) -> tuple[Tensor, ...]:
         raise ValueError(f"1 to {MAX_MEMBERS} members, found {len(logits)}")
     first = logits[0]
     if first.dim() != dims or first.numel() == 0 or first.shape[-1] > MAX_VOCABULARY:
-        raise ValueError(f"logits must have {dims} dimensions, none of them empty, V <= {MAX_VOCABULARY:,}: {first.shape}")
+        raise ValueError(
+            f"logits must have {dims} dimensions, none of them empty, V <= {MAX_VOCABULARY:,}: {first.shape}"
+        )
     for number, logits_V in enumerate(logits):
         if logits_V.shape != first.shape or logits_V.device != first.device:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders and files that appear whole or not at all."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
     try:
-        os.chmod(temporary, 0o777 & ~_umask())
+        os.chmod(temporary, 0o777 & ~umask())
         yield temporary
         for path in temporary.rglob("*"):
             sync(path)
@@ -66,7 +66,20 @@ def _is_weights(name: str) -> bool:
     return name.startswith(("model", "pytorch_model", "consolidated")) and ".safetensors" in name
 
 
-def _umask() -> int:
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; raises OSError where it cannot be written."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o666 & ~umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from minillama.config import LlamaConfig, read_config, read_json, token_ids
 from minillama.errors import InputError
+from minillama.files import umask
 
 if TYPE_CHECKING:
     from minillama.model import Llama
@@ -109,6 +110,8 @@ def write_model(model: "Llama", folder: Path) -> None:
         },
     )
     save_torch_state_dict(state, str(folder))
+    for file in folder.glob("*.safetensors"):  # they come readable by their owner alone
+        os.chmod(file, 0o666 & ~umask())
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

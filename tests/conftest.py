@@ -4,35 +4,16 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny import TINY, tiny_model
 
 from corpora import Prompt, sample
-from minillama import Llama, LlamaConfig, Tokenizer
+from minillama import Tokenizer
 from minillama.files import atomic_folder
 from minillama.weights import write_model
 from train.bpe import train_bpe
-
-TINY = LlamaConfig(
-    vocab_size=400,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=96,
-    tie_word_embeddings=True,
-    bos_token_id=0,
-    eos_token_id=(1,),
-)
-
-
-def tiny_model(seed: int, **fields) -> Llama:
-    """A random model whose logits spread over several nats, so that a greedy choice is seldom a near tie."""
-    return Llama(replace(TINY, **fields)).init_weights(seed, std=0.25).eval()
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ PAIRS = sample()
 
 @pytest.fixture
 def texts(tmp_path):
+    """Six sentences of the sample and their references."""
     (tmp_path / "src.txt").write_text("\n".join(PAIRS.source[:6]) + "\n", encoding="utf-8")
     (tmp_path / "ref.txt").write_text("\n".join(PAIRS.target[:6]) + "\n", encoding="utf-8")
     return tmp_path
@@ -36,7 +37,9 @@ def arguments(folders, texts, *extra, names=("A", "C"), combine=None):
 
 
 def command(*args, **kwargs):
-    return subprocess.Popen([sys.executable, "-m", "decode.collab", *args], stderr=subprocess.PIPE, **kwargs)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, "-m", "decode.collab", *args]
+    return subprocess.Popen(argv, stderr=subprocess.PIPE, env=environment, **kwargs)
 
 
 def refusal(argv, capsys):
@@ -103,7 +106,8 @@ def test_standard_input_is_answered_line_by_line_before_it_ends(model_folders):
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_keeps_the_finished_sentences_and_counts_them(model_folders, texts, kind):
-    (texts / "src.txt").write_text("\n".join(PAIRS.source * 100) + "\n", encoding="utf-8")
+    # The longest sentences start first: with the longest in the first line, output begins at once.
+    (texts / "src.txt").write_text("\n".join(sorted(PAIRS.source, key=len)[::-1] * 100) + "\n", encoding="utf-8")
     output = texts / "hyp.txt"
     extra = ("--output", str(output), "--batch-size", "2", "--max-new-tokens", "40")
     with command(*arguments(model_folders, texts, *extra, names=("A",))) as process:
@@ -142,7 +146,12 @@ def test_a_sentence_beyond_the_context_is_truncated_or_skipped_when_asked(model_
 
 
 def test_refused_expressions_exit_with_2_and_one_line(model_folders, texts, capsys):
-    for combine, named in [("A + X", "X is unknown"), ("A", "C is given"), ("A + C/2", "no division"), ("(A + C", "')'")]:
+    for combine, named in [
+        ("A + X", "X is unknown"),
+        ("A", "C is given"),
+        ("A + C/2", "no division"),
+        ("(A + C", "')'"),
+    ]:
         code, error = refusal(arguments(model_folders, texts, combine=combine), capsys)
         assert code == 2
         assert named in error
@@ -228,4 +237,6 @@ def test_a_name_given_twice_or_without_a_folder_is_refused(model_folders, texts)
     with pytest.raises(InputError, match="given twice"):
         main(arguments(model_folders, texts, names=("A", "A")))
     with pytest.raises(InputError, match="expected NAME=DIR"):
-        main(["--model", str(model_folders["A"]), "--source", "ja", "--target", "en", "--input", str(texts / "src.txt")])
+        main(
+            ["--model", str(model_folders["A"]), "--source", "ja", "--target", "en", "--input", str(texts / "src.txt")]
+        )

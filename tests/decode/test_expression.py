@@ -39,7 +39,11 @@ def value_in_python(expression: str, name: str) -> float:
 
 @given(linear())
 def test_weights_are_those_of_python_arithmetic(expression):
-    used = [name for name in NAMES if name in {node.id for node in ast.walk(ast.parse(expression)) if isinstance(node, ast.Name)}]
+    used = [
+        name
+        for name in NAMES
+        if name in {node.id for node in ast.walk(ast.parse(expression)) if isinstance(node, ast.Name)}
+    ]
     expected = {name: value_in_python(expression, name) for name in used}
     if not any(expected.values()):
         with pytest.raises(InputError, match="every weight is zero"):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import TINY, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import TINY, tiny_model
 
 from decode import Ensemble, translate
 from minillama import InputError

@@ -1,0 +1,292 @@
+"""What the compiler makes of every kernel, on a machine without a GPU: `python -m kernels.resources [--json]`.
+
+Each variant is compiled ahead of time for NVIDIA sm_80 (A100), sm_90 (H100, H200), sm_100 (B200) and AMD gfx942
+(MI300X), from the same arguments that a launch would pass, specialised as Triton specialises them (16-byte alignment,
+divisibility by 16, the value 1). Then the machine code is read: registers and spills from the cubin's resource usage or
+the AMD metadata, the width of the main loop's global loads from the instructions, occupancy from the published limits
+of each target (CUDA C++ Programming Guide, table of technical specifications per compute capability; AMD CDNA 3 ISA
+guide, section on wave resources). Nothing is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kernels.request import HeadRequest, Request, Sampling
+
+EXAMPLES = """examples:
+  python -m kernels.resources                                   a table of all kernels, variants and targets
+  python -m kernels.resources --json > resources.json
+  python -m kernels.resources --kernel fused_head --target sm_90
+"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Published limits of one multiprocessor (or compute unit); registers are counted per thread in `step`s."""
+
+    backend: str
+    arch: int | str
+    warp: int
+    warps: int
+    registers: int
+    step: int
+    shared: int
+    blocks: int
+    reserved_shared: int
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 64, 65536, 8, 164 << 10, 32, 1024),
+    "sm_90": Target("cuda", 90, 32, 64, 65536, 8, 228 << 10, 32, 1024),
+    "sm_100": Target("cuda", 100, 32, 64, 65536, 8, 228 << 10, 32, 1024),
+    # 4 SIMDs of 512 vector registers a lane and at most 8 waves each
+    "gfx942": Target("hip", "gfx942", 64, 32, 4 * 512 * 64, 8, 64 << 10, 32, 0),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with its arguments; `aligned` says whether rows start at multiples of 16 bytes."""
+
+    kernel: str
+    name: str
+    function: object
+    positional: tuple
+    switches: dict
+    options: dict
+    aligned: bool = True
+
+
+def variants() -> Iterator[Variant]:
+    """Every combination that the launchers meet in practice; features are shown on three members of bf16."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for members in (1, 3, 8):
+            yield _logits_variant(f"argmax N={members} {_short(dtype)}", [dtype] * members)
+    mixed = [torch.bfloat16, torch.float16, torch.float32]
+    yield _logits_variant("argmax N=3 mixed", mixed)
+    three = [torch.bfloat16] * 3
+    yield _logits_variant("argmax N=3 bf16, rows not aligned", three, vocabulary=50_257)
+    yield _logits_variant("members N=3 bf16", three, members=True)
+    yield _logits_variant("top_k=16 N=3 bf16", three, top_k=16)
+    yield _logits_variant("entropy and given N=3 bf16", three, entropy=True, given=4)
+    yield _logits_variant("sample N=3 bf16", three, sample=True)
+    yield _logits_variant("verify T=7 N=3 bf16", three, every=8)
+    yield _logits_variant("everything N=3 mixed", mixed, members=True, top_k=16, entropy=True, given=4, sample=True)
+    yield _logits_variant("everything N=8 fp32", [torch.float32] * 8, members=True, top_k=16, entropy=True, sample=True)
+    yield _truncated_variant("digit N=3 bf16", three)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield _head_variant(f"argmax N=3 {_short(dtype)}", dtype, [3072, 2048, 2048])
+    yield _head_variant("given N=3 bf16", torch.bfloat16, [3072, 2048, 2048], given=1)
+    yield _head_variant("argmax N=8 bf16", torch.bfloat16, [2048] * 8)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+
+
+def _sampling(rows: int, **truncation: float) -> Sampling:
+    long, ones = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
+    return Sampling(torch.zeros(1, dtype=torch.int64), long, long, ones, **truncation)  # type: ignore[arg-type]
+
+
+def _logits_variant(
+    name: str, dtypes: list, vocabulary: int = 128_256, every: int = 1, given: int = 0, sample: bool = False, **asked
+) -> Variant:
+    from kernels import fused_logits_triton as path
+
+    rows = 4 * every
+    request = Request(
+        tuple(torch.empty(rows, vocabulary, dtype=dtype) for dtype in dtypes),
+        torch.ones(len(dtypes)),
+        given=torch.zeros(rows, given, dtype=torch.int64) if given else None,
+        sample=_sampling(rows) if sample else None,
+        draft=torch.zeros(4, every - 1, dtype=torch.int64) if every > 1 else None,
+        every=every,
+        **asked,
+    )
+    verification = path.allocate_verification(request) if every > 1 else None
+    out = verification.steps if verification is not None else path.allocate(request)
+    positional, switches = path.launch_arguments(request, out, verification)
+    aligned = vocabulary % 16 == 0
+    return Variant("fused_logits", name, path._fused_logits_kernel, positional, switches, path.LAUNCH_OPTIONS, aligned)
+
+
+def _truncated_variant(name: str, dtypes: list) -> Variant:
+    from kernels import truncated_sample_triton as path
+
+    logits = tuple(torch.empty(4, 128_256, dtype=dtype) for dtype in dtypes)
+    request = Request(logits, torch.ones(len(dtypes)), sample=_sampling(4, top_k=50, top_p=0.9))
+    positional, switches = path.launch_arguments(request, path.allocate(request), digit=1)
+    return Variant("truncated_sample", name, path._digit_kernel, positional, switches, path.LAUNCH_OPTIONS)
+
+
+def _head_variant(name: str, dtype: torch.dtype, widths: list[int], given: int = 0) -> Variant:
+    from kernels import fused_head_triton as path
+
+    rows, vocabulary = 64, 128_256
+    request = HeadRequest(
+        tuple(torch.empty(rows, width, dtype=dtype) for width in widths),
+        # never touched, so no memory stands behind it
+        tuple(torch.empty(1, width, dtype=dtype).expand(vocabulary, width) for width in widths),
+        torch.ones(len(widths)),
+        given=torch.zeros(rows, given, dtype=torch.int64) if given else None,
+    )
+    positional, switches = path.launch_arguments(request, path.allocate(request))
+    strides = slice(24, 32)  # the expanded tensors' strides are 0; a real output layer's are its width
+    padded = (widths + widths[:1] * 8)[:8]
+    positional = (*positional[: strides.start], *padded, *positional[strides.stop :])
+    return Variant("fused_head", name, path._fused_head_kernel, positional, switches, path.LAUNCH_OPTIONS)
+
+
+def compile_variant(variant: Variant, target: Target):
+    """The compiled kernel, specialised as a launch with these arguments would be."""
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    pointers = {
+        torch.float32: "*fp32",
+        torch.bfloat16: "*bf16",
+        torch.float16: "*fp16",
+        torch.int64: "*i64",
+        torch.int32: "*i32",
+    }
+    names = variant.function.arg_names  # type: ignore[attr-defined]
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], object] = {}
+    attributes: dict[tuple[int, ...], list] = {}
+    for position, name in enumerate(names):
+        value = variant.positional[position] if position < len(variant.positional) else variant.switches[name]
+        if name in variant.switches or (isinstance(value, int) and value == 1):
+            signature[name], constants[(position,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = pointers[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(variant.function, signature, constants, attributes)
+    return compile_kernel(
+        source, target=GPUTarget(target.backend, target.arch, target.warp), options=dict(variant.options)
+    )
+
+
+def _nvidia_usage(compiled) -> tuple[int, int]:
+    """Registers a thread and bytes of local memory a thread, from the cubin."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _amd_usage(compiled) -> tuple[int, int]:
+    """The same from the metadata of the AMD code object."""
+    found = dict(re.findall(r"\.(vgpr_count|agpr_count|private_segment_fixed_size):\s*(\d+)", compiled.asm["amdgcn"]))
+    return int(found["vgpr_count"]), int(found["private_segment_fixed_size"])
+
+
+def load_bytes(assembly: str) -> int:
+    """Width of the main loop's global loads: the narrowest that carries a fifth of the bytes that one thread loads.
+
+    The joining of partial results reads past L1 (.cg, sc1) and does not count.
+    """
+    carried: dict[int, int] = {}
+    for vector, bits in re.findall(r"ld\.global(?:\.v(\d))?\.[bfus](\d+)", assembly):
+        width = int(vector or 1) * int(bits) // 8
+        carried[width] = carried.get(width, 0) + width
+    for width in (int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^,]*,[^,]*, (\w+)", assembly)):
+        carried[width] = carried.get(width, 0) + width
+    sizes = {"ubyte": 1, "sbyte": 1, "ushort": 2, "sshort": 2, "short_d16": 2, "short_d16_hi": 2, "dword": 4}
+    sizes |= {"dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+    for kind, rest in re.findall(r"(?:global|buffer)_load_(\w+)([^\n]*)", assembly):
+        if kind in sizes and " sc1" not in rest and " nt" not in rest:
+            carried[sizes[kind]] = carried.get(sizes[kind], 0) + sizes[kind]
+    total = sum(carried.values())
+    return min((width for width, size in carried.items() if size >= total / 5), default=0)
+
+
+def occupancy(target: Target, registers: int, shared: int, warps: int) -> float:
+    """Resident warps over the most that a multiprocessor holds, from registers, shared memory and block slots."""
+    per_thread = -(-registers // target.step) * target.step
+    by_registers = target.registers // (per_thread * target.warp * warps)
+    by_shared = target.shared // (shared + target.reserved_shared) if shared + target.reserved_shared else target.blocks
+    blocks = min(by_registers, by_shared, target.blocks, target.warps // warps)
+    return blocks * warps / target.warps
+
+
+def measure(variant: Variant, target_name: str) -> dict:
+    """One row of the table."""
+    target = TARGETS[target_name]
+    compiled = compile_variant(variant, target)
+    registers, spills = _nvidia_usage(compiled) if target.backend == "cuda" else _amd_usage(compiled)
+    shared = compiled.metadata.shared
+    return {
+        "kernel": variant.kernel,
+        "variant": variant.name,
+        "target": target_name,
+        "registers": registers,
+        "spills": spills,
+        "shared_bytes": shared,
+        "load_bytes": load_bytes(compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]),
+        "warps": variant.options["num_warps"],
+        "occupancy": round(occupancy(target, registers, shared, variant.options["num_warps"]), 3),
+        "aligned": variant.aligned,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.resources",
+        description="Registers, spills, shared memory, load width and occupancy of every kernel, without a GPU.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print a list of rows instead of a table")
+    parser.add_argument("--kernel", help="only this kernel: fused_logits, truncated_sample, fused_head")
+    parser.add_argument("--variant", default="", help="only variants whose name holds this text")
+    parser.add_argument("--target", choices=TARGETS, action="append", help="only this target; may be repeated")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled, unset it", file=sys.stderr)
+        return 2
+    chosen = [v for v in variants() if options.kernel in (None, v.kernel) and options.variant in v.name]
+    if not chosen:
+        print(f"no kernel {options.kernel or ''} has a variant named '{options.variant}'", file=sys.stderr)
+        return 2
+    rows = []
+    layout = (
+        "{kernel:17}{variant:36}{target:8}{registers:>10}{spills:>8}{shared_bytes:>8}{load_bytes:>6}{occupancy:>11}"
+    )
+    if not options.json:
+        head = ("registers", "spills", "shared", "load", "occupancy")
+        print(f"{'kernel':17}{'variant':36}{'target':8}{head[0]:>10}{head[1]:>8}{head[2]:>8}{head[3]:>6}{head[4]:>11}")
+    for variant in chosen:
+        for target_name in options.target or TARGETS:
+            rows.append(measure(variant, target_name))
+            if not options.json:
+                print(layout.format(**rows[-1]), flush=True)
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

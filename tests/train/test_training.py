@@ -1,0 +1,219 @@
+"""Training: the loss and its normalisation against transformers, resumption to the same bits, folders that others load."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny import TINY, tiny_model
+
+from corpora import sample
+from minillama import InputError, Llama
+from minillama.config import LlamaConfig
+from minillama.errors import exit_code
+from train import cpt, sft
+from train.data import Example, collate, micro_batches
+from train.loop import Trainer, learning_rate
+from train.loss import target_loss
+from train.report import Reporter
+from train.settings import Settings
+
+
+def examples_of(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        length = int(torch.randint(4, 20, (), generator=generator))
+        tokens = torch.randint(2, TINY.vocab_size, (length,), generator=generator).tolist()
+        rows.append(Example(tokens, int(torch.randint(1, length - 1, (), generator=generator))))
+    return rows
+
+
+@pytest.fixture
+def pairs_tsv(tmp_path):
+    pairs = sample()
+    lines = [f"{source}\t{target}\n" for source, target in zip(pairs.source, pairs.target)]
+    (tmp_path / "train.tsv").write_text("".join(lines[:32]), encoding="utf-8")
+    (tmp_path / "valid.tsv").write_text("".join(lines[32:]), encoding="utf-8")
+    return tmp_path
+
+
+def sft_arguments(folder, model, *extra):
+    return [
+        *("--model", str(model), "--train", str(folder / "train.tsv"), "--valid", str(folder / "valid.tsv")),
+        *("--source", "ja", "--target", "en", "--prompt", "plain", "--device", "cpu", "--lr", "1e-3"),
+        *("--batch-size", "4", "--epochs", "2", *extra),
+    ]
+
+
+def test_the_loss_is_transformers_loss_over_the_targets(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_model(3)
+    model.save_pretrained(tmp_path / "m")
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    examples = examples_of(6)
+    ours = float(target_loss(model, collate(examples))) / sum(example.targets for example in examples)
+    total = 0.0
+    for example in examples:
+        labels = torch.tensor([[-100] * example.first_target + example.tokens[example.first_target :]])
+        total += float(reference(torch.tensor([example.tokens]), labels=labels).loss) * example.targets
+    assert ours == pytest.approx(total / sum(example.targets for example in examples), abs=1e-5)
+
+
+@pytest.mark.parametrize("micro", [1, 3, 5])
+def test_gradients_do_not_depend_on_how_a_step_is_cut(micro):
+    examples = examples_of(16)
+    targets = sum(example.targets for example in examples)
+
+    def gradients(size):
+        model = tiny_model(1).double()
+        for part in micro_batches(examples, size):
+            (target_loss_float64(model, collate(part)) / targets).backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    for one, other in zip(gradients(16), gradients(micro)):
+        assert torch.allclose(one, other, rtol=1e-6, atol=1e-12)
+
+
+def target_loss_float64(model, batch):
+    """The loss without its cast to float32, which would hide differences at 1e-7."""
+    hidden = model.hidden(batch.inputs_BT).flatten(0, 1)[batch.target_rows_M]
+    return torch.nn.functional.cross_entropy(hidden @ model.output_weight.T, batch.targets_M, reduction="sum")
+
+
+def test_learning_rates_warm_up_and_then_stay_or_follow_a_cosine():
+    constant = Settings(epochs=1, lr=0.1, warmup_steps=4)
+    assert [learning_rate(constant, step, 10) for step in (1, 2, 4, 5, 10)] == pytest.approx(
+        [0.025, 0.05, 0.1, 0.1, 0.1]
+    )
+    cosine = Settings(epochs=1, lr=0.1, schedule="cosine", min_lr_ratio=0.1)
+    assert learning_rate(cosine, 5, 10) == pytest.approx(0.1 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2))))
+    assert learning_rate(cosine, 10, 10) == pytest.approx(0.01)
+
+
+class Stop(Exception):
+    pass
+
+
+class StoppingReporter(Reporter):
+    """Ends the run at a step, as a crash would."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def step(self, step, loss, tokens, targets):
+        if step == self.at:
+            raise Stop
+
+
+@pytest.mark.parametrize("at", [3, 7, 10])
+def test_a_run_that_died_goes_on_to_the_same_bits(tmp_path, at):
+    settings = Settings(
+        epochs=3, lr=1e-3, batch_size=4, checkpoint_every=3, eval_every=2, keep="best", schedule="cosine"
+    )
+    unbroken = tiny_model(2)
+    Trainer(unbroken, examples_of(16), examples_of(4, 9), settings, tmp_path / "one").run(False, Reporter())
+    with pytest.raises(Stop):
+        Trainer(tiny_model(2), examples_of(16), examples_of(4, 9), settings, tmp_path / "two").run(
+            False, StoppingReporter(at)
+        )
+    resumed = tiny_model(7)  # other weights: everything must come from the checkpoint, when there is one
+    if at <= 3:
+        resumed = tiny_model(2)
+    Trainer(resumed, examples_of(16), examples_of(4, 9), settings, tmp_path / "two").run(True, Reporter())
+    for one, other in zip(unbroken.state_dict().values(), resumed.state_dict().values()):
+        assert torch.equal(one, other)
+    one, other = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("one", "two"))
+    assert one == other
+
+
+def test_a_killed_process_resumes_to_the_same_model(tmp_path, pairs_tsv, model_folders):
+    extra = ("--checkpoint-every", "2", "--epochs", "4")
+    assert sft.main(sft_arguments(pairs_tsv, model_folders["A"], *extra, "--output", str(tmp_path / "one"))) == 0
+    argv = [sys.executable, "-m", "train.sft", *sft_arguments(pairs_tsv, model_folders["A"], *extra)]
+    argv += ["--output", str(tmp_path / "two"), "--resume"]
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE)
+    while process.poll() is None and not list((tmp_path / "two" / "checkpoints").glob("step-*")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    subprocess.run(argv, check=True, capture_output=True)
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert not (tmp_path / "two" / "checkpoints").exists()
+
+
+def test_training_learns_and_transformers_loads_what_it_saved(tmp_path, pairs_tsv, model_folders):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    output = tmp_path / "out"
+    assert sft.main(sft_arguments(pairs_tsv, model_folders["A"], "--epochs", "6", "--output", str(output))) == 0
+    losses = [row["loss"] for line in open(output / "metrics.jsonl") if "loss" in (row := json.loads(line))]
+    assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
+    tokens = torch.tensor([[0, 5, 80, 200, 301]])
+    with torch.no_grad():
+        ours = Llama.from_pretrained(output)(tokens)
+        theirs = AutoModelForCausalLM.from_pretrained(output)(tokens).logits
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(output).encode("student", add_special_tokens=False)
+    assert (output / "prompt.toml").exists()
+
+
+def test_cpt_starts_from_a_configuration_and_saves_in_another_dtype(tmp_path, tokenizer_folder):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(LlamaConfig.to_dict(TINY)))
+    (tmp_path / "mono.txt").write_text("\n".join(sample().target), encoding="utf-8")
+    argv = ["--init", str(config), "--tokenizer", str(tokenizer_folder), "--text", str(tmp_path / "mono.txt")]
+    argv += ["--lr", "1e-3", "--epochs", "1", "--save-dtype", "bfloat16", "--device", "cpu"]
+    assert cpt.main([*argv, "--output", str(tmp_path / "out")]) == 0
+    assert Llama.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    assert cpt.main([*argv, "--output", str(tmp_path / "out"), "--resume"]) == 0
+
+
+def test_early_stopping_keeps_the_best_weights(tmp_path):
+    settings = Settings(epochs=50, lr=0.05, batch_size=4, patience=2, keep="best")
+    model = tiny_model(4)
+    outcome = Trainer(model, examples_of(8), examples_of(8, 5), settings, tmp_path).run(False, Reporter())
+    rows = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
+    valid = [(row["valid_loss"], row["step"]) for row in rows if "valid_loss" in row]
+    assert outcome.steps < 100
+    assert (outcome.best_loss, outcome.best_step) == min(valid)
+    assert valid[-1][1] - outcome.best_step == 4
+    held_out = [collate(sorted(examples_of(8, 5), key=lambda e: len(e.tokens))[i : i + 4]) for i in (0, 4)]
+    with torch.no_grad():
+        loss = sum(float(target_loss(model, batch)) for batch in held_out) / sum(len(b.targets_M) for b in held_out)
+    assert loss == pytest.approx(outcome.best_loss, abs=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
+    model = tiny_model(4)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("inf")
+    with pytest.raises(InputError, match="step 1: loss nan"):
+        Trainer(model, examples_of(8), [], Settings(epochs=1), tmp_path).run(False, Reporter())
+
+
+def test_an_output_that_holds_something_is_refused_without_resume(tmp_path, pairs_tsv, model_folders, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    arguments = sft_arguments(pairs_tsv, model_folders["A"], "--output", str(tmp_path / "out"))
+    assert exit_code(lambda: sft.main(arguments)) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "out") == ["notes.txt"]
+
+
+def test_resuming_with_other_settings_is_refused_by_name(tmp_path):
+    settings = Settings(epochs=2, batch_size=4)
+    with pytest.raises(Stop):
+        Trainer(tiny_model(2), examples_of(16), [], settings, tmp_path).run(False, StoppingReporter(6))
+    with pytest.raises(InputError, match=r"lr \(was 2e-05, now 0\.01\)"):
+        Trainer(tiny_model(2), examples_of(16), [], Settings(epochs=2, batch_size=4, lr=0.01), tmp_path).run(
+            True, Reporter()
+        )
