@@ -142,7 +142,8 @@ def load_texts(text: str, *, seed: int | None = None, folder: str | Path | None 
             f"{text}: has two sides, expected one: write {text.split(',')[0]}:{name.source} or :{name.target}"
         )
     pairs = _load(name, folder)
-    return Texts(pairs.source if name.side == name.source else pairs.target, pairs.dropped, text)
+    documents = pairs.source if name.side == name.source else pairs.target
+    return Texts(documents, pairs.dropped, text, pairs.details)
 
 
 def _load(name: SplitName, folder: str | Path | None) -> Pairs:

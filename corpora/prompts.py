@@ -1,9 +1,9 @@
 """Prompts as data: a list of chat messages with fields, in a TOML file.
 
-A prompt file has one key, `messages`, a list of tables with `role` and `content`. In a content, `{source_language}` and
-`{target_language}` stand for English names, `{source}` for the sentence; `{{` and `}}` are literal braces. Filling in
-is one pass over the template, so braces inside the sentence are text. How roles become tokens is the chat format's
-business, not known here.
+A prompt file has a key `messages`, a list of tables with `role` and `content`; a second key, `chat`, may name the chat
+format that a model was trained in. In a content, `{source_language}` and `{target_language}` are English names,
+`{source}` for the sentence; `{{` and `}}` are literal braces. Filling in is one pass over the template, so braces inside
+the sentence are text. How roles become tokens is the chat format's business, not known here.
 """
 
 import json
@@ -26,10 +26,11 @@ _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A translation prompt: `templates` is a tuple of (role, content with fields)."""
+    """A translation prompt: `templates` are (role, content with fields); `chat` is the chat format, None: not fixed."""
 
     name: str
     templates: tuple[tuple[str, str], ...]
+    chat: str | None = None
 
     def __post_init__(self) -> None:
         _check(self.templates, self.name)
@@ -44,12 +45,12 @@ class Prompt:
         path = Path(name_or_path)
         if text in prompt_names():
             content = resources.files("corpora").joinpath("prompts", f"{text}.toml").read_bytes()
-            return cls(text, _parse(content, text))
+            return cls(text, *_parse(content, text))
         if path.is_dir():
             path = path / FILE_NAME
         elif path.suffix != ".toml" and not path.exists():
             raise InputError(f"unknown prompt {text!r}: expected one of {', '.join(prompt_names())}, or a .toml file")
-        return cls(str(path), _parse(read_bytes(path), str(path)))
+        return cls(str(path), *_parse(read_bytes(path), str(path)))
 
     def messages(self, source: str, source_language: str, target_language: str) -> list[tuple[str, str]]:
         """(role, content) of each message for one sentence; the languages are codes such as `ja`."""
@@ -65,7 +66,8 @@ class Prompt:
         lines = [
             f"[[messages]]\nrole = {_quote(role)}\ncontent = {_quote(content)}\n" for role, content in self.templates
         ]
-        return "\n".join(lines)
+        chat = f"chat = {_quote(self.chat)}\n\n" if self.chat else ""
+        return chat + "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
         """Write the prompt to a file, or as `prompt.toml` into an existing folder."""
@@ -81,7 +83,7 @@ def prompt_names() -> list[str]:
     return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
 
 
-def _parse(content: bytes, name: str) -> tuple[tuple[str, str], ...]:
+def _parse(content: bytes, name: str) -> tuple[tuple[tuple[str, str], ...], str | None]:
     try:
         data = tomllib.loads(content.decode("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -89,13 +91,16 @@ def _parse(content: bytes, name: str) -> tuple[tuple[str, str], ...]:
     messages = data.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise InputError(f"{name}: expected a non-empty list `messages` of tables with `role` and `content`")
-    unknown = sorted(set(data) - {"messages"})
+    unknown = sorted(set(data) - {"messages", "chat"})
     if unknown:
-        raise InputError(f"{name}: unknown key `{unknown[0]}`, expected `messages` alone")
+        raise InputError(f"{name}: unknown key `{unknown[0]}`, expected `messages` and perhaps `chat`")
+    chat = data.get("chat")
+    if not isinstance(chat, str | None):
+        raise InputError(f"{name}: `chat` is {chat!r}, expected the name of a chat format")
     for number, message in enumerate(messages, 1):
         if set(message) != {"role", "content"} or not all(isinstance(value, str) for value in message.values()):
             raise InputError(f"{name}: message {number}: expected `role` and `content`, both strings")
-    return tuple((message["role"], message["content"]) for message in messages)
+    return tuple((message["role"], message["content"]) for message in messages), chat
 
 
 def _check(templates: tuple[tuple[str, str], ...], name: str) -> None:

@@ -10,9 +10,9 @@ import gzip
 import io
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,6 +29,7 @@ class Texts:
     documents: list[str]
     dropped: int
     origin: str
+    details: Mapping[str, object] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -36,7 +37,8 @@ class Texts:
     def describe(self) -> str:
         """One line for a report or a log."""
         dropped = f", {self.dropped:,} empty lines dropped" if self.dropped else ""
-        return f"{self.origin}: {len(self.documents):,} documents{dropped}"
+        details = "".join(f", {key} {value}" for key, value in self.details.items())
+        return f"{self.origin}: {len(self.documents):,} documents{dropped}{details}"
 
 
 def read_lines(path: str | Path) -> list[str]:
@@ -76,17 +78,19 @@ def read_texts(paths: Sequence[str | Path] | str | Path, *, seed: int | None = N
         paths = [paths]
     documents: list[str] = []
     dropped = 0
+    details: dict[str, object] = {}
     for path in paths:
         if hub.is_named_split(str(path)):
             split = hub.load_texts(str(path), seed=seed)
             documents += split.documents
             dropped += split.dropped
+            details |= split.details
             continue
         lines = read_lines(path)
         kept = [line for line in lines if line.strip()]
         documents += kept
         dropped += len(lines) - len(kept)
-    return Texts(documents, dropped, " + ".join(display_name(path) for path in paths))
+    return Texts(documents, dropped, " + ".join(display_name(path) for path in paths), details)
 
 
 @contextmanager

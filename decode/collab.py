@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from corpora import language_name, read_lines
-from decode.expression import parse
-from decode.members import TOO_LONG, Options, Sentences, encode_sentences, load_ensemble, open_readers
+from decode.expression import parse, spell
+from decode.members import TOO_LONG, Options, Reader, Sentences, encode_sentences, load_ensemble, open_readers
 from decode.output import OrderedWriter, check_writable
 from decode.progress import DecodeProgress
 from decode.report import device_name, dtype_name, scores, versions, write_report
@@ -107,35 +107,39 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     folders = _named(arguments.model)
-    weights = parse(arguments.combine or " + ".join(folders), list(folders))
+    weights = parse(" + ".join(folders) if arguments.combine is None else arguments.combine, list(folders))
     options = _options(arguments)
     device = pick_device(arguments.device)
     dtype = DTYPES.get(arguments.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
     sentences, references = _read_texts(arguments)
-    for path in filter(None, (arguments.output, arguments.report)):
-        check_writable(path, [file for file in (arguments.input, arguments.reference) if file])
+    if arguments.report == "-":
+        raise InputError("--report -: give a file; standard output is for translations")
+    inputs = [file for file in (arguments.input, arguments.reference) if file]
+    check_writable(arguments.output, inputs)
+    if arguments.report:
+        check_writable(arguments.report, [*inputs, arguments.output])
     prompts = _per_member(arguments.prompt, folders, "--prompt")
     chats = _per_member(arguments.chat, folders, "--chat")
     readers = open_readers({name: folders[name] for name in weights}, prompts, chats)
     prepared = None
     if sentences is not None:  # before weights are loaded: a sentence that is too long is refused at once
         prepared = encode_sentences(sentences, readers, options, arguments.input)
+    _announce(readers, weights, options, arguments.input, sentences, f"{dtype_name(dtype)}, {device_name(device)}")
     ensemble, load_seconds = load_ensemble(readers, weights, dtype, device)
+    print(f"loaded in {load_seconds:.1f} s", file=sys.stderr)
     session = Session(ensemble, readers, options)
-    _announce(session, arguments.input, sentences, dtype, load_seconds)
 
     groups = [prepared] if prepared is not None else _arriving(session)
     hypotheses = _decode(session, groups, arguments.output, None if sentences is None else len(sentences))
 
     report = _report(session, arguments, folders, load_seconds, dtype)
-    if references is not None:
-        if len(references) != session.lines:
-            raise _not_aligned("standard input", session.lines, arguments.reference, len(references))
-        if references:
-            report |= scores([hypotheses[line] for line in range(session.lines)], references, options.target)
+    if references and len(references) == session.lines:
+        report |= scores([hypotheses[line] for line in range(session.lines)], references, options.target)
     _summarise(report)
     if arguments.report:
         write_report(arguments.report, report)
+    if references is not None and len(references) != session.lines:  # only standard input: files are compared before
+        raise _not_aligned("standard input", session.lines, arguments.reference, len(references))
     return 0
 
 
@@ -147,7 +151,7 @@ def _decode(session: Session, groups: Iterable[Sentences], output: str, total: i
         try:
             for prepared in groups:
                 for line, text, translation in session.translate(prepared):
-                    writer.put(line, text)
+                    writer.put(line, text, translated=translation is not None)
                     hypotheses[line] = text
                     progress.add(len(translation.tokens) if translation else 0)
         except KeyboardInterrupt:
@@ -164,9 +168,17 @@ def _decode(session: Session, groups: Iterable[Sentences], output: str, total: i
 
 
 def _arriving(session: Session) -> Iterator[Sentences]:
-    """Standard input in groups of the lines that are there."""
+    """Standard input in groups of the lines that are there; lines before one that is refused are still translated."""
     for window in windows(sys.stdin.fileno(), WINDOW_BATCHES * session.options.batch_size):
-        yield session.encode(window, "standard input")
+        try:
+            yield session.encode(window, "standard input")
+        except InputError as error:
+            refused = error
+        else:
+            continue
+        for line in window:  # one at a time, up to the line at fault
+            yield session.encode([line], "standard input")
+        raise refused
 
 
 def _options(arguments: argparse.Namespace) -> Options:
@@ -179,6 +191,8 @@ def _options(arguments: argparse.Namespace) -> Options:
 
 def _read_texts(arguments: argparse.Namespace) -> tuple[list[str] | None, list[str] | None]:
     """The sentences (None when they come from standard input) and the references (None without --reference)."""
+    if arguments.input == arguments.reference == "-":
+        raise InputError("--input and --reference are both standard input; one of them must be a file")
     sentences = None if arguments.input == "-" else read_lines(arguments.input)
     references = read_lines(arguments.reference) if arguments.reference else None
     if sentences is not None and references is not None and len(sentences) != len(references):
@@ -190,14 +204,20 @@ def _not_aligned(source: str, lines: int, reference: str, others: int) -> InputE
     return InputError(f"{source} has {lines:,} lines, {reference} has {others:,}; they must be line-aligned")
 
 
-def _announce(session: Session, source: str, sentences: list[str] | None, dtype: torch.dtype, seconds: float) -> None:
-    members = session.ensemble.members
-    sizes = ", ".join(f"{m.name} {sum(p.numel() for p in m.model.parameters()) / 1e6:,.1f} M" for m in members)
+def _announce(
+    readers: Sequence[Reader],
+    weights: dict[str, float],
+    options: Options,
+    source: str,
+    sentences: list[str] | None,
+    where: str,
+) -> None:
+    """What will be done, before the long part of it."""
+    sizes = ", ".join(f"{reader.name} {reader.checkpoint.parameters / 1e6:,.1f} M" for reader in readers)
     count = "standard input" if sentences is None else f"{len(sentences):,} sentences of {source}"
-    options = session.options
     print(
-        f"{session.ensemble.combine} ({sizes}): {count}, {options.source} to {options.target}, batches of "
-        f"{options.batch_size}, {dtype_name(dtype)}, {device_name(session.ensemble.device)}; loaded in {seconds:.1f} s",
+        f"{spell(weights)} ({sizes}): {count}, {options.source} to {options.target}, "
+        f"batches of {options.batch_size}, {where}",
         file=sys.stderr,
     )
 

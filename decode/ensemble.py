@@ -15,6 +15,7 @@ from torch import Tensor
 
 from decode.expression import parse, spell
 from kernels import describe_flag, fused_logits
+from kernels.request import MAX_MEMBERS
 from minillama import InputError, KVCache, Llama
 
 
@@ -38,6 +39,8 @@ class Ensemble:
         if combine is None:
             combine = " + ".join(models)
         weights = parse(combine, models) if isinstance(combine, str) else dict(combine)
+        if len(weights) > MAX_MEMBERS:
+            raise InputError(f"{len(weights)} models in one ensemble; at most {MAX_MEMBERS} can be summed")
         self.members = tuple(Member(name, models[name], weight) for name, weight in weights.items())
         sizes = {member.name: member.model.config.vocab_size for member in self.members}
         if len(set(sizes.values())) > 1:

@@ -7,7 +7,6 @@
 A value is a linear form: a weight for every name, and a number under the key "". Only linear forms are accepted.
 """
 
-import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -16,6 +15,9 @@ from minillama import InputError
 
 Linear = dict[str, float]
 NUMBER = ""
+# Normal float32 numbers: logits are summed in float32.
+SMALLEST, LARGEST = 2.0**-126, (2 - 2**-23) * 2.0**127
+DEEPEST = 100
 TOKEN = re.compile(r"\s*(?:(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)|([^\W\d]\w*)|(\S))")
 
 
@@ -36,9 +38,9 @@ def parse(expression: str, known: Collection[str]) -> dict[str, float]:
     weights = {name: weight for name, weight in form.items() if weight}
     if not weights:
         raise parser.error("every weight is zero; at least one model must count")
-    bad = [name for name, weight in weights.items() if not math.isfinite(weight)]
-    if bad:
-        raise parser.error(f"the weight of {bad[0]} is not finite")
+    for name, weight in weights.items():
+        if not SMALLEST <= abs(weight) <= LARGEST:  # also false for NaN
+            raise parser.error(f"the weight of {name} is {weight:g}, beyond float32's range")
     return weights
 
 
@@ -73,6 +75,7 @@ class _Parser:
         self.expression, self.known = expression, known
         self.tokens = _tokens(expression)
         self.at = 0
+        self.depth = 0
 
     def error(self, reason: str, token: _Token | None = None) -> InputError:
         where = f" at column {token.column}" if token else ""
@@ -129,7 +132,11 @@ class _Parser:
                 raise self.error(f"{token.text} is unknown; the models are {', '.join(self.known)}", token)
             return {token.text: 1.0}
         if self.take("("):
+            self.depth += 1
+            if self.depth > DEEPEST:
+                raise self.error(f"parentheses are nested deeper than {DEEPEST}", token)
             form = self.sum()
+            self.depth -= 1
             if not self.take(")"):
                 raise self.missing_parenthesis(token)
             return form

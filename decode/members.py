@@ -87,7 +87,7 @@ def open_readers(
             raise InputError(f"{folder}: the tokenizer has {len(tokenizer):,} entries, the model only {size:,}")
         wanted = prompts.get(name) if prompts else None
         prompt = Prompt.load(wanted or (folder if (folder / PROMPT_FILE).exists() else "paper"))
-        chat = chat_format(chats.get(name) if chats else None, tokenizer)
+        chat = chat_format((chats.get(name) if chats else None) or prompt.chat, tokenizer)
         readers.append(Reader(name, folder, checkpoint, tokenizer, chat, prompt))
     check_shared({reader.name: reader.tokenizer for reader in readers})
     sizes = {reader.name: reader.checkpoint.config.vocab_size for reader in readers}

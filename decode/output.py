@@ -40,6 +40,7 @@ class OrderedWriter:
         self.path = path
         self.next = 0
         self.count = 0
+        self.last = -1
         self.waiting: dict[int, str] = {}
 
     def __enter__(self) -> "OrderedWriter":
@@ -48,17 +49,19 @@ class OrderedWriter:
         self.stream: TextIO = open(target, "w", encoding="utf-8", newline="\n")
         return self
 
-    def put(self, line: int, text: str) -> None:
-        """Take a finished line; an interruption waits until it and those it releases are written."""
+    def put(self, line: int, text: str, translated: bool = True) -> None:
+        """Take a finished line, a blank one with translated=False. An interruption waits until all is written."""
         with _uninterrupted():
-            self.count += 1
+            self.count += translated
+            self.last = max(self.last, line) if translated else self.last
             self.waiting[line] = text
             self._write_ready()
 
     def write_finished(self) -> int:
         """After an interruption: write what waits behind an unfinished line, that line empty; returns how many are."""
         with _uninterrupted():
-            gaps = [line for line in range(self.next, max(self.waiting, default=0)) if line not in self.waiting]
+            gaps = [line for line in range(self.next, self.last) if line not in self.waiting]
+            self.waiting = {line: text for line, text in self.waiting.items() if line <= self.last}
             self.waiting.update(dict.fromkeys(gaps, ""))
             self._write_ready()
         return len(gaps)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from corpora.pairs import one_line
 from decode.ensemble import Ensemble
 from decode.members import Options, Reader, Sentences, encode_sentences
 from decode.translate import Counters, Translation, decode
@@ -39,6 +40,6 @@ class Session:
         for index, translation in decode(self.ensemble, prepared.prompts, *limits, stops, self.counters):
             self.seconds += time.perf_counter() - started
             # A model may write line breaks; a translation is one line.
-            yield prepared.lines[index], " ".join(tokenizer.decode(translation.tokens).split()), translation
+            yield prepared.lines[index], one_line(tokenizer.decode(translation.tokens)).strip(), translation
             started = time.perf_counter()
         self.seconds += time.perf_counter() - started

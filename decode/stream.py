@@ -5,6 +5,7 @@ import select
 from collections.abc import Iterator
 
 from corpora import iter_lines
+from minillama import InputError
 
 CHUNK = 1 << 16
 
@@ -50,6 +51,13 @@ def windows(descriptor: int, largest: int, name: str = "standard input") -> Iter
     lines = iter_lines(source, name)
     for line in lines:
         window = [line]
+        fault = None
         while len(window) < largest and source.ready():
-            window.append(next(lines))
+            try:
+                window.append(next(lines))
+            except InputError as error:  # the good lines before a bad one are still to be answered
+                fault = error
+                break
         yield window
+        if fault is not None:
+            raise fault

@@ -16,7 +16,9 @@ def main(output: str, picture: str) -> None:
     runs = {path.stem: json.loads(path.read_text()) for path in Path(output).glob("*.json")}
     rows = sorted((run["bleu"], name, run["combine"]) for name, run in runs.items())
     figure, axes = plt.subplots(figsize=(7.5, 3.2), layout="constrained")
-    bars = axes.barh([row[2] for row in rows], [row[0] for row in rows], color=[COLOURS.get(r[1], "#9aa5ab") for r in rows])
+    bars = axes.barh(
+        [row[2] for row in rows], [row[0] for row in rows], color=[COLOURS.get(r[1], "#9aa5ab") for r in rows]
+    )
     axes.bar_label(bars, fmt="%.1f", padding=3)
     axes.set_xlabel(f"BLEU (sacrebleu 13a), {next(iter(runs.values()))['sentences']} sentences, Japanese to English")
     axes.spines[["top", "right"]].set_visible(False)

@@ -25,31 +25,46 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
+    old = None
     try:
         os.chmod(temporary, 0o777 & ~umask())
         yield temporary
+        if folder.exists():
+            _keep_others(folder, temporary)
         for path in temporary.rglob("*"):
             sync(path)
         sync(temporary)
-        old = None
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
             os.rename(folder, old)
-        try:
-            os.rename(temporary, folder)
-        except BaseException:
-            if old is not None:
-                os.rename(old, folder)
-            raise
+        os.rename(temporary, folder)
         sync(folder.parent)
     except BaseException:
+        if old is not None and not folder.exists():
+            os.rename(old, folder)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if old is not None:
-        for path in old.iterdir():
-            if not (folder / path.name).exists() and not _is_weights(path.name):
-                os.rename(path, folder / path.name)
-        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _keep_others(folder: Path, temporary: Path) -> None:
+    """Give `temporary` what `folder` has beside it, as hard links where the file system has them. Old weights go."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+
+    for path in folder.iterdir():
+        if (temporary / path.name).exists() or _is_weights(path.name):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, temporary / path.name, symlinks=True, copy_function=link)
+        else:
+            link(str(path), str(temporary / path.name))
 
 
 def sync(path: Path) -> None:
@@ -67,7 +82,14 @@ def _is_weights(name: str) -> bool:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; raises OSError where it cannot be written."""
+    """Write a text file whole or not at all; raises OSError where it cannot be written.
+
+    A symbolic link stays one, and what is no regular file (/dev/stdout, a pipe) is simply written to.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as stream:

@@ -49,6 +49,11 @@ class Checkpoint:
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
     copy: bool = False
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has, a tied output layer counted once."""
+        return sum(math.prod(shape) for name, shape in self.shapes.items() if not _is_ignored(name, self.config))
+
 
 def resolve_folder(name: str | Path) -> Path:
     """A local folder as it is; `owner/name` that is no local folder is fetched from the Hugging Face hub."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minillama import InputError, Llama
+from minillama.errors import Interrupted
 from train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from train.data import Batch, Example, collate, epoch_order, micro_batches
 from train.loss import mean_loss, target_loss
@@ -74,6 +75,7 @@ class Trainer:
         order = sorted(held_out, key=lambda example: len(example.tokens))
         self.held_out = [collate(part) for part in micro_batches(order, self.micro)]
         self.progress = Progress()
+        self.saved_step = 0
         self.best_weights: dict[str, Tensor] | None = None
 
     def run(self, resume: bool, reporter: Reporter) -> Outcome:
@@ -82,26 +84,18 @@ class Trainer:
         if resume:
             self._restore()
         started, progress, settings = time.monotonic(), self.progress, self.settings
-        eval_every = settings.eval_every or self.steps_per_epoch
-        checkpoint_every = settings.checkpoint_every or self.steps_per_epoch
-        order_epoch, order = -1, []
         self.model.train()
-        with open(self.output / "metrics.jsonl", "r+" if progress.step else "w", encoding="utf-8") as metrics:
-            metrics.seek(progress.metrics_bytes)
-            metrics.truncate()
-            reporter.start(progress.step, self.total_steps)
-            while progress.step < self.total_steps and not progress.stopped:
-                epoch, position = divmod(progress.step, self.steps_per_epoch)
-                if epoch != order_epoch:
-                    order_epoch, order = epoch, epoch_order(self.lengths, settings.batch_size, settings.seed, epoch)
-                batch = [self.examples[index] for index in order[position]]
-                self._step(batch, metrics, reporter)
-                if self.held_out and (progress.step % eval_every == 0 or progress.step == self.total_steps):
-                    self._validate(metrics, reporter)
-                if progress.step % checkpoint_every == 0 and progress.step < self.total_steps:
-                    self._checkpoint(metrics)
-            self._checkpoint(metrics)
-        reporter.stop()
+        reporter.start(progress.step, self.total_steps)
+        try:
+            self._train(reporter)
+        except KeyboardInterrupt:
+            at = f"after step {self.saved_step}" if self.saved_step else "of its start"
+            raise Interrupted(
+                f"interrupted at step {progress.step} of {self.total_steps}; the run goes on from the state {at} with "
+                f"--resume --output {self.output}"
+            ) from None
+        finally:
+            reporter.stop()
         if settings.keep == "best" and self.best_weights is not None:
             self.model.load_state_dict(self.best_weights)
         self.model.eval()
@@ -113,6 +107,25 @@ class Trainer:
             best_step=progress.best_step if known else None,
             seconds=time.monotonic() - started,
         )
+
+    def _train(self, reporter: Reporter) -> None:
+        progress, settings = self.progress, self.settings
+        eval_every = settings.eval_every or self.steps_per_epoch
+        checkpoint_every = settings.checkpoint_every or self.steps_per_epoch
+        order_epoch, order = -1, []
+        with open(self.output / "metrics.jsonl", "r+" if progress.step else "w", encoding="utf-8") as metrics:
+            metrics.seek(progress.metrics_bytes)
+            metrics.truncate()
+            while progress.step < self.total_steps and not progress.stopped:
+                epoch, position = divmod(progress.step, self.steps_per_epoch)
+                if epoch != order_epoch:
+                    order_epoch, order = epoch, epoch_order(self.lengths, settings.batch_size, settings.seed, epoch)
+                self._step([self.examples[index] for index in order[position]], metrics, reporter)
+                if self.held_out and (progress.step % eval_every == 0 or progress.step == self.total_steps):
+                    self._validate(metrics, reporter)
+                if progress.step % checkpoint_every == 0 and progress.step < self.total_steps:
+                    self._checkpoint(metrics)
+            self._checkpoint(metrics)
 
     def _step(self, examples: Sequence[Example], metrics: TextIO, reporter: Reporter) -> None:
         progress, settings = self.progress, self.settings
@@ -129,8 +142,8 @@ class Trainer:
         loss_value, norm_value = float(loss), float(norm)
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             raise InputError(
-                f"step {step}: loss {loss_value}, gradient norm {norm_value}; the checkpoint before it is kept in "
-                f"{self.output}; try a smaller --lr or --resume with other settings"
+                f"step {step}: loss {loss_value}, gradient norm {norm_value}; the run stops here. Start again with a "
+                f"smaller --lr in another --output; {self.output} keeps metrics.jsonl and the last checkpoint, if any"
             )
         rate = learning_rate(settings, step, self.total_steps)
         for group in self.optimizer.param_groups:
@@ -174,6 +187,8 @@ class Trainer:
         reporter.validation(progress.step, loss, progress.best_loss)
 
     def _checkpoint(self, metrics: TextIO) -> None:
+        if self.saved_step == self.progress.step:
+            return
         metrics.flush()
         self.progress.metrics_bytes = metrics.tell()
         state: dict[str, Any] = {
@@ -183,6 +198,7 @@ class Trainer:
             "fingerprint": self._fingerprint(),
         }
         save_checkpoint(self.output, self.progress, state)
+        self.saved_step = self.progress.step
 
     def _restore(self) -> None:
         if (found := load_checkpoint(self.output)) is None:
@@ -195,7 +211,7 @@ class Trainer:
         ]
         if changed:
             raise InputError(f"--resume {self.output}: the run was started with other settings: {', '.join(changed)}")
-        self.progress = progress
+        self.progress, self.saved_step = progress, progress.step
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.best_weights = state["best"]

@@ -110,6 +110,8 @@ def prepare(arguments: argparse.Namespace) -> bool:
     """Check --output before any work; False when --resume finds the model finished."""
     output = Path(arguments.output)
     check_output(output, arguments.resume)
+    if (arguments.keep == "best" or arguments.patience) and not arguments.valid:
+        raise InputError("--keep best and --patience need --valid: without it no weights are known to be better")
     if arguments.resume and (output / "config.json").exists():
         print(f"{output}: already finished", file=sys.stderr)
         return False

@@ -1,6 +1,7 @@
 """The settings of a run and their command line, shared by CPT and SFT. Defaults are the paper's where it has one."""
 
 import argparse
+import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,17 @@ import torch
 from minillama.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+RANGES = (
+    ("lr", 1e-12, 1.0),
+    ("beta1", 0.0, 0.99999),
+    ("beta2", 0.0, 0.99999),
+    ("clip", 0.0, 1e9),
+    ("weight_decay", 0.0, 1e3),
+    ("min_lr_ratio", 0.0, 1.0),
+    ("seed", 0, 2**63 - 1),
+)
 
 
 @dataclass(frozen=True)
@@ -50,8 +62,12 @@ class Settings:
         ):
             if getattr(self, name) < least:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
-        if not 0 < self.lr < 1:
-            raise InputError(f"--lr is {self.lr}; it must lie between 0 and 1")
+        for name, low, high in RANGES:
+            if not low <= getattr(self, name) <= high:
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} is {getattr(self, name)}; it must lie between {low:g} and {high:g}")
+        if self.max_length == 1:
+            raise InputError("--max-length is 1; a sequence needs at least 2 tokens, one to predict the other")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -127,3 +143,9 @@ def check_output(output: Path, resume: bool) -> None:
         raise InputError(f"--output {output}: is a file; it must be a folder")
     if not resume and output.is_dir() and any(output.iterdir()):
         raise InputError(f"--output {output}: is not empty; give --resume to go on with that run, or another folder")
+    parent = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise InputError(f"--output {output}: cannot be written ({error.strerror})") from None

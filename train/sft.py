@@ -1,11 +1,12 @@
 """Fine-tuning on sentence pairs: `python -m train.sft --model DIR --train pairs.tsv --valid pairs.tsv --output DIR`.
 
-The loss is on the response alone. The prompt is saved with the model (`prompt.toml`), so decoding uses the same one.
+The loss is on the response alone. Prompt and chat format are saved with the model (`prompt.toml`) for decoding.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from corpora import Pairs, Prompt, language_name, read_pairs
 from minillama import InputError
@@ -62,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{some.origin}: {len(examples) - len(kept)} examples over {limit} tokens left out", file=sys.stderr)
         return kept
 
+    if not pairs.source:
+        raise InputError(f"{pairs.origin}: no pair has two sides; there is nothing to train on")
     examples, valid = examples_of(pairs), examples_of(held_out) if held_out else []
     if not examples:
         raise InputError(f"{pairs.origin}: every example is over {limit} tokens; raise --max-length")
@@ -74,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "prompt": prompt.name,
         "chat": chat.name,
     }
+    prompt = replace(prompt, chat=chat.name)
     return train_and_save(arguments, settings, model, tokenizer, examples, valid, notes, prompt)
 
 

@@ -1,4 +1,4 @@
-"""`python -m decode.collab` as a user meets it: outputs, reports, streaming, interruption, and every refusal in one line."""
+"""`python -m decode.collab` as a user meets it: outputs, reports, streaming, interruption, refusals in one line."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import pytest
 import sacrebleu
 
 from corpora import sample
+from corpora.pairs import one_line
 from decode import Ensemble, translate
 from decode.collab import main
 from decode.members import open_readers
@@ -57,7 +58,7 @@ def test_the_output_is_that_of_the_python_interface_line_by_line(model_folders, 
     models = {name: Llama.from_pretrained(model_folders[name]) for name in ("A", "C")}
     prompts = [readers[0].encode(sentence, "ja", "en") for sentence in PAIRS.source[:6]]
     result = translate(Ensemble(models, "A + 0.5*C"), prompts, max_new_tokens=12)
-    expected = [" ".join(readers[0].tokenizer.decode(tokens).split()) for tokens in result.tokens]
+    expected = [one_line(readers[0].tokenizer.decode(tokens)).strip() for tokens in result.tokens]
     assert (texts / "hyp.txt").read_text(encoding="utf-8").split("\n") == [*expected, ""]
 
 
@@ -82,7 +83,7 @@ def test_blank_lines_stay_blank_and_in_place(model_folders, texts):
     lines = (texts / "hyp.txt").read_text(encoding="utf-8").split("\n")
     assert len(lines) == 4
     assert lines[1] == lines[3] == ""
-    assert lines[0] and lines[2]
+    assert all((lines[0], lines[2]))
 
 
 def test_an_empty_input_is_an_empty_output(model_folders, texts):
@@ -186,6 +187,9 @@ def test_bad_texts_are_refused_and_nothing_is_written(model_folders, texts, caps
         (("--output", "/no/such/folder/hyp.txt"), "/no/such/folder/hyp.txt: cannot be written"),
         (("--report", "/no/such/folder/run.json"), "/no/such/folder/run.json: cannot be written"),
         (("--output", "SRC"), "is also an input"),
+        (("--report", "-"), "give a file"),
+        (("--combine", ""), "it ends where a model"),
+        (("--device", "meta"), "use cpu, cuda"),
         (("--chat", "llama3"), "<|eot_id|>"),
         (("--prompt", "nonsense"), "nonsense"),
         (("--prompt", "X=plain"), "X is no model"),
@@ -240,3 +244,27 @@ def test_a_name_given_twice_or_without_a_folder_is_refused(model_folders, texts)
         main(
             ["--model", str(model_folders["A"]), "--source", "ja", "--target", "en", "--input", str(texts / "src.txt")]
         )
+
+
+def test_the_report_does_not_replace_the_translations_or_what_is_no_file(model_folders, texts, capsys):
+    both = str(texts / "both")
+    (texts / "both").write_text("mine")
+    code, error = refusal(arguments(model_folders, texts, "--output", both, "--report", both), capsys)
+    assert code == 2
+    assert "both" in error
+    assert (texts / "both").read_text() == "mine"
+    extra = ("--output", str(texts / "hyp.txt"), "--report", "/dev/null")
+    assert main(arguments(model_folders, texts, *extra, names=("A",))) == 0
+    assert Path("/dev/null").is_char_device()
+
+
+def test_lines_before_a_bad_one_on_standard_input_are_still_translated(model_folders):
+    models = ["--model", f"A={model_folders['A']}"]
+    options = ["--source", "ja", "--target", "en", "--input", "-", "--max-new-tokens", "8"]
+    for bad, named in ((b"\xff\n", "standard input:3"), ("長い".encode() * 300 + b"\n", "standard input:3")):
+        with command(*models, *options, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            good = "".join(f"{sentence}\n" for sentence in PAIRS.source[:2]).encode()
+            output, error = process.communicate(good + bad + good)
+        assert process.returncode == 2
+        assert output.count(b"\n") == 2
+        assert named in error.decode().strip().split("\n")[-1]

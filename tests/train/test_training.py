@@ -1,4 +1,4 @@
-"""Training: the loss and its normalisation against transformers, resumption to the same bits, folders that others load."""
+"""Training: loss and gradients against transformers, resumption to the same bits, folders that others load."""
 
 import json
 import math
@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import TINY, tiny_model
 
-from corpora import sample
+from corpora import Prompt, sample
 from minillama import InputError, Llama
 from minillama.config import LlamaConfig
 from minillama.errors import exit_code
@@ -43,6 +43,10 @@ def pairs_tsv(tmp_path):
     return tmp_path
 
 
+def metrics_of(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
 def sft_arguments(folder, model, *extra):
     return [
         *("--model", str(model), "--train", str(folder / "train.tsv"), "--valid", str(folder / "valid.tsv")),
@@ -58,11 +62,11 @@ def test_the_loss_is_transformers_loss_over_the_targets(tmp_path):
     model.save_pretrained(tmp_path / "m")
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     examples = examples_of(6)
-    ours = float(target_loss(model, collate(examples))) / sum(example.targets for example in examples)
+    ours = target_loss(model, collate(examples)).item() / sum(example.targets for example in examples)
     total = 0.0
     for example in examples:
         labels = torch.tensor([[-100] * example.first_target + example.tokens[example.first_target :]])
-        total += float(reference(torch.tensor([example.tokens]), labels=labels).loss) * example.targets
+        total += reference(torch.tensor([example.tokens]), labels=labels).loss.item() * example.targets
     assert ours == pytest.approx(total / sum(example.targets for example in examples), abs=1e-5)
 
 
@@ -155,7 +159,7 @@ def test_training_learns_and_transformers_loads_what_it_saved(tmp_path, pairs_ts
 
     output = tmp_path / "out"
     assert sft.main(sft_arguments(pairs_tsv, model_folders["A"], "--epochs", "6", "--output", str(output))) == 0
-    losses = [row["loss"] for line in open(output / "metrics.jsonl") if "loss" in (row := json.loads(line))]
+    losses = [row["loss"] for row in metrics_of(output) if "loss" in row]
     assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
     tokens = torch.tensor([[0, 5, 80, 200, 301]])
     with torch.no_grad():
@@ -181,8 +185,7 @@ def test_early_stopping_keeps_the_best_weights(tmp_path):
     settings = Settings(epochs=50, lr=0.05, batch_size=4, patience=2, keep="best")
     model = tiny_model(4)
     outcome = Trainer(model, examples_of(8), examples_of(8, 5), settings, tmp_path).run(False, Reporter())
-    rows = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
-    valid = [(row["valid_loss"], row["step"]) for row in rows if "valid_loss" in row]
+    valid = [(row["valid_loss"], row["step"]) for row in metrics_of(tmp_path) if "valid_loss" in row]
     assert outcome.steps < 100
     assert (outcome.best_loss, outcome.best_step) == min(valid)
     assert valid[-1][1] - outcome.best_step == 4
@@ -217,3 +220,39 @@ def test_resuming_with_other_settings_is_refused_by_name(tmp_path):
         Trainer(tiny_model(2), examples_of(16), [], Settings(epochs=2, batch_size=4, lr=0.01), tmp_path).run(
             True, Reporter()
         )
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("beta1", "1.5"),
+        ("seed", "-1"),
+        ("max-length", "1"),
+        ("clip", "-1"),
+        ("lr", "0"),
+        ("keep", "best"),
+        ("epochs", "0"),
+    ],
+)
+def test_settings_out_of_range_are_refused_before_anything_is_written(
+    tmp_path, pairs_tsv, model_folders, capsys, option, value
+):
+    arguments = ["--model", str(model_folders["A"]), "--train", str(pairs_tsv / "train.tsv"), "--prompt", "plain"]
+    arguments += ["--output", str(tmp_path / "out"), f"--{option}", value]
+    assert exit_code(lambda: sft.main(arguments)) == 2
+    assert f"--{option}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused_in_one_line(tmp_path, pairs_tsv, model_folders, capsys):
+    (tmp_path / "file").write_text("mine")
+    arguments = sft_arguments(pairs_tsv, model_folders["A"], "--output", str(tmp_path / "file" / "out"))
+    assert exit_code(lambda: sft.main(arguments)) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_chat_format_of_training_travels_with_the_model(tmp_path, pairs_tsv, model_folders):
+    output = tmp_path / "out"
+    assert sft.main(sft_arguments(pairs_tsv, model_folders["A"], "--chat", "plain", "--output", str(output))) == 0
+    assert Prompt.load(output).chat == "plain"
+    assert Prompt.load(output).templates == Prompt.load("plain").templates
