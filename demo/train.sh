@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The recipe of the built-in demo's five models, from text to weights: about an hour of two CPU cores.
+# The recipe of the demo's five models, from text to weights: 81 minutes of two CPU cores that had other work to do.
 #
 #   demo/train.sh DATA [WORK]
 #
