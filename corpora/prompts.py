@@ -1,9 +1,9 @@
 """Prompts as data: a list of chat messages with fields, in a TOML file.
 
 A prompt file has a key `messages`, a list of tables with `role` and `content`; a second key, `chat`, may name the chat
-format that a model was trained in. In a content, `{source_language}` and `{target_language}` are English names,
-`{source}` the sentence; `{{` and `}}` are literal braces. Filling in is one pass over the template, so braces inside the
-sentence are text. How roles become tokens is the chat format's business, not known here.
+format that a model was trained in. In a content, `{source_language}` and `{target_language}` are English names, and
+`{source}` is the sentence; `{{` and `}}` are literal braces. Filling in is one pass over the template, so braces inside
+the sentence are text. How roles become tokens is the chat format's business, not known here.
 """
 
 import json

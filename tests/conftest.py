@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import TINY, tiny_model
 
 from corpora import Prompt, sample
@@ -14,6 +15,15 @@ from minillama import Tokenizer
 from minillama.files import atomic_folder
 from minillama.weights import write_model
 from train.bpe import train_bpe
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models here are so small that a second thread only costs, above all on a machine that has other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

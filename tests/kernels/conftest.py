@@ -16,15 +16,6 @@ settings.register_profile("kernels", deadline=None, derandomize=True, print_blob
 settings.load_profile("kernels")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors gain nothing from a second thread and wait for it where the cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # numpy says so wherever an interpreted kernel meets the corners that it is tested on
 def pytest_collection_modifyitems(items):
     for item in items:

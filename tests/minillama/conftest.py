@@ -1,22 +1,9 @@
-"""No test of this folder may reach a hub; set before huggingface_hub is imported. Shared: small random models."""
-
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
+"""Random Llamas of every kind, made by transformers, for the tests of this folder."""
 
 import random
 
 import pytest
 import torch
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models here are so small that a second thread only costs, above all on a machine that has other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def draw_config(seed: int, **fixed):
