@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
@@ -42,7 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from decode.demo import demo
 
         return demo()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     return run(parser().parse_args(argv))
 
 

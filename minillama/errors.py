@@ -4,6 +4,7 @@ Every room raises `InputError` with a single line: what was wrong, where, and wh
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -17,7 +18,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 def exit_code(main: Callable[[], int | None]) -> int:
-    """Run a command line: 0 success, 2 bad arguments or input, 130 interrupted; 1 (a traceback) is a fault of ours."""
+    """Run a command line: 0 success, 2 bad arguments or input, 130 interrupted; 1 (a traceback) is a fault of ours.
+
+    SIGTERM means what Ctrl-C means; both are heard even in a background job of a script, which inherits SIGINT ignored.
+    """
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, signal.default_int_handler)
     try:
         return main() or 0
     except InputError as error:

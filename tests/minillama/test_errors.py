@@ -90,3 +90,15 @@ print(json.dumps([type(model).__name__, sum(parameter.numel() for parameter in m
     assert run.returncode == 0, run.stderr
     count = sum(parameter.numel() for parameter in Llama.from_pretrained(tmp_path).parameters())
     assert json.loads(run.stdout) == ["LlamaForCausalLM", count]
+
+
+@pytest.mark.parametrize("kind", ["SIGINT", "SIGTERM"])
+def test_both_signals_interrupt_even_where_the_parent_ignored_them(kind):
+    program = f"""
+import os, signal, sys
+from minillama.errors import exit_code
+signal.signal(signal.{kind}, signal.SIG_IGN)  # what a script's background job inherits
+sys.exit(exit_code(lambda: os.kill(os.getpid(), signal.{kind})))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
