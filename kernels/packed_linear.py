@@ -14,12 +14,17 @@ bfloat16 where the processor has the instructions and the weight is already bflo
 float32 elsewhere. Which way a call takes depends on the storage and the number of rows only, never on a clock: two runs
 give the same bits.
 
+With `invariant=True` a row's bits do not depend on the rows beside it either. oneDNN adds in one order for any number of
+rows from two on (one row alone takes another kernel for wide layers), so what it costs is a second row beside a lone one.
+The numbers of rows for which that holds are found by trying, once for each shape, when the layer is packed.
+
     D inputs  O outputs  R rows (all leading dimensions of x together)
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +41,16 @@ EXPECTED_ROWS = 64
 INT8_ROWS, INT8_VECTOR = 16, 16
 # Without bf16 instructions PyTorch's bf16 product is emulated: it wins while reading the weight is all that counts.
 PLAIN_BFLOAT16_ROWS = 2
+# Numbers of rows that are tried for `invariant`; a larger product is made in parts of the last, which is large enough to
+# be limited by arithmetic. Where no range down to TILE_ROWS agrees, every product has exactly TILE_ROWS, padded.
+TRIED_ROWS = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 24, 31, 32, 33, 48, 63, 64)
+TILE_ROWS = 16
 # Output rows that are brought to float32 at once: 2 MB of them at D = 2,048, what a core's L2 holds.
 BLOCK_ELEMENTS = 1 << 19
+
+
+# (dtype, outputs, inputs, threads) -> what `_steady_rows` found
+_STEADY: dict[tuple[str, int, int, int], tuple[int, int]] = {}
 
 
 @functools.cache
@@ -58,10 +71,18 @@ class PackedLinear(nn.Module):
 
     linear: an `nn.Linear`, or a weight (O, D) with `bias` (O,). The given weight is not kept (int8 and packed storages
     copy it), so it is free once the caller drops it. x: (..., D) of any float dtype; the result (..., O) has x's dtype.
+    invariant: a row's result has the same bits whatever the other rows are, and however many.
     Raises ValueError for an unknown dtype, a weight that is not 2-dimensional or not on the CPU.
     """
 
-    def __init__(self, linear: nn.Linear | Tensor, bias: Tensor | None = None, *, dtype: str = "auto") -> None:
+    def __init__(
+        self,
+        linear: nn.Linear | Tensor,
+        bias: Tensor | None = None,
+        *,
+        dtype: str = "auto",
+        invariant: bool = False,
+    ) -> None:
         super().__init__()
         weight_OD = (linear.weight if isinstance(linear, nn.Linear) else linear).detach()
         bias = linear.bias if isinstance(linear, nn.Linear) else bias
@@ -88,6 +109,13 @@ class PackedLinear(nn.Module):
         self._packed_bias_O = self._bias_O
         if self._bias_O is not None and dtype == "bfloat16":
             self._packed_bias_O = self._bias_O.bfloat16()
+        self.invariant = invariant
+        self._least_rows, self._most_rows = 1, 0
+        if invariant:
+            key = (dtype, self.out_features, self.in_features, torch.get_num_threads())
+            if key not in _STEADY:
+                _STEADY[key] = self._steady_rows()
+            self._least_rows, self._most_rows = _STEADY[key]
 
     @property
     def nbytes(self) -> int:
@@ -100,20 +128,66 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, dtype={self.dtype}"
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, silu: bool = False, multiply: Tensor | None = None) -> Tensor:
+        """x Wᵀ + b; with `silu` its SiLU, with `multiply` (..., O) times that: the two halves of a SwiGLU, fused where
+        the library can.
+        """
         x_RD = x.reshape(-1, self.in_features)
+        other_RO = None if multiply is None else multiply.reshape(-1, self.out_features)
+        rows = x_RD.shape[0]
+        if self.invariant and (rows < self._least_rows or rows > self._most_rows):
+            y_RO = torch.cat([self._padded(*part, silu) for part in self._parts(x_RD, other_RO)])
+        else:
+            y_RO = self._product(x_RD, silu, other_RO)
+        return y_RO.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _parts(self, x_RD: Tensor, other_RO: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for start in range(0, x_RD.shape[0], self._most_rows):
+            part = slice(start, start + self._most_rows)
+            yield x_RD[part], None if other_RO is None else other_RO[part]
+
+    def _padded(self, x_RD: Tensor, other_RO: Tensor | None, silu: bool) -> Tensor:
+        """The product with as many rows of zeros behind as it takes to have `_least_rows`."""
+        rows = x_RD.shape[0]
+        if (missing := self._least_rows - rows) <= 0:
+            return self._product(x_RD, silu, other_RO)
+        other_RO = None if other_RO is None else F.pad(other_RO, (0, 0, 0, missing))
+        return self._product(F.pad(x_RD, (0, 0, 0, missing)), silu, other_RO)[:rows]
+
+    def _product(self, x_RD: Tensor, silu: bool = False, other_RO: Tensor | None = None) -> Tensor:
         if self._weight.is_mkldnn:
             own = torch.float32 if self.dtype == "float32" else torch.bfloat16
-            y_RO = torch.ops.mkldnn._linear_pointwise(x_RD.to(own), self._weight, self._packed_bias_O, "none", [], "")
-        elif self._scale_O is not None and x_RD.shape[0] <= INT8_ROWS and self.in_features % INT8_VECTOR == 0:
+            x_RD, weight, bias = x_RD.to(own), self._weight, self._packed_bias_O
+            if other_RO is not None and not silu:
+                return torch.ops.mkldnn._linear_pointwise.binary(x_RD, other_RO.to(own), weight, bias, "mul")
+            y_RO = torch.ops.mkldnn._linear_pointwise(x_RD, weight, bias, "swish" if silu else "none", [], "")
+            return y_RO if other_RO is None else y_RO.mul_(other_RO)
+        if self._scale_O is not None and self._fits_int8_product(x_RD.shape[0]):
             # with float32 activations this operation is 5 to 40 times slower
             y_RO = torch._weight_int8pack_mm(x_RD.bfloat16(), self._weight, self._scale_O)
             y_RO = y_RO if self._bias_O is None else y_RO + self._bias_O
-        elif self.dtype == "bfloat16" and x_RD.shape[0] <= PLAIN_BFLOAT16_ROWS:
+        elif self.dtype == "bfloat16" and x_RD.shape[0] <= PLAIN_BFLOAT16_ROWS and not self.invariant:
             y_RO = F.linear(x_RD.bfloat16(), self._weight, self._packed_bias_O)
         else:
             y_RO = self._block_by_block(x_RD.float())
-        return y_RO.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        y_RO = F.silu(y_RO) if silu else y_RO
+        return y_RO if other_RO is None else y_RO * other_RO
+
+    def _fits_int8_product(self, rows: int) -> bool:
+        return rows <= INT8_ROWS and self.in_features % INT8_VECTOR == 0
+
+    def _steady_rows(self) -> tuple[int, int]:
+        """The least and most rows of a product between which a row's bits do not depend on their number."""
+        most = INT8_ROWS if self._scale_O is not None and self._fits_int8_product(INT8_ROWS) else TRIED_ROWS[-1]
+        x_RD = torch.randn(most, self.in_features, generator=torch.Generator().manual_seed(0))
+        y_RO = self._product(x_RD)
+        least = most
+        for rows in sorted((rows for rows in TRIED_ROWS if rows < most), reverse=True):
+            first_RO, last_RO = self._product(x_RD[:rows]), self._product(x_RD[-rows:])
+            if not (torch.equal(first_RO, y_RO[:rows]) and torch.equal(last_RO, y_RO[-rows:])):
+                break
+            least = rows
+        return (least, most) if least <= TILE_ROWS else (TILE_ROWS, TILE_ROWS)
 
     def _block_by_block(self, x_RD: Tensor) -> Tensor:
         """float32 product over blocks of the weight that are brought to float32 in cache, never the whole of it."""

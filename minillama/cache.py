@@ -5,7 +5,7 @@ queries see keys up to their own position. What lies beyond a row's length is st
 (a rejected draft, the right padding of a ragged prefill) is only a change of `lengths`.
 """
 
-# B rows  T new positions  S capacity  K key/value heads  C head width
+# L layers  B rows  T new positions  S capacity  E key and value  K key/value heads  C head width
 
 import torch
 from torch import Tensor
@@ -28,24 +28,24 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys_LBKSC = torch.zeros(shape, dtype=dtype, device=device)
-        self.values_LBKSC = torch.zeros(shape, dtype=dtype, device=device)
+        # A position's keys and values lie together: one write stores both, for any set of rows and positions.
+        shape = (config.num_hidden_layers, batch_size, capacity, 2, config.num_key_value_heads, config.head_dim)
+        self.entries_LBSEKC = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.filled = 0
         self._whole: KVCache | None = None
 
     @property
     def batch_size(self) -> int:
-        return self.keys_LBKSC.shape[1]
+        return self.entries_LBSEKC.shape[1]
 
     @property
     def capacity(self) -> int:
-        return self.keys_LBKSC.shape[3]
+        return self.entries_LBSEKC.shape[2]
 
     @property
     def nbytes(self) -> int:
-        return self.keys_LBKSC.nbytes + self.values_LBKSC.nbytes
+        return self.entries_LBSEKC.nbytes
 
     @staticmethod
     def bytes_per_position(config: LlamaConfig, dtype: torch.dtype) -> int:
@@ -59,8 +59,7 @@ class KVCache:
         cache appends later is not in the view's `filled`: take a new view then.
         """
         view = object.__new__(KVCache)
-        view.keys_LBKSC = self.keys_LBKSC[:, first:last]
-        view.values_LBKSC = self.values_LBKSC[:, first:last]
+        view.entries_LBSEKC = self.entries_LBSEKC[:, first:last]
         view.lengths_B = self.lengths_B[first:last]
         view.filled = self.filled if filled is None else filled
         view._whole = self
@@ -68,8 +67,7 @@ class KVCache:
 
     def copy_row(self, source: int, target: int, used: int) -> None:
         """Make row `target` equal to row `source`, whose length is `used`."""
-        self.keys_LBKSC[:, target, :, :used] = self.keys_LBKSC[:, source, :, :used]
-        self.values_LBKSC[:, target, :, :used] = self.values_LBKSC[:, source, :, :used]
+        self.entries_LBSEKC[:, target, :used] = self.entries_LBSEKC[:, source, :used]
         self.lengths_B[target] = self.lengths_B[source]
 
     def place(self, count: int, positions_BT: Tensor | None) -> Tensor:
@@ -97,16 +95,13 @@ class KVCache:
 
     def write(self, layer: int, keys_BKTC: Tensor, values_BKTC: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values at their positions; returns the filled part (B, K, filled, C) of both."""
-        keys_BKSC, values_BKSC = self.keys_LBKSC[layer], self.values_LBKSC[layer]
-        if positions_BT.shape[0] == 1:  # one row: a slice is several times cheaper than an indexed write
-            index_T = positions_BT[0]
-            keys_BKSC.index_copy_(2, index_T, keys_BKTC)
-            values_BKSC.index_copy_(2, index_T, values_BKTC)
-        else:
-            index_BKTC = positions_BT[:, None, :, None].expand_as(keys_BKTC)
-            keys_BKSC.scatter_(2, index_BKTC, keys_BKTC)
-            values_BKSC.scatter_(2, index_BKTC, values_BKTC)
-        return keys_BKSC[:, :, : self.filled], values_BKSC[:, :, : self.filled]
+        entries_BSEKC = self.entries_LBSEKC[layer]
+        first_B = torch.arange(self.batch_size, device=positions_BT.device) * self.capacity
+        slots_R = (first_B[:, None] + positions_BT).flatten()
+        for part, new_BKTC in enumerate((keys_BKTC, values_BKTC)):
+            entries_BSEKC.flatten(0, 1)[:, part].index_copy_(0, slots_R, new_BKTC.transpose(1, 2).flatten(0, 1))
+        filled_BKSEC = entries_BSEKC[:, : self.filled].permute(0, 3, 1, 2, 4)
+        return filled_BKSEC[..., 0, :], filled_BKSEC[..., 1, :]
 
     def truncate(self, lengths_B: Tensor) -> None:
         """Forget every row's positions from `lengths_B` on; raises ValueError if a row is shorter than that."""

@@ -160,12 +160,12 @@ def test_truncating_to_what_a_row_does_not_have_is_an_error(model, lengths):
 def test_what_is_appended_to_a_view_is_in_the_whole_and_in_no_other_row(model):
     cache = new_cache(3)
     model(torch.tensor([[1, 2], [3, 4], [5, 6]]), cache=cache)
-    before = cache.keys_LBKSC.clone()
+    before = cache.entries_LBSEKC.clone()
     view = cache.rows(1, 2)
     model(torch.tensor([[7, 8, 9]]), cache=view)
     assert cache.lengths_B.tolist() == [2, 5, 2]
-    assert view.keys_LBKSC.data_ptr() == cache.keys_LBKSC[:, 1:2].data_ptr()
-    assert torch.equal(cache.keys_LBKSC[:, [0, 2]], before[:, [0, 2]])
+    assert view.entries_LBSEKC.data_ptr() == cache.entries_LBSEKC[:, 1:2].data_ptr()
+    assert torch.equal(cache.entries_LBSEKC[:, [0, 2]], before[:, [0, 2]])
     logits = model(torch.tensor([[10], [11], [12]]), cache=cache)
     for row, text in enumerate([[1, 2, 10], [3, 4, 7, 8, 9, 11], [5, 6, 12]]):
         torch.testing.assert_close(logits[row, 0], model(torch.tensor([text]))[0, -1], rtol=1e-9, atol=1e-9)
