@@ -1,22 +1,22 @@
-"""Members of an ensemble, and the step in which they choose a token together.
+"""Members of an ensemble, and how they choose a token together: from one weighted sum of their logits.
 
-The engine knows tokens, caches and weights; it does not know texts, prompts' origin or which sentence a row belongs to.
-Rows in flight always are rows 0..n-1 of every cache: the scheduler (translate.py) fills up behind them and closes gaps.
+Models are prepared for decoding here (prepare.py), each once, whatever the number of members it is. Nothing here knows
+texts, prompts' origin or which sentence a row belongs to.
 """
 
-# N members  B rows  T prompt positions  D model width  V vocabulary
+# N members  R rows of logits  V vocabulary
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from decode.expression import parse, spell
-from kernels import describe_flag, fused_logits
+from decode.prepare import PreparedLlama
+from kernels import Sampling, describe_flag, fused_logits
 from kernels.request import MAX_MEMBERS
-from minillama import InputError, KVCache, Llama
+from minillama import InputError, Llama
 
 
 @dataclass(frozen=True)
@@ -24,28 +24,49 @@ class Member:
     """One model and its weight in the sum. Prompts and positions are its own, generated tokens are shared."""
 
     name: str
-    model: Llama
+    model: PreparedLlama
     weight: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A token for each row and its log-probability in nats under the combined distribution, on the host."""
+
+    tokens: list[int]
+    logprobs: list[float]
 
 
 class Ensemble:
     """`Ensemble({"L": model_l, "S": model_s}, combine="L + S")`: members that choose from one weighted sum of logits.
 
-    Models that the expression gives weight zero are dropped. Raises InputError for an expression that does not parse
-    and for vocabularies of different sizes (equal tables are the caller's to check: see decode.vocabulary).
+    Models that the expression gives weight zero are dropped. A `Llama` is prepared for decoding: it stays as it is, and
+    on a CPU with room for it packed copies of its weights are made (storage: see `PreparedLlama`).
+    invariant: a sentence's result has the same bits whatever it is decoded beside; None: where that costs nothing, on a
+    CPU. Raises InputError for an expression that does not parse and for vocabularies of different sizes (equal tables
+    are the caller's to check: see decode.vocabulary).
     """
 
-    def __init__(self, models: Mapping[str, Llama], combine: str | Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, Llama | PreparedLlama],
+        combine: str | Mapping[str, float] | None = None,
+        storage: str = "auto",
+        invariant: bool | None = None,
+    ) -> None:
         if combine is None:
             combine = " + ".join(models)
         weights = parse(combine, models) if isinstance(combine, str) else dict(combine)
         if len(weights) > MAX_MEMBERS:
             raise InputError(f"{len(weights)} models in one ensemble; at most {MAX_MEMBERS} can be summed")
-        self.members = tuple(Member(name, models[name], weight) for name, weight in weights.items())
-        sizes = {member.name: member.model.config.vocab_size for member in self.members}
+        sizes = {name: models[name].config.vocab_size for name in weights}
         if len(set(sizes.values())) > 1:
             listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
             raise InputError(f"the models' vocabularies differ in size ({listed}); members must share one vocabulary")
+        prepared: dict[int, PreparedLlama] = {}
+        for name in weights:
+            if id(models[name]) not in prepared:
+                prepared[id(models[name])] = _prepared(models[name], storage, invariant)
+        self.members = tuple(Member(name, prepared[id(models[name])], weight) for name, weight in weights.items())
         self.weights_N = torch.tensor([m.weight for m in self.members], dtype=torch.float32, device=self.device)
 
     @property
@@ -75,86 +96,38 @@ class Ensemble:
         """Positions that each member was made for."""
         return {member.name: member.model.config.max_position_embeddings for member in self.members}
 
+    def choose(self, logits: Sequence[Tensor], sample: Sampling | None = None, weights: Tensor | None = None) -> Choice:
+        """The next token of every row of logits, a tensor (R, V) for each member: the best one, or a draw.
 
-@dataclass(frozen=True)
-class Choice:
-    """The next token of each row and its log-probability in nats under the combined distribution, on the host."""
+        weights: of the logits given, where they are not the ensemble's.
 
-    tokens: list[int]
-    logprobs: list[float]
-
-
-class Rows:
-    """Up to `batch_size` rows in flight: one cache per member, every length known on the host."""
-
-    def __init__(self, ensemble: Ensemble, batch_size: int, capacity: Sequence[int]) -> None:
-        """capacity: positions per row, prompt and new tokens, for each member."""
-        self.ensemble = ensemble
-        self.capacity = tuple(capacity)
-        self.batch_size = batch_size
-        self.caches = [
-            KVCache(member.model.config, batch_size, positions, member.model.dtype, member.model.device)
-            for member, positions in zip(ensemble.members, capacity)
-        ]
-        self.lengths: list[list[int]] = []  # of each active row, per member
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @torch.inference_mode()
-    def add(self, prompts: Sequence[Sequence[list[int]]]) -> Choice:
-        """Read new rows' prompts (one per member each) in one padded pass per member; returns their first tokens."""
-        first, last = len(self), len(self) + len(prompts)
-        lengths = [[len(prompt) for prompt in row] for row in prompts]
-        logits = []
-        for number, (member, cache) in enumerate(zip(self.ensemble.members, self.caches)):
-            device = member.model.device
-            counts = [row[number] for row in lengths]
-            tokens = torch.zeros(len(prompts), max(counts), dtype=torch.int64)
-            for row, prompt in zip(tokens, prompts):
-                row[: len(prompt[number])] = torch.tensor(prompt[number], dtype=torch.int64)
-            view = cache.rows(first, last, filled=0)
-            view.lengths_B.zero_()
-            hidden_BTD = member.model.hidden(tokens.to(device), cache=view)
-            counts_B = torch.tensor(counts, device=device)
-            view.truncate(counts_B)  # forget the padding
-            logits.append(self._logits(member, hidden_BTD[torch.arange(len(prompts), device=device), counts_B - 1]))
-        self.lengths += lengths
-        return self._choose(logits)
-
-    @torch.inference_mode()
-    def step(self, tokens: Sequence[int]) -> Choice:
-        """Append one token to every active row; returns the next ones."""
-        logits = []
-        tokens_B1 = torch.tensor(tokens, dtype=torch.int64)[:, None]
-        for number, (member, cache) in enumerate(zip(self.ensemble.members, self.caches)):
-            view = cache.rows(0, len(self), filled=max(row[number] for row in self.lengths))
-            hidden_B1D = member.model.hidden(tokens_B1.to(member.model.device), cache=view)
-            logits.append(self._logits(member, hidden_B1D[:, 0]))
-        for row in self.lengths:
-            row[:] = [length + 1 for length in row]
-        return self._choose(logits)
-
-    def remove(self, rows: Sequence[int]) -> list[tuple[int, int]]:
-        """Drop rows; the last active ones move into the gaps. Returns the moves made as (from, to)."""
-        moves = []
-        for row in sorted(rows, reverse=True):
-            last = len(self) - 1
-            if row != last:
-                for number, cache in enumerate(self.caches):
-                    cache.copy_row(last, row, self.lengths[last][number])
-                self.lengths[row] = self.lengths[last]
-                moves.append((last, row))
-            self.lengths.pop()
-        return moves
-
-    def _logits(self, member: Member, hidden_BD: Tensor) -> Tensor:
-        return F.linear(hidden_BD, member.model.output_weight).to(self.ensemble.device)
-
-    def _choose(self, logits: list[Tensor]) -> Choice:
-        chosen = fused_logits(logits, self.ensemble.weights_N)
+        Raises FloatingPointError for NaN or infinite logits and for a row without a token.
+        """
+        chosen = fused_logits(logits, self.weights_N if weights is None else weights, sample=sample)
         flags = chosen.flag.tolist()
         if any(flags):
             row = next(row for row, flag in enumerate(flags) if flag)
-            raise FloatingPointError(f"row {row}: {describe_flag(flags[row], self.ensemble.names)}")
+            raise FloatingPointError(f"row {row}: {describe_flag(flags[row], self.names)}")
+        if chosen.sample_token is not None and chosen.sample_logprob is not None:
+            return Choice(chosen.sample_token.tolist(), chosen.sample_logprob.tolist())
         return Choice(chosen.token.tolist(), chosen.logprob.tolist())
+
+
+def _prepared(model: Llama | PreparedLlama, storage: str, invariant: bool | None) -> PreparedLlama:
+    if isinstance(model, PreparedLlama):
+        return model
+    on_cpu = model.device.type == "cpu"
+    if on_cpu and storage == "auto" and not _has_room(model):
+        storage = "plain"
+    return PreparedLlama(model, storage, on_cpu if invariant is None else invariant)
+
+
+def _has_room(model: Llama) -> bool:
+    """Whether packed copies of the model's weights fit into the memory that is free now."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return True
+    packed = sum(p.numel() for p in model.parameters()) * (2 if model.dtype == torch.bfloat16 else 4)
+    return packed * 1.1 < free

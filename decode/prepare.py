@@ -2,24 +2,28 @@
 
 Rows of all sentences are one flat list of positions, so linear layers see no padding, and prompts being read share a
 pass with rows that decode. Weights are packed once (kernels/packed_linear.py), queries, keys and values are one
-product, and the rows of that product are stored in the order in which attention wants them:
+product, and everything is stored in the order in which the next operation wants it:
 - rotary pairs side by side, so that a rotation is one complex multiplication (queries and keys are permuted alike,
   their products stay);
-- query heads with the group first (G, K, C), so that the G heads which share a key head are a batch of rows without a
-  copy; the output projection's columns are permuted to match.
+- query heads with the group first (G, K, C), so that the G heads which share a key head are rows of one product without
+  a copy; the output projection's columns are permuted to match;
+- behind every row of the residual stream the square root of D * epsilon: the length of that longer vector is what
+  RMSNorm divides by, up to a factor that goes into the norm's weights, and those go into the product behind where that
+  costs no digit (float32). A norm is two operations.
 
 A position's result has the same bits whatever else is in the pass, by construction: products come from layers that
 keep them (`invariant`), attention is always G queries against one row's keys, and those are padded to a multiple of
 64, where the library's sums have one order. A position of a prompt costs its own small product for that, which is
 little beside the linear layers.
 
-The model given is not changed. On the CPU activations and cache are float32 whatever the weights' storage.
+Activations are float32 whatever the storage of the weights; the cache is float32 on a CPU and the model's dtype on a
+GPU. The model given is not changed.
 """
 
 # R positions of all rows  B rows of a span  T positions of each  S cached positions  E key and value  D model width
 # H query heads  K key/value heads  G = H/K  C head width  F feed-forward width  V vocabulary
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,14 +31,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import PackedLinear
+from kernels.packed_linear import has_bfloat16_instructions
 from minillama import KVCache, Llama, LlamaConfig
-from minillama.model import Layer, rope_frequencies
+from minillama.model import Layer, RMSNorm, rope_frequencies
 
 KEYS_MULTIPLE = 64
+# Floats behind each row of the residual stream: the first makes its length that of RMSNorm, the others align the rows.
+TAIL = 16
 # Complex numbers that are multiplied at once. Up to here PyTorch uses one thread: a part's end is a row's end, and the
 # processor's vectors divide a row.
 ROTATED_AT_ONCE = 32_768
-# A row of zeros stands in for products of one tile on a GPU.
+# Rows of every product on a GPU under `invariant`.
 GPU_TILE_ROWS = 64
 
 
@@ -51,34 +58,49 @@ class Pass:
     """Where the positions of one forward pass lie, for one member: its rows, its rotations, who sees which keys.
 
     spans: in the order of the flat positions.   starts: for each row of each span the number of positions it has.
+    Raises ValueError when a row would run past the end of its cache.
     """
 
-    def __init__(
-        self, config: LlamaConfig, spans: Sequence[Span], starts: Sequence[int], capacity: int, device: torch.device
-    ) -> None:
-        self.spans = spans
-        rows, positions = [], []
+    def __init__(self, config: LlamaConfig, spans: Sequence[Span], starts: Sequence[int], cache: KVCache) -> None:
+        slots: list[int] = []
+        positions: list[int] = []
+        keys: list[int] = []
+        capacity, device = cache.capacity, cache.entries_LBSEKC.device
         begin = iter(starts)
-        self.keys = []  # of each span: cached positions that its queries look at
         for span in spans:
             last = 0
             for row in range(span.first, span.first + span.rows):
                 start = next(begin)
-                rows += [row * capacity] * span.count
+                slots += range(row * capacity + start, row * capacity + start + span.count)
                 positions += range(start, start + span.count)
                 last = max(last, start + span.count)
             if last > capacity:
                 raise ValueError(f"position {last - 1} runs past the end of a cache of {capacity} positions")
-            self.keys.append(min(-(-last // KEYS_MULTIPLE) * KEYS_MULTIPLE, capacity))
+            keys.append(min(-(-last // KEYS_MULTIPLE) * KEYS_MULTIPLE, capacity))
+        self.slot_R = torch.tensor(slots, device=device)
         position_R = torch.tensor(positions, device=device)
-        self.slot_R = torch.tensor(rows, device=device) + position_R
         angle_RC = position_R[:, None].float() * rope_frequencies(config, device)
-        heads = config.num_attention_heads + config.num_key_value_heads
+        turned_heads = config.num_attention_heads + config.num_key_value_heads
         turn_RC = torch.polar(torch.ones_like(angle_RC), angle_RC)
-        self.turn_RHC = turn_RC[:, None].expand(-1, heads, -1).contiguous()
-        key_S = torch.arange(max(self.keys), device=device)
-        hidden_RS = key_S > position_R[:, None]
-        self.mask_RS = torch.zeros(hidden_RS.shape, device=device).masked_fill_(hidden_RS, float("-inf"))
+        self.turn_RHC = turn_RC[:, None].expand(-1, turned_heads, -1).contiguous()
+        beyond_RS = torch.arange(max(keys), device=device) > position_R[:, None]
+        mask_RS = torch.zeros(beyond_RS.shape, dtype=cache.entries_LBSEKC.dtype, device=device)
+        mask_R11S = mask_RS.masked_fill_(beyond_RS, float("-inf"))[:, None, None]
+        # For each product of queries with keys: which positions, which rows' keys of every layer, and the mask.
+        self.blocks: list[tuple[slice, Sequence[Tensor], Tensor]] = []
+        start = 0
+        for span, seen in zip(spans, keys):
+            stop = start + span.rows * span.count
+            entries = cache.entries_LBSEKC[:, span.first : span.first + span.rows, :seen]
+            layers = entries.permute(0, 3, 1, 4, 2, 5)  # L E B K S C
+            if span.rows == 1:
+                layers = layers.expand(-1, -1, span.count, -1, -1, -1)
+                steps = [slice(start, stop)]
+            else:  # the t-th position of all rows together
+                steps = [slice(first, stop, span.count) for first in range(start, start + span.count)]
+            of_layers = layers.unbind()
+            self.blocks += [(step, of_layers, mask_R11S[step, ..., :seen]) for step in steps]
+            start = stop
 
 
 class PreparedLlama:
@@ -89,128 +111,127 @@ class PreparedLlama:
     consume: take the model's weights layer by layer, so that both are never held; the model is empty afterwards.
     """
 
-    def __init__(
-        self, model: Llama, storage: str = "auto", invariant: bool = True, consume: bool = False
-    ) -> None:
+    def __init__(self, model: Llama, storage: str = "auto", invariant: bool = True, consume: bool = False) -> None:
         self.config = model.config
         self.device = model.device
         self.stop_tokens = model.stop_tokens
         self.invariant = invariant
         on_cpu = self.device.type == "cpu"
-        # Of activations and cache.
-        self.dtype = torch.float32 if on_cpu else model.dtype
-
-        def pack(weight_OD: Tensor, bias: Tensor | None) -> "PackedLinear | PlainLinear":
-            if on_cpu and storage != "plain":
-                return PackedLinear(weight_OD, bias, dtype=storage, invariant=invariant)
-            return PlainLinear(weight_OD, bias, GPU_TILE_ROWS if invariant else 0)
-
+        if storage == "auto":
+            storage = "bfloat16" if model.dtype == torch.bfloat16 and has_bfloat16_instructions() else "float32"
+        self.storage = storage if on_cpu else "plain"
+        self.cache_dtype = torch.float32 if on_cpu else model.dtype
         self.embedding_VD = model.model.embed_tokens.weight.detach()
+        width, eps = self.config.hidden_size, self.config.rms_norm_eps
+        self.tail_E = torch.zeros(TAIL, device=self.device)
+        self.tail_E[0] = (width * eps) ** 0.5
         self.layers = []
         with torch.no_grad():
             for number, layer in enumerate(model.model.layers):
-                self.layers.append(PreparedLayer(layer, self.config, pack))
+                assert isinstance(layer, Layer)
+                self.layers.append(PreparedLayer(layer, self))
                 if consume:
                     model.model.layers[number] = nn.Identity()
-            self.head = pack(model.output_weight.detach(), None)
+            self.norm = Norm(model.model.norm, self.storage)
+            self.head = self.linear(model.output_weight, None, self.norm)
             if consume and model.lm_head is not None:
                 model.lm_head = None
-        self.norm_D = model.model.norm.weight.detach().to(self.dtype)
-        self.storage = self.head.dtype if isinstance(self.head, PackedLinear) else "plain"
+
+    def linear(self, weight_OD: Tensor, bias_O: Tensor | None, norm: "Norm | None" = None) -> "Linear":
+        """A linear layer in this model's storage, with the weights of the norm before it where it takes them."""
+        weight_OD = weight_OD.detach()
+        if self.storage == "plain":
+            return PlainLinear(weight_OD, bias_O, GPU_TILE_ROWS if self.invariant else 0)
+        if norm is not None and norm.scale_D is None:
+            weight_OD = weight_OD.float() * norm.folded_D
+        return PackedLinear(weight_OD, bias_O, dtype=self.storage, invariant=self.invariant)
 
     def cache(self, batch_size: int, capacity: int) -> KVCache:
         """A cache for passes of this model; the capacity is rounded up to what attention reads at once."""
         capacity = -(-capacity // KEYS_MULTIPLE) * KEYS_MULTIPLE
-        return KVCache(self.config, batch_size, capacity, self.dtype, self.device)
+        return KVCache(self.config, batch_size, capacity, self.cache_dtype, self.device)
 
     def hidden(self, tokens_R: Tensor, positions: Pass, cache: KVCache) -> Tensor:
-        """(R, D) after the last norm; keys and values go to the positions' places in the cache.
+        """(R, D) float32 after the last norm (but for its weights, where the head holds them).
 
-        The cache's `lengths_B` are neither read nor set: whoever makes the passes knows how long its rows are.
+        Keys and values go to the positions' places in the cache, whose `lengths_B` are neither read nor set: whoever
+        makes the passes knows how long its rows are.
         """
-        x_RD = F.embedding(tokens_R, self.embedding_VD).to(self.dtype)
-        for number, layer in enumerate(self.layers):
-            x_RD = layer(x_RD, positions, cache.entries_LBSEKC[number])
-        return F.rms_norm(x_RD, (x_RD.shape[-1],), self.norm_D, self.config.rms_norm_eps)
+        embedded_RD = F.embedding(tokens_R, self.embedding_VD).float()
+        stream_RE = torch.cat((embedded_RD, self.tail_E.expand(len(tokens_R), -1)), dim=1)
+        entries_LPJ = cache.entries_LBSEKC.flatten(3).flatten(1, 2)
+        for number, (layer, entries_PJ) in enumerate(zip(self.layers, entries_LPJ.unbind())):
+            layer(stream_RE, positions, number, entries_PJ)
+        return self.norm(stream_RE)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
-        """(R, V)"""
+        """(R, V) float32, for what `hidden` returned."""
         return self.head(hidden_RD)
 
 
 class PreparedLayer:
-    def __init__(self, layer: Layer, config: LlamaConfig, pack: Callable) -> None:
+    def __init__(self, layer: Layer, model: PreparedLlama) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.heads, self.kv_heads, self.head_dim = attention.heads, attention.kv_heads, attention.head_dim
-        self.groups = self.heads // self.kv_heads
-        self.eps = config.rms_norm_eps
-        self.input_norm_D = layer.input_layernorm.weight.detach()
-        self.post_norm_D = layer.post_attention_layernorm.weight.detach()
-        if self.input_norm_D.device.type == "cpu":
-            self.input_norm_D, self.post_norm_D = self.input_norm_D.float(), self.post_norm_D.float()
+        self.kv_heads, self.head_dim = attention.kv_heads, attention.head_dim
+        self.groups = attention.heads // attention.kv_heads
+        self.queries = attention.heads * self.head_dim
+        self.turned = self.queries + self.kv_heads * self.head_dim
+        self.input_norm = Norm(layer.input_layernorm, model.storage)
+        self.post_norm = Norm(layer.post_attention_layernorm, model.storage)
 
-        def joined(part: str) -> Tensor | None:
-            q, k, v = (getattr(m, part) for m in (attention.q_proj, attention.k_proj, attention.v_proj))
-            if q is None:
-                return None
-            q = pair_channels(q.detach(), self.heads).unflatten(0, (self.kv_heads, self.groups, self.head_dim))
-            k = pair_channels(k.detach(), self.kv_heads)
-            return torch.cat((q.transpose(0, 1).flatten(0, 2), k, v.detach()))
+        def joined(part: str) -> Tensor:
+            q, k, v = (getattr(m, part).detach() for m in (attention.q_proj, attention.k_proj, attention.v_proj))
+            q = pair_channels(q, attention.heads).unflatten(0, (self.kv_heads, self.groups, self.head_dim))
+            return torch.cat((q.transpose(0, 1).flatten(0, 2), pair_channels(k, self.kv_heads), v))
 
-        weight_OD = joined("weight")
-        assert weight_OD is not None
-        self.qkv = pack(weight_OD, joined("bias"))
-        o_DH = attention.o_proj.weight.detach().unflatten(1, (self.kv_heads, self.groups, self.head_dim))
-        self.output = pack(o_DH.transpose(1, 2).flatten(1), attention.o_proj.bias)
-        self.gate = pack(mlp.gate_proj.weight.detach(), mlp.gate_proj.bias)
-        self.up = pack(mlp.up_proj.weight.detach(), mlp.up_proj.bias)
-        self.down = pack(mlp.down_proj.weight.detach(), mlp.down_proj.bias)
+        bias_O = None if attention.q_proj.bias is None else joined("bias")
+        self.qkv = model.linear(joined("weight"), bias_O, self.input_norm)
+        output_DH = attention.o_proj.weight.detach().unflatten(1, (self.kv_heads, self.groups, self.head_dim))
+        self.output = model.linear(output_DH.transpose(1, 2).flatten(1), attention.o_proj.bias)
+        self.gate = model.linear(mlp.gate_proj.weight, mlp.gate_proj.bias, self.post_norm)
+        self.up = model.linear(mlp.up_proj.weight, mlp.up_proj.bias, self.post_norm)
+        self.down = model.linear(mlp.down_proj.weight, mlp.down_proj.bias)
 
-    def __call__(self, x_RD: Tensor, positions: Pass, entries_BSEKC: Tensor) -> Tensor:
-        width = x_RD.shape[-1:]
-        qkv_RO = self.qkv(F.rms_norm(x_RD, width, self.input_norm_D, self.eps))
-        queries = self.heads * self.head_dim
-        turned = queries + self.kv_heads * self.head_dim
-        turn(qkv_RO[:, :turned].unflatten(1, (-1, self.head_dim)), positions.turn_RHC)
-        entries_PJ = entries_BSEKC.view(-1, 2 * self.kv_heads * self.head_dim)
-        entries_PJ.index_copy_(0, positions.slot_R, qkv_RO[:, queries:].to(entries_PJ.dtype))
-        q_RGKC = qkv_RO[:, :queries].unflatten(1, (self.groups, self.kv_heads, self.head_dim))
-        x_RD = x_RD + self.output(self.attend(q_RGKC, positions, entries_BSEKC))
-        h_RD = F.rms_norm(x_RD, width, self.post_norm_D, self.eps)
-        return x_RD + self.down(self.up(h_RD, multiply=self.gate(h_RD, silu=True)))
+    def __call__(self, stream_RE: Tensor, positions: Pass, number: int, entries_PJ: Tensor) -> None:
+        """Add this layer's part to the residual stream."""
+        x_RD = stream_RE[:, :-TAIL]
+        qkv_RO = self.qkv(self.input_norm(stream_RE))
+        turn(qkv_RO[:, : self.turned].view(len(qkv_RO), -1, self.head_dim // 2, 2), positions.turn_RHC)
+        entries_PJ.index_copy_(0, positions.slot_R, qkv_RO[:, self.queries :].to(entries_PJ.dtype))
+        q_RGKC = qkv_RO[:, : self.queries].view(-1, self.groups, self.kv_heads, self.head_dim).to(entries_PJ.dtype)
+        x_RD += self.output(self.attend(q_RGKC.transpose(1, 2), positions, number))
+        h_RD = self.post_norm(stream_RE)
+        x_RD += self.down(self.up(h_RD, multiply=self.gate(h_RD, silu=True)))
 
-    def attend(self, q_RGKC: Tensor, positions: Pass, entries_BSEKC: Tensor) -> Tensor:
+    def attend(self, q_RKGC: Tensor, positions: Pass, number: int) -> Tensor:
         """(R, H*C) in the order (G, K, C): every position's G queries of a key head against its row's keys."""
-        q_RKGC = q_RGKC.transpose(1, 2)
-        mask_R11S = positions.mask_RS[:, None, None]
-        parts, start = [], 0
-        for span, keys in zip(positions.spans, positions.keys):
-            stop = start + span.rows * span.count
-            keys_BKSC, values_BKSC = entries_BSEKC[span.first : span.first + span.rows, :keys].permute(2, 0, 3, 1, 4)
-            if span.count == 1:
-                mask = mask_R11S[start:stop, ..., :keys]
-                parts.append(F.scaled_dot_product_attention(q_RKGC[start:stop], keys_BKSC, values_BKSC, attn_mask=mask))
-            elif span.rows == 1:
-                row = slice(start, stop)
-                expanded = (t.expand(span.count, -1, -1, -1) for t in (keys_BKSC, values_BKSC))
-                mask = mask_R11S[row, ..., :keys]
-                parts.append(F.scaled_dot_product_attention(q_RKGC[row], *expanded, attn_mask=mask))
-            else:  # the t-th position of all rows together
-                out = torch.empty_like(q_RGKC[start:stop]).transpose(1, 2)
-                for first in range(start, start + span.count):
-                    row = slice(first, stop, span.count)
-                    mask = mask_R11S[row, ..., :keys]
-                    out[first - start :: span.count] = F.scaled_dot_product_attention(
-                        q_RKGC[row], keys_BKSC, values_BKSC, attn_mask=mask
-                    )
-                parts.append(out)
-            start = stop
-        out_RKGC = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return out_RKGC.transpose(1, 2).flatten(1)
+        out_RKGC = None
+        for at, layers, mask in positions.blocks:
+            keys_BKSC, values_BKSC = layers[number]
+            part = F.scaled_dot_product_attention(q_RKGC[at], keys_BKSC, values_BKSC, attn_mask=mask)
+            if len(positions.blocks) == 1:
+                out_RKGC = part
+            else:
+                out_RKGC = torch.empty_like(q_RKGC) if out_RKGC is None else out_RKGC
+                out_RKGC[at] = part
+        assert out_RKGC is not None
+        return out_RKGC.transpose(1, 2).reshape(-1, self.queries).float()
+
+
+class Norm:
+    """RMSNorm of the residual stream. With packed float32 its weights are left to the products behind it."""
+
+    def __init__(self, norm: RMSNorm, storage: str) -> None:
+        self.folded_D = norm.weight.detach().float() * norm.weight.shape[0] ** 0.5
+        self.scale_D = None if storage == "float32" else self.folded_D
+
+    def __call__(self, stream_RE: Tensor) -> Tensor:
+        normed_RD = stream_RE[:, :-TAIL] / torch.linalg.vector_norm(stream_RE, dim=-1, keepdim=True)
+        return normed_RD if self.scale_D is None else normed_RD.mul_(self.scale_D)
 
 
 class PlainLinear:
-    """Joined weights as they are: for a GPU, and for a CPU without room for packed copies.
+    """A weight as it is: for a GPU, and for a CPU without room for packed copies.
 
     tile: rows of every product, padded with zeros; 0: as many as there are. With it a row's bits do not depend on the
     others', as far as the library's choice of a kernel depends on the shape alone.
@@ -221,16 +242,18 @@ class PlainLinear:
 
     def __call__(self, x_RD: Tensor, *, silu: bool = False, multiply: Tensor | None = None) -> Tensor:
         if not self.tile:
-            y_RO = self._linear(x_RD)
+            y_RO = self._product(x_RD)
         else:
-            rows = x_RD.shape[0]
-            x_RD = F.pad(x_RD, (0, 0, 0, -rows % self.tile))
-            y_RO = torch.cat([self._linear(part) for part in x_RD.split(self.tile)])[:rows]
+            padded_RD = F.pad(x_RD, (0, 0, 0, -len(x_RD) % self.tile))
+            y_RO = torch.cat([self._product(part) for part in padded_RD.split(self.tile)])[: len(x_RD)]
         y_RO = F.silu(y_RO) if silu else y_RO
         return y_RO if multiply is None else y_RO * multiply
 
-    def _linear(self, x_RD: Tensor) -> Tensor:
+    def _product(self, x_RD: Tensor) -> Tensor:
         return F.linear(x_RD.to(self.weight_OD.dtype), self.weight_OD, self.bias_O).to(x_RD.dtype)
+
+
+Linear = PackedLinear | PlainLinear
 
 
 def pair_channels(rows_HC: Tensor, heads: int) -> Tensor:
@@ -238,12 +261,11 @@ def pair_channels(rows_HC: Tensor, heads: int) -> Tensor:
     return rows_HC.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def turn(x_RHC: Tensor, turn_RHC: Tensor) -> None:
-    """Rotate pairs of channels in place."""
-    pairs = x_RHC.unflatten(-1, (-1, 2))
-    if x_RHC.dtype == torch.float32:
-        rows = max(1, ROTATED_AT_ONCE // turn_RHC[0].numel())
-        for start in range(0, x_RHC.shape[0], rows):
-            torch.view_as_complex(pairs[start : start + rows]).mul_(turn_RHC[start : start + rows])
-    else:
-        x_RHC.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * turn_RHC).flatten(-2))
+def turn(pairs_RHC2: Tensor, turn_RHC: Tensor) -> None:
+    """Rotate pairs of channels (float32) in place."""
+    rows = max(1, ROTATED_AT_ONCE // turn_RHC[0].numel())
+    if len(pairs_RHC2) <= rows:
+        torch.view_as_complex(pairs_RHC2).mul_(turn_RHC)
+        return
+    for start in range(0, len(pairs_RHC2), rows):
+        turn(pairs_RHC2[start : start + rows], turn_RHC[start : start + rows])

@@ -1,13 +1,17 @@
 """Continuous batching: which prompt goes into which row, and when.
 
-The longest prompts start first. A row that ends is refilled at once, results come out as they end, and a row's result
-does not depend on its neighbours: no row is padded to another's length, and every row has its own positions.
+The longest prompts start first. A row that ends is refilled at once: its prompt is read in parts, in the same passes in
+which other rows decode. What all prompts begin with is read once. Results come out as they end, and a row's result does
+not depend on its neighbours.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from decode.ensemble import Ensemble, Rows
+from decode.ensemble import Ensemble
+from decode.rows import Rows
+from decode.speculate import Speculation
+from decode.step import Draws, InFlight, step
 from minillama import InputError
 
 Prompt = Sequence[int]
@@ -25,29 +29,27 @@ class Translation:
 
 
 @dataclass
+class Counters:
+    """What decoding did: steps of the whole ensemble, tokens kept, tokens drafted and those of them that were kept."""
+
+    steps: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    kept: int = 0
+
+
+@dataclass
 class Translations:
     """In the order of the prompts: new tokens (prompt and stop token not included), their log-probabilities in nats."""
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
     finished: list[str]
-    steps: int = 0
+    counters: Counters
 
-
-@dataclass
-class Counters:
-    """What decoding did: forward passes of the whole ensemble, tokens kept."""
-
-    steps: int = 0
-    tokens: int = 0
-
-
-@dataclass
-class _Row:
-    index: int
-    limit: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    @property
+    def steps(self) -> int:
+        return self.counters.steps
 
 
 def translate(
@@ -57,18 +59,23 @@ def translate(
     batch_size: int = 16,
     ignore_eos: bool = False,
     on_finished: Callable[[int, Translation], None] | None = None,
+    speculate: str | int = "off",
+    draws: Draws | None = None,
 ) -> Translations:
-    """Greedy decoding of all prompts; `on_finished(index, translation)` is called as each one ends.
+    """Decode all prompts; `on_finished(index, translation)` is called as each one ends.
 
     prompts: token ids, a list per sentence, or {"L": [...], "S": [...]} with a list per member. With ignore_eos stop
-    tokens are ordinary ones and every result has max_new_tokens, as far as the context reaches. Raises InputError for
-    prompts that do not fit a member's context, FloatingPointError when a member's logits are NaN or infinite.
+    tokens are ordinary ones and every result has max_new_tokens, as far as the context reaches. speculate: "off",
+    "auto" or the number of tokens to draft; the tokens are the same. draws: sample instead of taking the best token;
+    the prompt's index is the key of its draws. Raises InputError for prompts that do not fit a member's context,
+    FloatingPointError when a member's logits are NaN or infinite.
     """
     rows = per_member(ensemble, prompts)
     counters = Counters()
     results: list[Translation | None] = [None] * len(rows)
     stops = frozenset() if ignore_eos else ensemble.stop_tokens
-    for index, translation in decode(ensemble, rows, max_new_tokens, batch_size, stops, counters):
+    limits = max_new_tokens, batch_size
+    for index, translation in decode(ensemble, rows, *limits, stops, counters, speculate, draws):
         results[index] = translation
         if on_finished is not None:
             on_finished(index, translation)
@@ -77,7 +84,7 @@ def translate(
         [result.tokens for result in done],
         [result.logprobs for result in done],
         [result.finished for result in done],
-        counters.steps,
+        counters,
     )
 
 
@@ -106,10 +113,51 @@ def decode(
     batch_size: int,
     stops: frozenset[int],
     counters: Counters,
+    speculate: str | int = "off",
+    draws: Draws | None = None,
 ) -> Iterator[tuple[int, Translation]]:
     """Yield (index, translation) as sentences end, longest prompts started first."""
     if max_new_tokens < 1 or batch_size < 1:
         raise InputError(f"max_new_tokens {max_new_tokens} and batch_size {batch_size} must be at least 1")
+    limits = _limits(ensemble, prompts, max_new_tokens)
+    speculation = Speculation(len(ensemble.members), speculate)
+    if not prompts:
+        return
+    members = range(len(ensemble.members))
+    capacity = [max(len(prompt[n]) + limit for prompt, limit in zip(prompts, limits)) for n in members]
+    prefix = [shared_prefix([prompt[n] for prompt in prompts]) for n in members]
+    rows = Rows(ensemble, min(batch_size, len(prompts)), capacity, prefix)
+    waiting = sorted(range(len(prompts)), key=lambda index: sum(map(len, prompts[index])))  # the last is the longest
+    active: list[InFlight] = []
+    while waiting or active:
+        while waiting and len(active) < rows.batch_size:
+            index = waiting.pop()
+            rows.start()
+            unread = [prompt[len(read) :] for prompt, read in zip(prompts[index], prefix)]
+            active.append(InFlight(index, limits[index], prompts[index], unread))
+        gained = step(ensemble, rows, active, speculation, draws, counters)
+        ended = []
+        for number, (row, tokens) in enumerate(zip(active, gained)):
+            for token, logprob in tokens:
+                if token in stops:
+                    ended.append((number, "stop"))
+                    break
+                row.tokens.append(token)
+                row.logprobs.append(logprob)
+                counters.tokens += 1
+                if len(row.tokens) == row.limit:
+                    ended.append((number, "length"))
+                    break
+        finished = [(active[number], reason) for number, reason in ended]
+        for source, target in rows.remove([number for number, _ in ended]):
+            active[target] = active[source]
+        del active[len(rows) :]
+        for row, reason in finished:
+            yield row.index, Translation(row.tokens, row.logprobs, reason)
+
+
+def _limits(ensemble: Ensemble, prompts: Sequence[tuple[list[int], ...]], max_new_tokens: int) -> list[int]:
+    """New tokens each prompt may get; raises InputError for one that is empty or has no room behind it."""
     limits = [min(max_new_tokens, room(ensemble, prompt)) for prompt in prompts]
     for index, (prompt, limit) in enumerate(zip(prompts, limits)):
         if not all(prompt):
@@ -118,39 +166,14 @@ def decode(
             raise InputError(
                 f"prompt {index + 1} has {max(map(len, prompt))} tokens; a member's context has no room behind it"
             )
-    if not prompts:
-        return
-    capacity = [
-        max(len(prompt[n]) + limit for prompt, limit in zip(prompts, limits)) for n in range(len(ensemble.members))
-    ]
-    rows = Rows(ensemble, min(batch_size, len(prompts)), capacity)
-    waiting = sorted(range(len(prompts)), key=lambda index: sum(map(len, prompts[index])))  # the last is the longest
-    active: list[_Row] = []
-    while waiting or active:
-        free = min(rows.batch_size - len(active), len(waiting))
-        if free:
-            started = [waiting.pop() for _ in range(free)]
-            choice = rows.add([prompts[index] for index in started])
-            first = len(active)
-            active += [_Row(index, limits[index]) for index in started]
-        else:
-            choice = rows.step([row.tokens[-1] for row in active])
-            first = 0
-        counters.steps += 1
-        ended = []
-        for number, (token, logprob) in enumerate(zip(choice.tokens, choice.logprobs), first):
-            row = active[number]
-            if token in stops:
-                ended.append((number, "stop"))
-                continue
-            row.tokens.append(token)
-            row.logprobs.append(logprob)
-            counters.tokens += 1
-            if len(row.tokens) == row.limit:
-                ended.append((number, "length"))
-        finished = [(active[number], reason) for number, reason in ended]
-        for source, target in rows.remove([number for number, _ in ended]):
-            active[target] = active[source]
-        del active[len(rows) :]
-        for row, reason in finished:
-            yield row.index, Translation(row.tokens, row.logprobs, reason)
+    return limits
+
+
+def shared_prefix(prompts: Sequence[list[int]]) -> list[int]:
+    """The tokens that several prompts all begin with; every prompt keeps one of its own behind them."""
+    if len(prompts) < 2:
+        return []
+    first, last = min(prompts), max(prompts)
+    shortest = min(map(len, prompts)) - 1
+    length = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), shortest)
+    return first[: min(length, shortest)]

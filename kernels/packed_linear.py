@@ -14,9 +14,9 @@ bfloat16 where the processor has the instructions and the weight is already bflo
 float32 elsewhere. Which way a call takes depends on the storage and the number of rows only, never on a clock: two runs
 give the same bits.
 
-With `invariant=True` a row's bits do not depend on the rows beside it either. oneDNN adds in one order for any number of
-rows from two on (one row alone takes another kernel for wide layers), so what it costs is a second row beside a lone one.
-The numbers of rows for which that holds are found by trying, once for each shape, when the layer is packed.
+With `invariant=True` a row's bits do not depend on the rows beside it either. oneDNN adds in one order for any number
+of rows from two on (one row alone takes another kernel for wide layers), so what it costs is a second row beside a lone
+one. The numbers of rows for which that holds are found by trying, once for each shape, when the layer is packed.
 
     D inputs  O outputs  R rows (all leading dimensions of x together)
 """
@@ -41,8 +41,8 @@ EXPECTED_ROWS = 64
 INT8_ROWS, INT8_VECTOR = 16, 16
 # Without bf16 instructions PyTorch's bf16 product is emulated: it wins while reading the weight is all that counts.
 PLAIN_BFLOAT16_ROWS = 2
-# Numbers of rows that are tried for `invariant`; a larger product is made in parts of the last, which is large enough to
-# be limited by arithmetic. Where no range down to TILE_ROWS agrees, every product has exactly TILE_ROWS, padded.
+# Numbers of rows that are tried for `invariant`; a larger product is made in parts of the last, large enough to be
+# limited by arithmetic. Where no range down to TILE_ROWS agrees, every product has exactly TILE_ROWS, padded.
 TRIED_ROWS = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 24, 31, 32, 33, 48, 63, 64)
 TILE_ROWS = 16
 # Output rows that are brought to float32 at once: 2 MB of them at D = 2,048, what a core's L2 holds.

@@ -1,0 +1,123 @@
+"""The rows in flight: for every member a cache, and how many positions of each row it holds.
+
+Rows always are 0..n-1 of every cache: the scheduler (translate.py) fills up behind them and closes gaps. A member may
+be ahead of another in the same row, as one that drafts is. Nothing here knows what tokens mean or who chose them.
+"""
+
+# R positions of a pass  V vocabulary
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from decode.ensemble import Ensemble
+from decode.prepare import Pass, Span
+
+
+class Rows:
+    """Up to `batch_size` rows; `lengths[row][member]` positions are in that member's cache.
+
+    capacity: positions per row, for each member.   prefix: for each member what every row begins with: read once, here,
+    and copied to a row when it starts.
+    """
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        batch_size: int,
+        capacity: Sequence[int],
+        prefix: Sequence[list[int]] | None = None,
+    ) -> None:
+        self.ensemble = ensemble
+        self.batch_size = batch_size
+        self.prefix_lengths = [0] * len(capacity) if prefix is None else [len(tokens) for tokens in prefix]
+        self.shared = any(self.prefix_lengths)
+        # What rows share stands in a row of its own behind them.
+        self.caches = [
+            member.model.cache(batch_size + self.shared, positions)
+            for member, positions in zip(ensemble.members, capacity)
+        ]
+        self.lengths: list[list[int]] = []
+        for number, tokens in enumerate(prefix or ()):
+            if tokens:
+                self._read(number, [tokens], [Span(batch_size, 1, len(tokens))], [0])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @torch.inference_mode()
+    def start(self) -> int:
+        """A new row, which begins with the prefix; returns its number."""
+        row = len(self)
+        for cache, length in zip(self.caches, self.prefix_lengths):
+            if length:
+                cache.copy_row(self.batch_size, row, length)
+        self.lengths.append(list(self.prefix_lengths))
+        return row
+
+    def forward(self, number: int, tokens: Sequence[Sequence[int]], wanted: Sequence[int]) -> Tensor | None:
+        """Append each row's tokens (perhaps none) to member `number`; logits (sum of wanted, V) of each row's last
+        `wanted` positions, row after row; None if nothing is wanted.
+        """
+        spans: list[Span] = []
+        starts = []
+        for row, new in enumerate(tokens):
+            if not new:
+                continue
+            starts.append(self.lengths[row][number])
+            self.lengths[row][number] += len(new)
+            last = spans[-1] if spans else None
+            if last is not None and last.count == len(new) and last.first + last.rows == row:
+                spans[-1] = Span(last.first, last.rows + 1, last.count)
+            else:
+                spans.append(Span(row, 1, len(new)))
+        if not spans:
+            return None
+        hidden_RD = self._read(number, tokens, spans, starts)
+        kept: list[int] = []
+        end = 0
+        for new, count in zip(tokens, wanted):
+            end += len(new)
+            kept += range(end - count, end)
+        if not kept:
+            return None
+        member = self.ensemble.members[number].model
+        if len(kept) < len(hidden_RD):
+            hidden_RD = hidden_RD[torch.tensor(kept, device=hidden_RD.device)]
+        with torch.inference_mode():
+            return member.logits(hidden_RD).to(self.ensemble.device)
+
+    @torch.inference_mode()
+    def _read(self, number: int, tokens: Sequence[Sequence[int]], spans: list[Span], starts: list[int]) -> Tensor:
+        model, cache = self.ensemble.members[number].model, self.caches[number]
+        flat_R = torch.tensor([token for new in tokens for token in new], device=model.device)
+        return model.hidden(flat_R, Pass(model.config, spans, starts, cache), cache)
+
+    def forget(self, row: int, count: int) -> None:
+        """Drop the last `count` positions of a row, for every member."""
+        self.lengths[row] = [length - count for length in self.lengths[row]]
+
+    @torch.inference_mode()
+    def remove(self, rows: Sequence[int]) -> list[tuple[int, int]]:
+        """Drop rows; the last active ones move into the gaps. Returns the moves made as (from, to)."""
+        moves = []
+        for row in sorted(rows, reverse=True):
+            last = len(self) - 1
+            if row != last:
+                for number, cache in enumerate(self.caches):
+                    cache.copy_row(last, row, self.lengths[last][number])
+                self.lengths[row] = self.lengths[last]
+                moves.append((last, row))
+            self.lengths.pop()
+        return moves
+
+    @torch.inference_mode()
+    def reorder(self, sources: Sequence[int]) -> None:
+        """Row i becomes what row sources[i] was, for every i: how beams continue one another."""
+        for number, cache in enumerate(self.caches):
+            longest = max(self.lengths[row][number] for row in sources)
+            index = torch.tensor(sources, device=cache.entries_LBSEKC.device)
+            kept = cache.entries_LBSEKC[:, :, :longest].index_select(1, index)
+            cache.entries_LBSEKC[:, : len(sources), :longest] = kept
+        self.lengths = [list(self.lengths[row]) for row in sources]
