@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from minillama import InputError
 
 LOOKUP = -1
+# Stands for a member where the time of choosing is meant: summing logits is a cost of every position too.
+CHOICE = -2
 # Tokens whose last occurrence is looked for, longest first.
 LOOKUP_LENGTHS = (3, 2)
 MOST_DRAFTED = 7
@@ -64,7 +66,7 @@ class Speculation:
     members: int
     mode: str | int = "off"
     tallies: dict[int, Tally] = field(default_factory=dict)
-    # seconds of a pass, by member and by the power of two at or above its positions
+    # seconds of a member's pass or of a choice, by the power of two at or above its positions
     seconds: dict[tuple[int, int], float] = field(default_factory=dict)
     steps: int = 0
 
@@ -85,50 +87,46 @@ class Speculation:
 
     def watches(self) -> bool:
         """Whether this plain step should compare the members' own choices with the combined one."""
-        return self.mode == "auto" and self.steps % WATCH_EVERY == 0
+        if self.mode == "off":
+            return False
+        return self.steps % WATCH_EVERY == 0 or any(tally.seen < ENOUGH for tally in self.tallies.values())
 
     def plan(self, rows: int) -> Draft | None:
         """What to draft for `rows` rows that decode; None for a plain step."""
         self.steps += 1
-        if self.mode == "off" or not rows:
+        if self.mode == "off" or not rows or any(tally.seen < ENOUGH for tally in self.tallies.values()):
             return None
         if isinstance(self.mode, int):
-            return Draft(self._most_agreeing(), self.mode)
+            return Draft(max(self.tallies, key=lambda drafter: self.tallies[drafter].rate), self.mode)
         best, plan = MARGIN, None
-        for drafter, tally in self.tallies.items():
-            if tally.seen < ENOUGH:
-                continue
+        for drafter in self.tallies:
             for length in (1, 2, 3, 5, MOST_DRAFTED):
                 gain = self._gain(drafter, length, rows)
                 if gain > best:
                     best, plan = gain, Draft(drafter, length)
         return plan
 
-    def _most_agreeing(self) -> int:
-        """Every drafter is tried in turn until its agreement is known."""
-        untried = [drafter for drafter, tally in self.tallies.items() if tally.seen < ENOUGH]
-        if untried:
-            return untried[self.steps % len(untried)]
-        return max(self.tallies, key=lambda drafter: self.tallies[drafter].rate)
-
     def _gain(self, drafter: int, length: int, rows: int) -> float:
         """Tokens a second with this draft over those without, by what is known now."""
         rate = self.tallies[drafter].rate
         tokens = length + 1 if rate >= 1 else (1 - rate ** (length + 1)) / (1 - rate)
-        plain = sum(self._pass(member, rows) for member in range(self.members))
-        drafting = 0.0 if drafter == LOOKUP else (length + 1) * self._pass(drafter, rows)
-        checking = sum(self._pass(member, rows * (length + 1)) for member in range(self.members) if member != drafter)
+        parts = [CHOICE, *range(self.members)]
+        plain = sum(self._pass(part, rows) for part in parts)
+        drafting = 0.0
+        if drafter != LOOKUP:
+            drafting = (length + 1) * self._pass(drafter, rows) + length * self._pass(CHOICE, rows)
+        checking = sum(self._pass(part, rows * (length + 1)) for part in parts if part != drafter)
         return tokens * plain / (drafting + checking) if plain else 0.0
 
-    def _pass(self, member: int, positions: int) -> float:
+    def _pass(self, part: int, positions: int) -> float:
         """Seconds of a pass; one never measured is taken for as cheap as the next smaller one that was."""
         size = _size(positions)
-        while size and (member, size) not in self.seconds:
+        while size and (part, size) not in self.seconds:
             size //= 2
-        return self.seconds.get((member, size), 0.0)
+        return self.seconds.get((part, size), 0.0)
 
-    def timed(self, member: int, positions: int, seconds: float) -> None:
-        key = (member, _size(positions))
+    def timed(self, part: int, positions: int, seconds: float) -> None:
+        key = (part, _size(positions))
         before = self.seconds.get(key, seconds)
         # The least is what a pass costs; it is forgotten slowly, as texts grow longer.
         self.seconds[key] = min(seconds, before + NEWEST * (seconds - before))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from decode.ensemble import Choice, Ensemble
 from decode.rows import Rows
-from decode.speculate import LOOKUP, Draft, Speculation, lookup
+from decode.speculate import CHOICE, LOOKUP, Draft, Speculation, lookup
 from kernels import Sampling
 
 # Positions of prompts that are read in one step, of the member with the longest.
@@ -97,7 +97,10 @@ def step(
     if not known:
         return gained
     places = [(row, at) for row, count in enumerate(chosen_at) for at in range(count)]
+    started = time.perf_counter()
     choice = _choose(ensemble, known, active, places, draws)
+    if len(places) == sum(len(draft) + 1 for draft in drafts):
+        speculation.timed(CHOICE, len(places), time.perf_counter() - started)
     if plan is None and speculation.watches():
         _watch(speculation, known, choice, active, decoding, places, drafts)
     picked = iter(zip(choice.tokens, choice.logprobs))
