@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import sys
 import tempfile
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,8 +77,10 @@ def all_versions() -> dict[str, str]:
     return found
 
 
-def real_text(options: argparse.Namespace, models: Models) -> sections.Text:
-    """The sentences of `--dev`, or the built-in sample, as every member reads them."""
+def text_of(options: argparse.Namespace, models: Models) -> sections.Text:
+    """The sentences of `--dev`, or the built-in sample, as every member reads them; random models have random ones."""
+    if models.random:
+        return sections.random_text(models, options.limit or 100)
     if options.dev:
         source, references = (list(read_lines(Path(name))) for name in options.dev)
         if len(source) != len(references):
@@ -96,8 +97,9 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """All that was asked for, as one JSON object."""
     torch.set_num_threads(options.threads)
     most = max([*options.members, *(options.member_counts if "members" in options.sweep else [])])
-    combine = options.combine[0] if options.combine else None
-    models = prepare(options.model, most, combine, work)
+    combinations = options.combine or [None]
+    given = prepare(options.model, most, work)
+    models = given.combined(combinations[0])
     found = machine(options.device, options.quick)
     bench = Bench(options.threads, options.rounds, options.device, options.turns, found)
     ours = [System("ours", dtype) for dtype in options.dtype if "ours" in options.systems]
@@ -130,22 +132,20 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         result["context_sweep"] = sections.context_rows(
             bench, summed, models.first(1), options.contexts, options.batch[0], options.steps
         )
-    if "sentences" in options.sweep or options.dev or options.speculation:
-        text = sections.random_text(largest, 100) if models.random else real_text(options, models)
     if "sentences" in options.sweep:
         result["sentence_sweep"] = sections.sentence_rows(
-            bench, summed, largest, text, options.sentences, options.sweep_batch
+            bench, summed, largest, text_of(options, largest), options.sentences, options.sweep_batch
         )
     if options.dev:
-        result["dev"] = sections.text_rows(bench, summed, largest, text, options.sweep_batch, (False, True))
+        result["dev"] = sections.text_rows(
+            bench, summed, largest, text_of(options, largest), options.sweep_batch, (False, True)
+        )
     if options.speculation:
         result["speculation"] = [
             row
-            for combine in options.combine or [largest.combine]
+            for part in (given.combined(combine) if combine else largest for combine in combinations)
             for batch in options.batch
-            for row in sections.speculation_rows(
-                bench, ours[0], replace(largest, combine=combine), text, batch, SPECULATE
-            )
+            for row in sections.speculation_rows(bench, ours[0], part, text_of(options, part), batch, SPECULATE)
         ]
     result["notes"] = bench.notes
     return result

@@ -6,6 +6,7 @@ difference of the two times is that of long - short steps. Nothing in a system n
 
 import math
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ SHORT = 4  # new tokens of the short run: the first steps settle the caches
 ROUNDINGS, ABSOLUTE = 16, 1e-5
 FLOAT32_ROUNDING = 2.0**-23
 USABLE_MEMORY = 0.7
+SETTLE = 0.3  # seconds between two systems' turns: Intel's OpenMP threads spin for 0.2 after their work
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ class Bench:
 
     def _sample(self, worker: Worker, case: Case, found: Samples, first: bool) -> None:
         arguments: dict[str, Any] = {"prompts": case.prompts, "batch": case.batch}
+        time.sleep(SETTLE)
         if first:
             worker.ask("generate", new_tokens=SHORT, **arguments)
         short = worker.ask("generate", new_tokens=SHORT, **arguments)

@@ -7,6 +7,7 @@ Random weights take as long as trained ones, and their greedy choices are seldom
 # B rows  L layers  D model width  H query heads  K key/value heads  C head width  F feed-forward width  V vocabulary
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +16,15 @@ import torch
 
 from corpora import Prompt
 from corpora.prompts import FILE_NAME
+from decode.expression import parse
 from minillama import Llama, LlamaConfig, Tokenizer
 from minillama.chat import chat_format, render, stop_tokens
 from minillama.config import RopeScaling, read_config
 from minillama.weights import resolve_folder
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
-DEMO_MEMBERS = ("L", "S_src", "S_tgt")
+DEMO_MEMBERS = ("L", "S_base", "S_mt", "S_src", "S_tgt")
+DEMO_COMBINE = "L + S_src + S_tgt"
 SMOLLM2_135M = LlamaConfig(49_152, 576, 1536, 30, 9, 3, 64, 8192, 1e-5, 100_000.0, tie_word_embeddings=True)
 LLAMA32_1B = LlamaConfig(
     128_256,
@@ -71,13 +74,21 @@ class Models:
     def configs(self) -> list[LlamaConfig]:
         return [read_config(Path(folder)) for folder in self.folders.values()]
 
+    def combined(self, combine: str | None) -> "Models":
+        """The models that an expression names, its own expression for None; raises InputError for one that is bad."""
+        combine = combine or self.combine
+        names = set(re.findall(r"[^\W\d]\w*", combine))
+        used = {name: folder for name, folder in self.folders.items() if name in names}
+        parse(combine, used)
+        return replace(self, folders=used, combine=combine)
+
     def first(self, members: int) -> "Models":
         """The first `members` models, added with weight one."""
         folders = dict(list(self.folders.items())[:members])
         return replace(self, folders=folders, combine=" + ".join(folders))
 
 
-def prepare(specs: Sequence[str], members: int, combine: str | None, work: Path) -> Models:
+def prepare(specs: Sequence[str], members: int, work: Path) -> Models:
     """Models from `--model` arguments, random ones written under `work`.
 
     specs: one name of a shape (then `members` models of it with different seeds), `demo`, or folders, each with
@@ -85,10 +96,10 @@ def prepare(specs: Sequence[str], members: int, combine: str | None, work: Path)
     """
     if len(specs) == 1 and specs[0] in SHAPES:
         folders = {f"M{seed}": str(random_folder(specs[0], seed, work)) for seed in range(members)}
-        return Models(specs[0], folders, combine or " + ".join(folders), random=True)
+        return Models(specs[0], folders, " + ".join(folders), random=True)
     if list(specs) == ["demo"]:
         folders = {name: str(DEMO / name) for name in DEMO_MEMBERS}
-        return Models("demo", folders, combine or " + ".join(folders))
+        return Models("demo", folders, DEMO_COMBINE)
     folders = {}
     random = False
     for number, spec in enumerate(specs):
@@ -99,7 +110,7 @@ def prepare(specs: Sequence[str], members: int, combine: str | None, work: Path)
         else:
             folders[name or f"M{number}"] = str(resolve_folder(place).resolve())
     shape = "+".join(dict.fromkeys(Path(folder).name.rsplit("-seed", 1)[0] for folder in folders.values()))
-    return Models(shape, folders, combine or " + ".join(folders), random)
+    return Models(shape, folders, " + ".join(folders), random)
 
 
 def random_folder(shape: str, seed: int, work: Path) -> Path:
