@@ -21,7 +21,7 @@ import torch
 
 from corpora import read_lines, sample
 from decode import bench_sections as sections
-from decode.bench_measure import Bench, System, step_rows
+from decode.bench_measure import Bench, System, add_shares, step_rows
 from decode.bench_peers import export_for_openvino
 from decode.bench_plot import plot
 from decode.bench_shapes import SHAPES, Models, prepare, sentence_prompts
@@ -69,6 +69,14 @@ def machine(device: str, quick: bool) -> dict[str, Any]:
     return {"read_gigabytes_per_second": bench_gpu.copy_speed(rounds), "matmul_gigaflops": speeds}
 
 
+def better(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The best of two measurements, one before and one after the run: a share is one of what the machine can do."""
+    return {
+        name: better(value, other[name]) if isinstance(value, dict) else max(value, other[name])
+        for name, value in one.items()
+    }
+
+
 def all_versions() -> dict[str, str]:
     found = versions()
     for name in PEERS:
@@ -100,8 +108,8 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     combinations = options.combine or [None]
     given = prepare(options.model, most, work)
     models = given.combined(combinations[0])
-    found = machine(options.device, options.quick)
-    bench = Bench(options.threads, options.rounds, options.device, options.turns, found)
+    bench = Bench(options.threads, options.rounds, options.device, work, options.turns)
+    before = machine(options.device, options.quick)
     ours = [System("ours", dtype) for dtype in options.dtype if "ours" in options.systems]
     peers = [System(name, dtype) for name in options.systems if name != "ours" for dtype in options.peer_dtype]
     summed = [*ours, *(peer for peer in peers if peer.name == "transformers")]
@@ -113,7 +121,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "versions": all_versions(),
         "models": {"shape": models.shape, "combine": models.combine, "names": list(models.folders)},
         "arguments": options.spelled,
-        "machine": bench.machine,
+        "machine": before,
         "rows": [],
     }
     if not options.no_steps:
@@ -121,7 +129,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
             part = models.first(count) if models.random else models
             if count == 1 and options.openvino_python:
                 for dtype in options.peer_dtype:
-                    export_for_openvino(options.openvino_python, Path(next(iter(part.folders.values()))), dtype)
+                    export_for_openvino(options.openvino_python, Path(next(iter(part.folders.values()))), dtype, work)
             cases = sections.equal_cases(part, options.batch, options.prompt, options.steps)
             result["rows"] += step_rows(bench, [*ours, *peers], part, cases, profile=not options.no_profile)
     largest = models.first(max(options.members)) if models.random else models
@@ -147,6 +155,9 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
             for batch in options.batch
             for row in sections.speculation_rows(bench, ours[0], part, text_of(options, part), batch, SPECULATE)
         ]
+    result["machine"] = better(before, machine(options.device, options.quick))
+    for section in ("rows", "member_sweep", "context_sweep"):
+        add_shares(result.get(section, []), result["machine"])
     result["notes"] = bench.notes
     return result
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from decode.bench_shapes import Models, resident_bytes, step_work
-from decode.bench_worker import Refused, Worker
+from decode.bench_worker import PEERS, Refused, Worker
 
 SHORT = 4  # new tokens of the short run: the first steps settle the caches
 # A logit may differ by so many float32 roundings of the sum's largest terms and by ABSOLUTE: it is the end of a sum
@@ -73,8 +73,8 @@ class Bench:
     threads: int
     rounds: int
     device: str
+    work: Path  # where converted models are kept
     turns: str  # "together": all systems stay loaded; "alone": one at a time; "auto": together if they fit
-    machine: Mapping[str, Any]
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
@@ -83,13 +83,15 @@ class Bench:
 
     def start(self, system: System, models: Models, stops: Sequence[int] | None = None) -> Worker | None:
         """The system, loaded in a process of its own; None, and a note, where it refuses."""
-        if system.name in ("ctranslate2", "openvino") and len(models.folders) > 1:
+        if system.name in PEERS and len(models.folders) > 1:
             return None
         if system.name == "ctranslate2" and not self._converted(models):
             return None
         worker = Worker(system.name, self.threads)
         try:
             arguments: dict[str, Any] = {"folders": models.folders, "combine": models.combine, "stops": stops}
+            if system.name in PEERS:
+                arguments["work"] = str(self.work)
             worker.ask("load", dtype=system.dtype, device=self.device, **arguments)
         except Refused as refusal:
             self.note(f"{system.label}: {refusal}")
@@ -101,7 +103,7 @@ class Bench:
         """Converting has its own process: it would count as the peer's memory."""
         worker = Worker("ctranslate2", self.threads)
         try:
-            worker.ask("convert", folder=next(iter(models.folders.values())))
+            worker.ask("convert", folder=next(iter(models.folders.values())), work=str(self.work))
         except Refused as refusal:
             self.note(f"ctranslate2: {refusal}")
             return False
@@ -226,21 +228,33 @@ def _row(bench: Bench, system: System, samples: Samples, models: Models, case: C
         "tokens_equal": None,
     }
     if (seconds := samples.seconds) is not None:
-        # What `auto` chose is the engine's to say; its shares are counted in the models' own bytes of float32.
-        dtype = "float32" if system.dtype == "auto" else system.dtype
-        read, work = step_work(models.configs(), dtype, count, case.context)
-        products = bench.machine["matmul_gigaflops"]
+        read, work = step_work(models.configs(), counted_dtype(system.dtype), count, case.context)
         row |= {
             "tokens_per_second": round(count / seconds, 2),
             "ms_per_step": round(seconds * 1e3, 3),
             "gigabytes_per_second": round(read / seconds / 1e9, 2),
             "gigaflops": round(work / seconds / 1e9, 1),
-            "share_of_read_bandwidth": round(read / seconds / 1e9 / bench.machine["read_gigabytes_per_second"], 3),
-            "share_of_arithmetic": round(work / seconds / 1e9 / products.get(dtype, products["float32"]), 3),
         }
     else:
         bench.note(f"{system.label}, B={case.batch}: the steps took no more than the noise of two prefills")
     return row | samples.memory
+
+
+def counted_dtype(dtype: str) -> str:
+    """What `auto` chose is the engine's to say; its bytes are counted as float32's."""
+    return "float32" if dtype == "auto" else dtype
+
+
+def add_shares(rows: Sequence[dict[str, Any]], machine: Mapping[str, Any]) -> None:
+    """What part of the machine's best each row reached, in bytes read and in products."""
+    products = machine["matmul_gigaflops"]
+    for row in rows:
+        if row["ms_per_step"] is not None:
+            best = products.get(counted_dtype(row["dtype"]), products["float32"])
+            row["share_of_read_bandwidth"] = round(
+                row["gigabytes_per_second"] / machine["read_gigabytes_per_second"], 3
+            )
+            row["share_of_arithmetic"] = round(row["gigaflops"] / best, 3)
 
 
 def compare(

@@ -29,11 +29,17 @@ class CTranslate2:
     """`Generator.generate_batch`, greedy; its own batching of equal prompts, its own key/value cache."""
 
     def __init__(
-        self, folders: dict[str, str], combine: str, dtype: str, device: str, stops: Sequence[int] | None = None
+        self,
+        folders: dict[str, str],
+        combine: str,
+        dtype: str,
+        device: str,
+        stops: Sequence[int] | None = None,
+        work: str = ".",
     ) -> None:
         import ctranslate2
 
-        folder = convert_for_ctranslate2(_only(folders, "CTranslate2"))
+        folder = convert_for_ctranslate2(_only(folders, "CTranslate2"), Path(work))
         types = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8_float32"}
         supported = ctranslate2.get_supported_compute_types("cpu")
         if types.get(dtype) not in supported:
@@ -60,9 +66,9 @@ class CTranslate2:
         return {"tokens": tokens, "seconds": time.perf_counter() - start, "steps": new_tokens, "reported": {}}
 
 
-def convert_for_ctranslate2(source: Path) -> Path:
-    """The converted folder beside the model, made once."""
-    folder = source.parent / f"{source.name}-ctranslate2"
+def convert_for_ctranslate2(source: Path, work: Path) -> Path:
+    """The converted folder under `work`, made once."""
+    folder = work / f"{source.name}-ctranslate2"
     if not (folder / "model.bin").exists():
         from ctranslate2.converters import TransformersConverter
 
@@ -74,7 +80,13 @@ class OpenVINO:
     """The exported, stateful model through OpenVINO's own API: logits out at every step, argmax by NumPy."""
 
     def __init__(
-        self, folders: dict[str, str], combine: str, dtype: str, device: str, stops: Sequence[int] | None = None
+        self,
+        folders: dict[str, str],
+        combine: str,
+        dtype: str,
+        device: str,
+        stops: Sequence[int] | None = None,
+        work: str = ".",
     ) -> None:
         import openvino
 
@@ -89,7 +101,9 @@ class OpenVINO:
             "KV_CACHE_PRECISION": hint,  # by itself it keeps an int8 cache on some processors: other tokens
             "PERFORMANCE_HINT": "LATENCY",
         }
-        model = export_folder(_only(folders, "OpenVINO"), dtype) / OPENVINO_MODEL
+        model = export_folder(_only(folders, "OpenVINO"), dtype, Path(work)) / OPENVINO_MODEL
+        if not model.exists():
+            raise InputError("this model has no export; make one with --openvino-python (docs/bench.md)")
         self.request = core.compile_model(core.read_model(model), "CPU", settings).create_infer_request()
 
     def generate(self, prompts: Prompts, new_tokens: int, batch: int, ignore_eos: bool = True) -> dict[str, Any]:
@@ -115,16 +129,16 @@ class OpenVINO:
         return {"tokens": tokens, "seconds": time.perf_counter() - start, "steps": new_tokens, "reported": {}}
 
 
-def export_folder(source: Path, dtype: str) -> Path:
-    """Where the export of a model stands, beside it; int8 is int8 in the weights. A folder may be an export itself."""
+def export_folder(source: Path, dtype: str, work: Path) -> Path:
+    """Where the export of a model stands; int8 is int8 in the weights. A folder may be an export itself."""
     if (source / OPENVINO_MODEL).exists():
         return source
-    return source.parent / f"{source.name}-openvino-{'int8' if dtype == 'int8' else 'fp32'}"
+    return work / f"{source.name}-openvino-{'int8' if dtype == 'int8' else 'fp32'}"
 
 
-def export_for_openvino(python: Path, source: Path, dtype: str) -> None:
+def export_for_openvino(python: Path, source: Path, dtype: str, work: Path) -> None:
     """Exports with the optimum-intel of another environment; raises InputError with the last line it said."""
-    folder = export_folder(source, dtype)
+    folder = export_folder(source, dtype, work)
     if (folder / OPENVINO_MODEL).exists():
         return
     command = [str(python.parent / "optimum-cli"), "export", "openvino", "--model", str(source)]

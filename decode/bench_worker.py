@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+PEERS = ("ctranslate2", "openvino")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -83,7 +84,7 @@ def peak_megabytes() -> float:
 
 def make(system: str, arguments: Mapping[str, Any]) -> Any:
     """The system, loaded."""
-    if system in ("ctranslate2", "openvino"):
+    if system in PEERS:
         from decode import bench_peers
 
         return (bench_peers.CTranslate2 if system == "ctranslate2" else bench_peers.OpenVINO)(**arguments)
@@ -112,7 +113,7 @@ def serve(system: str, threads: int) -> None:
             elif call == "convert":
                 from decode.bench_peers import convert_for_ctranslate2
 
-                value = str(convert_for_ctranslate2(Path(request["folder"])))
+                value = str(convert_for_ctranslate2(Path(request["folder"]), Path(request["work"])))
             elif call == "peak":
                 cuda = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
                 value = {"peak_memory_megabytes": peak_megabytes(), "peak_device_megabytes": round(cuda, 1)}
@@ -121,6 +122,11 @@ def serve(system: str, threads: int) -> None:
             reply = {"value": value}
         except (InputError, ImportError) as error:
             reply = {"refused": str(error)}
+        except Exception as error:
+            # A peer that cannot load this model is left out and named; whatever else fails is a fault.
+            if system not in PEERS or call not in ("load", "convert"):
+                raise
+            reply = {"refused": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 

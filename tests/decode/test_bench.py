@@ -90,13 +90,13 @@ def test_margins_are_those_of_the_models_logits_in_float64(models):
     assert found["margin"] == pytest.approx(float(x_V[30] - torch.maximum(x_V[7], x_V[47])), abs=1e-4)
 
 
-def test_every_difference_is_listed_and_only_a_near_one_is_a_tie(models):
+def test_every_difference_is_listed_and_only_a_near_one_is_a_tie(models, tmp_path):
     prompts = prompts_of(models, 6, 9, 4)
     reference = System("transformers", "float32")
     expected = Ours(models.folders, models.combine, "float32", "cpu").generate(prompts, 5, 3)["tokens"]
     changed = [row[:] for row in expected]
     changed[1][3] = next(token for token in range(3, 400) if token != expected[1][3])
-    run = Bench(threads=1, rounds=1, device="cpu", turns="auto", machine={})
+    run = Bench(threads=1, rounds=1, device="cpu", work=tmp_path, turns="auto")
     same = compare(run, models, prompts, reference, expected, expected)
     assert (same["tokens_equal"], same["sequences_equal"], same["differences"]) == (True, 3, [])
     found = compare(run, models, prompts, reference, expected, changed)
