@@ -29,9 +29,12 @@ EXAMPLES = """examples:
 
 
 def device_name() -> str:
-    """The GPU's name, or the processor's as the system tells it."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    """The GPU's name, or the processor's where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+
+
+def processor_name() -> str:
+    """The processor's name as the system tells it."""
     try:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:  # not Linux
