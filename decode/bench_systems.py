@@ -7,16 +7,15 @@ model. A method takes and returns what JSON can hold; a system's libraries are i
 
 # B rows  T positions  V vocabulary
 
-import inspect
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from decode import Ensemble, Translations, translate
+from decode import Ensemble, translate
 from decode.expression import parse
 from minillama import InputError, Llama
 
@@ -30,19 +29,12 @@ class System(Protocol):
     def generate(self, prompts: Prompts, new_tokens: int, batch: int, ignore_eos: bool = True) -> dict[str, Any]: ...
 
 
-def accepts(function: Callable, name: str) -> bool:
-    return name in inspect.signature(function).parameters
-
-
 class Ours:
     """This project, through its public names; options that this version does not have are refused by name."""
 
     def __init__(
         self, folders: dict[str, str], combine: str, dtype: str, device: str, stops: Sequence[int] | None = None
     ) -> None:
-        chosen = accepts(Ensemble, "dtype")
-        if not chosen and dtype not in ("float32", "bfloat16", "float16"):
-            raise InputError(f"decode.Ensemble takes no dtype in this version; {dtype} cannot be measured")
         stored = torch.float32 if dtype == "float32" else torch.float16 if dtype == "float16" else torch.bfloat16
         models = {}
         for name, folder in folders.items():
@@ -50,8 +42,7 @@ class Ours:
             if stops is not None:
                 models[name].stop_tokens = tuple(stops)
         self.device = device
-        extra: dict[str, Any] = {"dtype": dtype} if chosen else {}
-        self.ensemble = Ensemble(models, combine, **extra)
+        self.ensemble = Ensemble(models, combine, storage="auto" if dtype == "float16" else dtype)
 
     def generate(
         self,
@@ -61,13 +52,8 @@ class Ours:
         ignore_eos: bool = True,
         options: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """options: further arguments of `translate`. Without one for speculation, steps are plain ones."""
-        options = dict(options or {})
-        if accepts(translate, "speculate"):
-            options.setdefault("speculate", "off")
-        for name in options:
-            if not accepts(translate, name):
-                raise InputError(f"decode.translate takes no {name} in this version")
+        """options: further arguments of `translate`."""
+        options = options or {}
         synchronize(self.device)
         start = time.perf_counter()
         result = translate(
@@ -76,20 +62,13 @@ class Ours:
         synchronize(self.device)
         seconds = time.perf_counter() - start
         tokens = [[*row, STOP] if end == "stop" else row for row, end in zip(result.tokens, result.finished)]
-        return {"tokens": tokens, "seconds": seconds, "steps": result.steps, "reported": _reported(result)}
+        return {"tokens": tokens, "seconds": seconds, "steps": result.steps, "reported": asdict(result.counters)}
 
     def profile(self, prompts: Prompts, short: int, long: int, batch: int) -> dict[str, Any]:
         """Where the time of a step goes; see bench_profile.py."""
         from decode.bench_profile import profile_steps
 
         return profile_steps(lambda new_tokens: self.generate(prompts, new_tokens, batch), short, long, self.device)
-
-
-def _reported(result: Translations) -> dict[str, Any]:
-    """What else the result says of the run: numbers and small tables, such as drafts and how many were kept."""
-    known = ("tokens", "logprobs", "finished", "steps")
-    found = {field.name: getattr(result, field.name) for field in fields(result) if field.name not in known}
-    return {name: value for name, value in found.items() if isinstance(value, int | float | str | dict)}
 
 
 class Transformers:
