@@ -119,7 +119,9 @@ def _prepared(model: Llama | PreparedLlama, storage: str, invariant: bool | None
     on_cpu = model.device.type == "cpu"
     if on_cpu and storage == "auto" and not _has_room(model):
         storage = "plain"
-    return PreparedLlama(model, storage, on_cpu if invariant is None else invariant)
+    if invariant is None:
+        invariant = on_cpu and storage != "plain"
+    return PreparedLlama(model, storage, invariant)
 
 
 def _has_room(model: Llama) -> bool:

@@ -145,3 +145,32 @@ def test_a_member_with_a_nan_raises_and_is_named(models):
         broken.model.norm.weight[0] = float("nan")
     with pytest.raises(FloatingPointError, match="S"):
         translate(Ensemble({"L": models["L"], "S": broken}), [[5, 6]])
+
+
+def test_without_room_for_packed_copies_the_models_own_weights_are_used(models, monkeypatch):
+    prompts = prompts_of(9, 5)
+    expected = translate(Ensemble(models, WEIGHTS), prompts, 10)
+    monkeypatch.setattr("decode.ensemble._has_room", lambda model: False)
+    plain = Ensemble(models, WEIGHTS)
+    assert {member.model.storage for member in plain.members} == {"plain"}
+    assert plain.members[0].model.head.weight_OD.data_ptr() == models["L"].output_weight.data_ptr()
+    assert translate(plain, prompts, 10).tokens == expected.tokens
+
+
+def test_what_prompts_share_is_read_once_and_changes_nothing(models, references):
+    shared = prompts_of(10, 1, 30, 30)[0]
+    prompts = [[*shared, *own] for own in prompts_of(11, 5)]
+    result = translate(Ensemble(models, WEIGHTS), [*prompts, shared], 6, batch_size=2, ignore_eos=True)
+    for prompt, tokens in zip([*prompts, shared], result.tokens):
+        assert tokens == by_hand(references, WEIGHTS, dict.fromkeys(WEIGHTS, prompt), 6)[0]
+
+
+def test_long_prompts_are_read_in_parts_beside_rows_that_decode(models, monkeypatch):
+    monkeypatch.setattr("decode.step.PROMPT_POSITIONS", 7)
+    ensemble = Ensemble(models, WEIGHTS)
+    prompts = {"L": prompts_of(12, 6, 1, 40), "S": prompts_of(13, 6, 20, 40), "A": prompts_of(14, 6, 1, 3)}
+    result = translate(ensemble, prompts, 9, batch_size=3, ignore_eos=True)
+    monkeypatch.undo()
+    whole = translate(ensemble, prompts, 9, batch_size=6, ignore_eos=True)
+    assert (result.tokens, result.logprobs) == (whole.tokens, whole.logprobs)
+    assert result.steps > whole.steps
