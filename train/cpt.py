@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--text", nargs="+", required=True, metavar="FILE", help="text files, one document a line, or a split"
     )
     parser.add_argument("--valid", nargs="+", metavar="FILE", help="held-out text for the validation loss")
-    add_arguments(parser, epochs=5)
+    add_arguments(parser, epochs=5, packing="epoch")
     arguments = parser.parse_args(argv)
     settings = settings_from(arguments)
     if not prepare(arguments):

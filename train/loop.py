@@ -21,7 +21,7 @@ from torch import Tensor
 from minillama import InputError, Llama
 from minillama.errors import Interrupted
 from train.checkpoint import Progress, load_checkpoint, save_checkpoint
-from train.data import Batch, Example, collate, epoch_order, micro_batches
+from train.data import Batch, Example, Schedule
 from train.loss import mean_loss, target_loss
 from train.report import Reporter
 from train.settings import DTYPES, Settings
@@ -65,15 +65,20 @@ class Trainer:
     ) -> None:
         if not examples:
             raise InputError("there is nothing to train on: no example is left after reading")
-        self.model, self.examples, self.settings, self.output = model, examples, settings, output
+        self.model, self.settings, self.output = model, settings, output
         self.device = model.device
         self.optimizer = make_optimizer(model, settings)
-        self.lengths = [len(example.tokens) for example in examples]
-        self.steps_per_epoch = math.ceil(len(examples) / settings.batch_size)
-        self.total_steps = self.steps_per_epoch * settings.epochs
-        self.micro = settings.micro_batch_size or settings.batch_size
-        order = sorted(held_out, key=lambda example: len(example.tokens))
-        self.held_out = [collate(part) for part in micro_batches(order, self.micro)]
+        self.schedule = Schedule(
+            examples,
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            micro_batch_size=settings.micro_batch_size,
+            packing=settings.packing,
+            sequence_length=settings.sequence_length,
+            seed=settings.seed,
+        )
+        self.total_steps = self.schedule.total_steps
+        self.held_out = self.schedule.held_out(held_out)
         self.progress = Progress()
         self.saved_step = 0
         self.best_weights: dict[str, Tensor] | None = None
@@ -110,31 +115,31 @@ class Trainer:
 
     def _train(self, reporter: Reporter) -> None:
         progress, settings = self.progress, self.settings
-        eval_every = settings.eval_every or self.steps_per_epoch
-        checkpoint_every = settings.checkpoint_every or self.steps_per_epoch
-        order_epoch, order = -1, []
         with open(self.output / "metrics.jsonl", "r+" if progress.step else "w", encoding="utf-8") as metrics:
             metrics.seek(progress.metrics_bytes)
             metrics.truncate()
             while progress.step < self.total_steps and not progress.stopped:
-                epoch, position = divmod(progress.step, self.steps_per_epoch)
-                if epoch != order_epoch:
-                    order_epoch, order = epoch, epoch_order(self.lengths, settings.batch_size, settings.seed, epoch)
-                self._step([self.examples[index] for index in order[position]], metrics, reporter)
-                if self.held_out and (progress.step % eval_every == 0 or progress.step == self.total_steps):
+                self._step(metrics, reporter)
+                if self.held_out and self._due(settings.eval_every):
                     self._validate(metrics, reporter)
-                if progress.step % checkpoint_every == 0 and progress.step < self.total_steps:
+                if progress.step < self.total_steps and self._due(settings.checkpoint_every):
                     self._checkpoint(metrics)
             self._checkpoint(metrics)
 
-    def _step(self, examples: Sequence[Example], metrics: TextIO, reporter: Reporter) -> None:
+    def _due(self, every: int) -> bool:
+        """Whether `every` steps are full; 0 stands for an epoch. The last step always is."""
+        step = self.progress.step
+        if step == self.total_steps:
+            return True
+        return step % every == 0 if every else self.schedule.epoch_of(step)[1] == 0
+
+    def _step(self, metrics: TextIO, reporter: Reporter) -> None:
         progress, settings = self.progress, self.settings
+        targets, tokens = self.schedule.targets(progress.step), self.schedule.tokens(progress.step)
         step = progress.step + 1
-        targets = sum(example.targets for example in examples)
-        tokens = sum(len(example.tokens) for example in examples)
         loss = torch.zeros((), device=self.device)
-        for part in micro_batches(examples, self.micro):
-            part_loss = self._forward(collate(part).to(self.device)) / targets
+        for batch in self.schedule.micro_batches(progress.step):
+            part_loss = self._forward(batch.to(self.device)) / targets
             part_loss.backward()
             loss += part_loss.detach()
         limit = settings.clip or float("inf")
@@ -220,8 +225,8 @@ class Trainer:
         """What must be equal for a resumed run to be the same run."""
         free = ("checkpoint_every", "save_dtype")
         return {name: value for name, value in self.settings.as_dict().items() if name not in free} | {
-            "examples": len(self.examples),
-            "tokens": sum(self.lengths),
+            "examples": len(self.schedule.examples),
+            "tokens": sum(len(example.tokens) for example in self.schedule.examples),
         }
 
 

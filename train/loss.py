@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillama import Llama
-from train.data import Batch
+from train.packing import Batch
 
 
 def target_loss(model: Llama, batch: Batch) -> Tensor:
@@ -13,7 +13,7 @@ def target_loss(model: Llama, batch: Batch) -> Tensor:
 
     A sum, not a mean: whoever accumulates micro-batches divides by the targets of the whole optimizer step.
     """
-    hidden_BTD = model.hidden(batch.inputs_BT)
+    hidden_BTD = model.hidden(batch.inputs_BT, documents=batch.documents)
     hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, batch.target_rows_M)
     logits_MV = F.linear(hidden_MD, model.output_weight)
     return F.cross_entropy(logits_MV.float(), batch.targets_M, reduction="sum")

@@ -76,7 +76,7 @@ def train_and_save(
     tokens, targets = sum(len(e.tokens) for e in examples), sum(e.targets for e in examples)
     print(
         f"{len(examples):,} examples, {tokens:,} tokens ({targets / tokens:.0%} targets), {len(held_out):,} held out; "
-        f"{settings.epochs} epochs of {trainer.steps_per_epoch:,} steps on {model.device}, "
+        f"{trainer.total_steps:,} steps in {settings.epochs} epochs on {model.device}, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters in {settings.dtype}",
         file=sys.stderr,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from minillama.errors import InputError
+from train.data import PACKINGS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -26,7 +27,7 @@ RANGES = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the weights that come out, but for the data. `batch_size` counts sequences per optimizer step."""
+    """What decides the weights that come out, but for the data. `batch_size`: see `Schedule`."""
 
     epochs: int
     lr: float = 2e-5
@@ -39,6 +40,8 @@ class Settings:
     clip: float = 1.0
     batch_size: int = 4
     micro_batch_size: int = 0
+    packing: str = "step"
+    sequence_length: int = 2048
     max_length: int = 0
     dtype: str = "float32"
     compute_dtype: str = ""
@@ -54,6 +57,7 @@ class Settings:
             ("epochs", 1),
             ("batch_size", 1),
             ("micro_batch_size", 0),
+            ("sequence_length", 2),
             ("warmup_steps", 0),
             ("patience", 0),
             ("eval_every", 0),
@@ -83,8 +87,10 @@ HELP = {
     "beta1": "AdamW's",
     "beta2": "AdamW's",
     "clip": "largest norm of the gradient; 0: no clipping",
-    "batch_size": "sequences per optimizer step",
-    "micro_batch_size": "sequences per forward pass, gradients accumulated; 0: all at once",
+    "batch_size": "examples per optimizer step, on all ranks together; packed sequences with --packing epoch",
+    "micro_batch_size": "of these per forward pass, gradients accumulated; 0: all at once",
+    "packing": "step: a forward pass is one row without padding; epoch: examples fill sequences; off: padded rows",
+    "sequence_length": "tokens of a sequence with --packing epoch",
     "max_length": "longest sequence in tokens; 0: the model's context",
     "dtype": "of weights and optimizer state",
     "compute_dtype": "of matrix products, when another (mixed precision)",
@@ -101,11 +107,12 @@ CHOICES = {
     "compute_dtype": list(DTYPES),
     "save_dtype": list(DTYPES),
     "keep": ["last", "best"],
+    "packing": list(PACKINGS),
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser, epochs: int) -> None:
-    """Where the model comes from and goes to, and every field of Settings."""
+def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Where the model comes from and goes to, and every field of Settings; `defaults`: where a command has its own."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", metavar="DIR", help="folder or hub id to start from")
     source.add_argument(
@@ -120,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser, epochs: int) -> None:
     group = parser.add_argument_group("settings")
     for field in fields(Settings):
         name = "--" + field.name.replace("_", "-")
-        default = epochs if field.name == "epochs" else field.default
+        default = defaults.get(field.name, field.default)
         kind = type(default)
         text = HELP[field.name] + (f" (default {default})" if default != "" else "")
         group.add_argument(
