@@ -18,15 +18,17 @@ import re
 import shutil
 import tempfile
 import threading
+import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from minillama.errors import InputError
 from minillama.files import sync
@@ -53,14 +55,30 @@ class Progress:
     recent_norms: list[float] = field(default_factory=list)
 
 
+class Writer(dcp.FileSystemWriter):
+    """Remembers why this rank could not write: what dcp.save raises on the others, and at times here, says less."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.failures: list[BaseException] = []
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            self.failures.append(error)
+            raise
+
+
 class Checkpoints:
     """The checkpoints of one run in `folder`. All ranks call `save`, `wait`, `newest` and `load` together."""
 
     def __init__(self, folder: Path, keep: int, world: World) -> None:
         self.folder, self.keep, self.world = folder, keep, world
         self.thread: threading.Thread | None = None
-        self.failure: InputError | None = None
+        self.failure: Exception | None = None
         self.saved_step = 0
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs no group
 
     def save(self, progress: Progress, fingerprint: dict[str, Any], tensors: dict[str, Tensor], wait: bool) -> None:
         """Write step-N. Unless `wait`, from a copy on the host and in a thread; its failure is raised by the next call.
@@ -80,15 +98,19 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until the last save is done; raises what it raised."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
+        self.join()
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure
 
+    def join(self) -> None:
+        """Until no file is being written."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
     def newest(self, fingerprint: Callable[[dict[str, Any]], None]) -> Progress | None:
-        """The progress of the last whole checkpoint; `fingerprint` may refuse its settings. None: there is no checkpoint.
+        """The progress of the last whole checkpoint, or None; `fingerprint` may refuse its settings.
 
         One that is damaged is named on standard error and the one before it taken. Raises InputError if none is whole.
         """
@@ -101,9 +123,8 @@ class Checkpoints:
 
     def load(self, step: int, tensors: dict[str, Tensor]) -> None:
         """Fill `tensors` in place from step-N, whatever the number of ranks that wrote it."""
-        with _quiet():
-            reader = dcp.FileSystemReader(self.path(step))
-            dcp.load(tensors, storage_reader=reader, process_group=self.world.files, no_dist=self.world.size == 1)
+        reader = dcp.FileSystemReader(self.path(step))
+        dcp.load(tensors, storage_reader=reader, process_group=self.world.files, no_dist=self.world.size == 1)
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -136,26 +157,30 @@ class Checkpoints:
 
     def _write(self, step: int, record: str, tensors: dict[str, Tensor]) -> None:
         """Runs in a thread or not; never raises: the failure is kept for `wait`, the same on all ranks."""
-        reason = ""
+        reasons, fault = [], ""
         temporary = self.folder / f".{self.path(step).name}.tmp"
+        writer = Writer(temporary, sync_files=True)
         try:
             self._make(temporary)
-            with _quiet():
-                writer = dcp.FileSystemWriter(temporary, sync_files=True)
-                dcp.save(tensors, storage_writer=writer, process_group=self.world.files, no_dist=self.world.size == 1)
+            dcp.save(tensors, storage_writer=writer, process_group=self.world.files, no_dist=self.world.size == 1)
             if self.world.main:
                 self._publish(step, record, temporary)
-        except Exception as error:
-            reason = _reason(error)
-        reason = next((reason for reason in self.world.gather(reason) if reason), "")
-        if not reason:
+        except (Exception, CheckpointException) as error:
+            reasons = [reason for reason in map(_system_reason, (error, *writer.failures)) if reason]
+            fault = traceback.format_exc()
+        found = self.world.gather((reasons, fault))
+        reasons, faults = [reason for some, _ in found for reason in some], [fault for _, fault in found if fault]
+        if not faults:
             self.saved_step = step
             return
         if self.world.main:
             shutil.rmtree(temporary, ignore_errors=True)
         kept = f"the one of step {self.saved_step} is intact" if self.saved_step else "there is none before it"
+        if not reasons:
+            self.failure = RuntimeError(faults[0])
+            return
         self.failure = InputError(
-            f"{self.path(step)}: the checkpoint could not be written ({reason}); {kept}: "
+            f"{self.path(step)}: the checkpoint could not be written ({reasons[0]}); {kept}: "
             "mend that and go on with --resume"
         )
 
@@ -167,9 +192,9 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
             except OSError as error:
-                reason = _reason(error)
+                reason = error.strerror or str(error)
         if reason := self.world.gather(reason)[0]:
-            raise OSError(reason)
+            raise OSError(0, reason)
 
     def _publish(self, step: int, record: str, temporary: Path) -> None:
         (temporary / STATE).write_text(record + "\n", encoding="utf-8")
@@ -214,7 +239,7 @@ def finish(output: Path, write: Callable[[Path], None]) -> None:
             os.replace(file, output / file.name)
         sync(output)
     except Exception as error:
-        if (reason := _reason(error, only_disk=True)) is None:
+        if (reason := _system_reason(error)) is None:
             raise
         raise InputError(
             f"{output}: the finished model could not be written ({reason}); the last checkpoint is intact: "
@@ -242,7 +267,8 @@ def _verified(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: damaged ({_reason(error)})") from None
+        reason = _system_reason(error) or str(error).split("\n")[0]
+        raise InputError(f"{path}: damaged ({reason})") from None
 
 
 def _digest(path: Path) -> str:
@@ -250,8 +276,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _reason(error: BaseException, only_disk: bool = False) -> Any:
-    """Why a file was not written, in a few words: the system's, from inside whatever wrapped it."""
+def _system_reason(error: BaseException) -> str | None:
+    """The operating system's words for why a file was not written, from inside whatever wrapped them; None: no such."""
     pending: list[BaseException | None] = [error]
     seen: list[BaseException] = []
     while pending:
@@ -263,14 +289,4 @@ def _reason(error: BaseException, only_disk: bool = False) -> Any:
             return inner.strerror
         failures = getattr(inner, "failures", {})  # torch.distributed.checkpoint's, by rank
         pending += [inner.__cause__, inner.__context__, *(failure[0] for failure in failures.values())]
-    if only_disk:
-        return None
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch warns that there is no process group where one process needs none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    return None

@@ -152,6 +152,13 @@ class Schedule:
         order = sorted(examples, key=lambda example: len(example.tokens))
         return [self.layout(part) for part in micro_batches(order, self.micro_batch_size or self.batch_size)]
 
+    def indices_of(self, step: int, number: int) -> list[int]:
+        """Which examples this rank's micro-batch 0, 1, … of one step holds; none where the rank has run out."""
+        sequences = self._sequences(step)
+        size = self.micro_batch_size or len(sequences)
+        mine = sequences[self.rank :: self.world_size][number * size : (number + 1) * size]
+        return [index for sequence in mine for index in sequence]
+
     def examples_of(self, step: int) -> list[Example]:
         """All ranks' examples of one step."""
         return [self.examples[index] for sequence in self._sequences(step) for index in sequence]

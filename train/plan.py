@@ -1,0 +1,6 @@
+def memory_of(*a):
+    return None
+
+
+def add_rows(*a):
+    pass
