@@ -72,8 +72,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x_float = x.float()
-        normed = x_float * torch.rsqrt(x_float.pow(2).mean(-1, keepdim=True) + self.eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
 
 
@@ -147,7 +147,7 @@ class Step:
         self.cos, self.sin = rotations(config, positions_BT, x_BTD.dtype)
         self.positions_BT = positions_BT
         self.cache = cache
-        self.packed = None if documents is None else documents.layout(x_BTD.device)
+        self.packed = None if documents is None else documents.attention(x_BTD.device)
         self.groups = config.num_attention_heads // config.num_key_value_heads
         if cache is not None:
             keys_S = torch.arange(cache.filled, device=positions_BT.device)
