@@ -118,6 +118,14 @@ def shard(loss: Loss, world: World) -> None:
     fully_shard(loss, mesh=mesh)
 
 
+def reshard(loss: Loss) -> None:
+    """Drop what the last forward pass gathered: after one without a backward the outer weights are still whole."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(loss, FSDPModule):
+        loss.reshard()
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, sharing its memory; the tensor itself where it is not cut."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -13,7 +13,8 @@ from minillama import LlamaConfig, Tokenizer
 from train.data import Example
 from train.distributed import World
 from train.loop import schedule_of
-from train.plan import add_rows, memory_of
+from train.memory import memory_of
+from train.plan import add_rows
 from train.settings import Settings
 
 SAMPLES = 3

@@ -9,7 +9,6 @@ CPT and SFT differ in their examples only. What is notable:
 
 import hashlib
 import math
-import os
 import statistics
 import time
 import zlib
@@ -26,7 +25,7 @@ from minillama import InputError, Llama
 from minillama.errors import Interrupted
 from train.checkpoint import Checkpoints, Progress
 from train.data import Example, Schedule
-from train.distributed import Loss, World, shard, whole
+from train.distributed import Loss, World, reshard, shard, whole
 from train.loss import target_loss
 from train.optimizer import Optimizer, learning_rate
 from train.packing import Batch
@@ -99,6 +98,8 @@ class Trainer:
             with self.stop:
                 self._train()
         except (KeyboardInterrupt, Stopped) as end:
+            if not self.world.main:
+                raise SystemExit(130) from None
             at = self.checkpoints.saved_step
             kept = f"from step {at}" if at else "from its start"
             how = "interrupted" if isinstance(end, KeyboardInterrupt) else "stopped and saved"
@@ -123,8 +124,7 @@ class Trainer:
 
     def _train(self) -> None:
         progress, main = self.progress, self.world.main
-        path = self.output / "metrics.jsonl" if main else Path(os.devnull)
-        self.metrics = Lines(path, progress.metrics_bytes if main else 0)
+        self.metrics = Lines(self.output / "metrics.jsonl", progress.metrics_bytes) if main else None
         self.timing = Timing(self.output, progress.step > 0, self.world.device) if main else None
         self.board = tensorboard_writer(self.output, progress.step + 1) if main and self.tensorboard else None
         try:
@@ -137,9 +137,9 @@ class Trainer:
                 self._settle()
             self._checkpoint(wait=True)
         finally:
-            self.metrics.close()
-            if self.timing is not None:
-                self.timing.lines.close()
+            for lines in (self.metrics, self.timing and self.timing.lines):
+                if lines is not None:
+                    lines.close()
             if self.board is not None:
                 self.board.close()
 
@@ -242,6 +242,7 @@ class Trainer:
             value = float(self._forward(self.held_out[min(mine, len(self.held_out) - 1)]))
             total += value if mine < len(self.held_out) else 0.0
         self.model.train()
+        reshard(self.loss)
         loss = world.total([total])[0] / sum(len(batch.targets_M) for batch in self.held_out)
         if loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.stale = loss, progress.step, 0
@@ -253,7 +254,8 @@ class Trainer:
         self.reporter.validation(progress.step, loss, progress.best_loss)
 
     def _record(self, record: dict[str, Any]) -> None:
-        self.metrics.write(record)
+        if self.metrics is not None:
+            self.metrics.write(record)
         if self.board is not None:
             for name in ("loss", "valid_loss", "grad_norm", "lr"):
                 if name in record:
@@ -262,7 +264,7 @@ class Trainer:
     def _checkpoint(self, wait: bool) -> None:
         progress = self.progress
         if self.saved_step != progress.step:
-            progress.metrics_bytes = self.metrics.saved()
+            progress.metrics_bytes = self.metrics.saved() if self.metrics is not None else 0
             progress.epoch, progress.position = self.schedule.epoch_of(progress.step)
             self.checkpoints.save(progress, self.fingerprint, self._tensors(), wait)
             self.saved_step = progress.step

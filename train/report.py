@@ -47,8 +47,7 @@ class Lines:
         """The number of bytes, after all of them are on the disk."""
         try:
             self.stream.flush()
-            if self.path.is_file():
-                os.fsync(self.stream.fileno())
+            os.fsync(self.stream.fileno())
             return self.stream.tell()
         except OSError as error:
             raise self._refusal(error) from None

@@ -117,6 +117,12 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
         "--leave-checkpoints", action=yes_no, default=False, help="keep the checkpoints of a run that is finished"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: the first GPU, else the CPU")
+    add_settings(parser, **defaults)
+
+
+def add_settings(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """An option for every field of Settings."""
+    yes_no = argparse.BooleanOptionalAction
     group = parser.add_argument_group("settings")
     for entry in fields(Settings):
         default = defaults.get(entry.name, entry.default)
