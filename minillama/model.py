@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minillama.cache import KVCache
 from minillama.config import LlamaConfig
@@ -170,7 +171,12 @@ class Step:
 
 
 class Decoder(nn.Module):
-    """Hugging Face's `model.`: embedding, layers, last norm."""
+    """Hugging Face's `model.`: embedding, layers, last norm.
+
+    `checkpoint_activations`: keep only each layer's input for backward and compute the layer once more there.
+    """
+
+    checkpoint_activations = False
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -200,7 +206,10 @@ class Decoder(nn.Module):
         x_BTD = self.embed_tokens(tokens_BT)
         step = Step(self.config, x_BTD, positions_BT, cache, documents)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, step)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x_BTD = checkpoint(layer, x_BTD, step, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTD = layer(x_BTD, step)
         return self.norm(x_BTD)
 
 
