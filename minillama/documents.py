@@ -9,14 +9,22 @@ same on the row as it is, where the compiler can build it.
 # T positions of the row  N documents  R positions of all rectangles  H heads  K key/value heads  C head width
 # L positions of a rectangle's rows  P positions of the prefix
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from minillama.packed_flex import FlexAttention
+
+# COLLAB_PACKED=rectangles keeps a GPU from compiling flex_attention: another way to the same numbers.
+FORCE_RECTANGLES = os.environ.get("COLLAB_PACKED") == "rectangles"
 # With a prefix a rectangle may hold this many positions for one of some document: more is wasted, fewer calls are made.
 # Without one, rectangles of equal lengths are the row itself and nothing has to be moved.
 SLACK = 1.25
@@ -52,8 +60,16 @@ class Documents:
             longest, filled = longer, more
         return [*found, (len(self.lengths) - start, longest)]
 
-    def attention(self, device: torch.device) -> "PackedAttention":
-        """Attention over this row for one forward pass, its indices on the device."""
+    def attention(self, device: torch.device, dtype: torch.dtype) -> "PackedAttention | FlexAttention":
+        """Attention over this row for one forward pass."""
+        if device.type == "cuda" and dtype != torch.float64 and find_spec("triton") and not FORCE_RECTANGLES:
+            from minillama.packed_flex import FlexAttention, block_mask, compiled
+
+            return FlexAttention(block_mask(self.lengths, self.prefix, device), compiled())
+        return self.in_rectangles(device)
+
+    def in_rectangles(self, device: torch.device) -> "PackedAttention":
+        """The index tensors of the rectangles, on the device."""
         row_of_R, place_of_T, prefix_of_NP = [], [], []
         head = np.arange(self.prefix)
         row, place, number = self.prefix, 0, 0
