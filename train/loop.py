@@ -75,6 +75,7 @@ class Trainer:
         self.held_out = self.schedule.held_out(held_out)
         self.fingerprint = _fingerprint(model, examples, settings)
         self.loss = Loss(model, target_loss)
+        model.model.checkpoint_activations = settings.checkpoint_activations
         if settings.compile:
             for layer in model.model.layers:
                 layer.compile()
@@ -137,9 +138,10 @@ class Trainer:
                 self._settle()
             self._checkpoint(wait=True)
         finally:
-            for lines in (self.metrics, self.timing and self.timing.lines):
-                if lines is not None:
-                    lines.close()
+            if self.metrics is not None:
+                self.metrics.close()
+            if self.timing is not None:
+                self.timing.lines.close()
             if self.board is not None:
                 self.board.close()
 

@@ -1,13 +1,13 @@
 """How much memory a training step needs, from shapes alone.
 
-What autograd keeps of a layer is counted operation by operation as `minillama.model` has them; the test compares the sum
+What autograd keeps of a layer is counted operation by operation as `minillama.model` has them; a test compares the sum
 with what PyTorch really keeps, and the whole with measured peaks.
 
     W weights, O optimizer state and G gradients stand for the whole step; A what the forward pass keeps for backward
-    falls while G rises. So the peak is W + O + the larger of A + head (backward begins) and G + A of one layer (it ends).
+    falls while G rises. So the peak is W + O + the larger of A + head (backward begins) and G + A of a layer (it ends).
 """
 
-# T positions of a forward pass  M targets  D width  F inner width  Q = heads * head width  K = key/value heads * head width
+# D width  F inner width  Q heads * head width  K key/value heads * head width
 
 from dataclasses import dataclass
 
@@ -18,9 +18,11 @@ from train.optimizer import BLOCK, CHUNK
 from train.settings import LORA_TARGETS, Settings
 
 GIB = 1 << 30
+# float32 copies of a piece of a weight that CompactAdamW has at once.
+WORKING = {"float32": 4, "bfloat16": 6, "int8": 12}
 BYTES = {"float32": 4, "bfloat16": 2}
-# On a GPU: the driver's context, the libraries' workspaces, and what the allocator cannot use for its holes.
-RESERVE = {"cpu": 0, "cuda": GIB}
+# The libraries' workspaces; on a GPU also the driver's context, and what the allocator cannot use for its holes.
+RESERVE = {"cpu": 16 << 20, "cuda": GIB}
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Memory:
             ("optimizer", self.optimizer, ""),
             ("activations", self.activations, "kept by the forward pass for backward"),
             ("logits", self.logits, "a chunk of them, and the output layer's gradients"),
-            *([("reserve", self.reserve, "the GPU's context and workspaces")] if self.reserve else []),
+            ("reserve", self.reserve, "the libraries' workspaces"),
             ("peak", self.peak, "not the sum: gradients grow as activations go"),
         ]
 
@@ -60,39 +62,62 @@ def memory_of(
     gradients = trained * (4 if adapters else size) // ranks
     optimizer = _optimizer_bytes(counts, settings, size) // ranks
     kept = _kept_by_layers(config, settings)
-    outside = _kept_outside(config, settings)
-    one = max(kept, default=0)
-    activations = positions * (sum(kept) + outside)
-    if getattr(settings, "checkpoint_activations", False):
-        activations = positions * (len(kept) * config.hidden_size * _stream(settings) + one + outside)
-    table = config.vocab_size * config.hidden_size
-    head_trained = not settings.lora_rank
-    rows = max(1, min(targets, CHUNK_BYTES[device] // (config.vocab_size * _compute(settings))))
-    logits = rows * config.vocab_size * (_compute(settings) + (4 if _compute(settings) < 4 else 0))
-    logits += targets * config.hidden_size * _stream(settings)
-    output_gradient = table * 4 if head_trained else 0  # summed in float32 over chunks
-    gathered = 0
-    if settings.compute_dtype not in ("", settings.dtype):  # autocast keeps the matrices' copies until the step ends
-        gathered += counts.matrices * _compute(settings)
-    if ranks > 1:  # the layer at work and the next, and what stands outside layers, are whole
-        layer = (counts.base - counts.outside) // config.num_hidden_layers
-        gathered += (counts.outside + 2 * layer) * size + (layer * size if trained == counts.base else 0)
-    width = max(config.intermediate_size, config.hidden_size)
-    passing = positions * (2 * width + 2 * config.hidden_size) * _compute(settings)
-    begins = activations + logits + output_gradient + passing
+    layer = positions * max(kept, default=0)
+    activations = positions * (sum(kept) + _kept_outside(config, settings))
+    if settings.checkpoint_activations:
+        activations = positions * (len(kept) * config.hidden_size * _stream(settings) + _kept_outside(config, settings))
+    head = _head(config, settings, targets, device)
+    # Of the hidden states' and the MLP's gradients, what is there at once while a layer goes backward.
+    passing = positions * 2 * (config.intermediate_size + config.hidden_size) * _compute(settings)
+    hidden = positions * 2 * config.hidden_size * _stream(settings)
+    again = layer if settings.checkpoint_activations else 0
+    begins = activations + head.gradients + max(head.chunk + hidden, again + passing)
     if settings.micro_batch_size and settings.micro_batch_size < settings.batch_size:
         begins += gradients  # of the micro-batches before
-    # The embedding's gradient comes last, as a whole table, beside the output layer's where the two are one weight.
-    last = table * size if head_trained else 0
-    ends = (0 if settings.release_gradients else gradients) + last + positions * one
-    if settings.release_gradients and head_trained:
-        ends += table * 4
-    if settings.optimizer_state:
-        ends = max(ends, gradients + 6 * 4 * min(CHUNK, trained))
-    peak = weights + optimizer + gathered + max(begins, ends) + RESERVE[device]
+    # The embedding's gradient comes last, as a table beside the output layer's where the two are one weight.
+    table = 0 if settings.lora_rank else config.vocab_size * config.hidden_size * size
+    standing = table if settings.release_gradients else gradients
+    ends = standing + max(layer + passing, table if config.tie_word_embeddings else 0)
+    step = standing + WORKING.get(settings.optimizer_state, 0) * 4 * min(CHUNK, trained)
+    peak = weights + optimizer + _gathered(counts, config, settings, ranks) + max(begins, ends, step) + RESERVE[device]
+    if settings.checkpoint_activations:
+        activations += layer
     return Memory(
-        weights, gradients, optimizer, activations, logits + output_gradient, RESERVE[device], peak, weights + optimizer
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        logits=head.chunk + head.gradients,
+        reserve=RESERVE[device],
+        peak=peak,
+        checkpoint_copy=weights + optimizer,
     )
+
+
+@dataclass(frozen=True)
+class _Head:
+    chunk: int
+    gradients: int
+
+
+def _head(config: LlamaConfig, settings: Settings, targets: int, device: str) -> _Head:
+    """The output layer's chunk of logits, and the gradients that it has as soon as its forward pass is done."""
+    compute = _compute(settings)
+    rows = max(1, min(targets, CHUNK_BYTES[device] // (config.vocab_size * compute)))
+    chunk = rows * config.vocab_size * (compute if compute == 4 else compute + 4)  # softmax is in float32
+    table = 0 if settings.lora_rank else config.vocab_size * config.hidden_size * 4  # summed in float32 over chunks
+    return _Head(chunk, table + targets * config.hidden_size * _stream(settings))
+
+
+def _gathered(counts: "_Counts", config: LlamaConfig, settings: Settings, ranks: int) -> int:
+    """Copies of weights: autocast's until the step ends, and what is whole of a model in shards."""
+    size, found = BYTES[settings.dtype], 0
+    if _compute(settings) != size:
+        found += counts.matrices * _compute(settings)
+    if ranks > 1:  # the layer at work and the next, what stands outside layers, and a layer's gradients
+        layer = (counts.base - counts.outside) // config.num_hidden_layers
+        found += (counts.outside + (2 if counts.adapters else 3) * layer) * size
+    return found
 
 
 @dataclass(frozen=True)
@@ -171,17 +196,18 @@ def _kept_by_layer(config: LlamaConfig, settings: Settings, inputs: list[str]) -
     kept += compute * (2 * q + 2 * k) + 4 * config.num_attention_heads  # q, k, v, attention's output, its logsumexp
     kept += 3 * compute * f  # gate, silu(gate), up
     widths = {name: pair[0] for name, pair in linears(config).items()}
-    shared = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",))
-    for group in shared:
-        users = [name for name in group if name in inputs]
-        # One tensor for all, but autocast and adapters of a narrow model cast it once for each.
-        copies = len(users) if compute != stream or (settings.lora_rank and stream < 4) else min(1, len(users))
-        if group == ("down_proj",) and not settings.lora_rank:
-            copies = min(1, len(users))
-        kept += copies * widths[group[0]] * (4 if settings.lora_rank else compute)
-    if settings.lora_rank:
-        kept += len(inputs) * settings.lora_rank * 4
-    return kept
+    autocast = compute != stream
+    if full:
+        copies = {"q_proj": 3 if autocast else 1, "gate_proj": 2 if autocast else 1, "down_proj": 1}
+        return kept + compute * sum(copies[name] * widths[name] for name in copies)
+    # An adapter works on float32: what is narrower is widened, and what autocast narrows is narrowed, once for each.
+    own = autocast or stream < 4
+    for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",), ("o_proj",)):
+        users = sum(name in inputs for name in group)
+        kept_already = group == ("o_proj",)  # attention's output
+        copies_here = users if own else min(1, users) * (not kept_already)
+        kept += copies_here * widths[group[0]] * (compute if autocast else 4)
+    return kept + len(inputs) * settings.lora_rank * (compute if autocast else 4)
 
 
 def _kept_outside(config: LlamaConfig, settings: Settings) -> int:

@@ -22,7 +22,7 @@ BLOCK = 128
 # second, whose square root then spans as much.
 OCTAVES = 16 / 126
 # Elements of a weight that are worked on at a time, which bounds the float32 copies of its state.
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 
 
 def learning_rate(settings: Settings, step: int, total: int) -> float:

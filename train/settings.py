@@ -54,6 +54,9 @@ class Settings:
     optimizer_state: str = option(
         "", "type of AdamW's two moments, when another than the weights'", choices=[*DTYPES, "int8"]
     )
+    checkpoint_activations: bool = option(
+        False, "keep only each layer's input for backward and compute the layer once more there"
+    )
     release_gradients: bool = option(
         False, "update each weight in backward and drop its gradient at once (needs --clip 0)"
     )

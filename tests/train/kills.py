@@ -1,8 +1,8 @@
 """A training run killed again and again: `python -m tests.train.kills --kills 25 --writes 8`.
 
 Each kill is SIGKILL, at a random moment after the start, after a checkpoint, or while one is being written (its
-temporary folder is there before the kill and still after it). The run then goes on with --resume. In the end its weights
-and metrics.jsonl must be, byte for byte, those of a run that nobody killed.
+temporary folder is there before the kill and still after it). The run then goes on with --resume. In the end its
+weights and metrics.jsonl must be, byte for byte, those of a run that nobody killed.
 """
 
 import argparse
