@@ -31,8 +31,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     words: list[str] = []
     for key, value in read(Path(path)).items():
         action = _action(parser, key, path)
-        if typed.isdisjoint(rivals.get(action.dest, {action.dest}) | {action.dest}):
-            words += _words(action, key, value, path)
+        would_be = _words(action, key, value, path)
+        if typed.isdisjoint(rivals.get(action.dest, {action.dest})):
+            words += would_be
     return parser.parse_args([*words, *argv])
 
 

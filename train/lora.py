@@ -6,6 +6,7 @@ A and B are float32 whatever W is: their updates would be lost in bfloat16's rou
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def layer_numbers(text: str, count: int) -> list[int]:
     numbers: set[int] = set()
     for part in text.replace(" ", "").split(","):
         first, _, last = part.partition("-")
-        if not first.isdigit() or not (last or first).isdigit():
+        if not re.fullmatch(r"\d+(-\d+)?", part):
             raise InputError(f"--lora-layers {text}: {part!r} is no number and no range; give such as 0-3,12")
         numbers.update(range(int(first), int(last or first) + 1))
     if not numbers or max(numbers) >= count:

@@ -96,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=1, help="devices that share the weights (1)")
     parser.add_argument("--positions", type=int, metavar="N", help="of a forward pass (default: full sequences)")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--json", action="store_true", help="the figures in bytes, as one JSON object")
+    parser.add_argument(
+        "--json", action=argparse.BooleanOptionalAction, default=False, help="the figures in bytes, as one JSON object"
+    )
     parser.add_argument("--config", metavar="FILE", help="TOML file with any of these options")
     add_settings(parser, packing="epoch")
     arguments = parse(parser, sys.argv[1:] if argv is None else argv)

@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--valid", nargs="+", metavar="FILE", help="held-out pairs for the validation loss, likewise")
     parser.add_argument("--source", default="ja", help="language code of the source side (default ja)")
     parser.add_argument("--target", default="en", help="language code of the target side (default en)")
-    parser.add_argument("--both-directions", action="store_true", help="train each pair in both directions")
+    yes_no = argparse.BooleanOptionalAction
+    parser.add_argument("--both-directions", action=yes_no, default=False, help="train each pair in both directions")
     parser.add_argument("--prompt", default="paper", help="a built-in prompt's name or a TOML file (default paper)")
     parser.add_argument("--chat", default="auto", help="llama3, chatml, plain; auto: from the tokenizer")
     add_arguments(parser, epochs=3)

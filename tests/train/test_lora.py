@@ -34,7 +34,11 @@ def logits_in_peft(base, adapter):
 
 @pytest.mark.parametrize(
     "extra",
-    [(), ("--lora-targets", "q_proj,v_proj", "--lora-alpha", "3"), ("--lora-layers", "1", "--lora-targets", "down_proj")],
+    [
+        (),
+        ("--lora-targets", "q_proj,v_proj", "--lora-alpha", "3"),
+        ("--lora-layers", "1", "--lora-targets", "down_proj"),
+    ],
 )
 def test_an_adapter_gives_the_same_logits_in_peft_and_merged(tmp_path, pairs_tsv, model_folders, extra):
     base, adapter = model_folders["A"], tmp_path / "adapter"

@@ -85,10 +85,10 @@ def test_activations_are_what_autograd_keeps(given):
 @pytest.mark.parametrize(
     ("shape", "given", "positions"),
     [
-        ({}, {}, 1536),
-        ({"vocab_size": 48000, "num_hidden_layers": 3, "tie_word_embeddings": False}, {"batch_size": 2}, 256),
-        ({"hidden_size": 768, "head_dim": 96}, {"release_gradients": True, "clip": 0.0, "optimizer_state": "int8"}, 512),
-        ({"num_hidden_layers": 8}, {"lora_rank": 8, "checkpoint_activations": True}, 1024),
+        ({}, {}, 768),
+        ({"vocab_size": 48000, "num_hidden_layers": 3, "tie_word_embeddings": False}, {"batch_size": 2}, 128),
+        ({"head_dim": 96}, {"release_gradients": True, "clip": 0.0, "optimizer_state": "int8"}, 384),
+        ({"num_hidden_layers": 6}, {"lora_rank": 8, "checkpoint_activations": True}, 512),
     ],
 )
 def test_predicted_peaks_are_measured_within_a_tenth(shape, given, positions):
@@ -96,7 +96,7 @@ def test_predicted_peaks_are_measured_within_a_tenth(shape, given, positions):
     measured = measured_peak(config, given, positions)
     predicted = memory_of(LlamaConfig(**config), Settings(epochs=1, **given), positions, positions).peak
     print(f"\n{given}: measured {measured / 2**20:.0f} MiB, predicted {predicted / 2**20:.0f} MiB")
-    assert measured > 150 << 20
+    assert measured > 120 << 20
     assert predicted == pytest.approx(measured, rel=0.1)
 
 
