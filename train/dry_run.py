@@ -1,20 +1,18 @@
 """`--dry-run`: what a run would do, and its first samples as the model would see them, with nothing written."""
 
-# B rows  T positions
-
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from minillama import LlamaConfig, Tokenizer
-from train.data import Example
+from train.data import Example, Schedule
 from train.distributed import World
 from train.loop import schedule_of
 from train.memory import memory_of
-from train.plan import add_rows
+from train.plan import memory_lines
 from train.settings import Settings
 
 SAMPLES = 3
@@ -29,43 +27,62 @@ def show(
 ) -> None:
     """Print examples, tokens, steps, density, memory, and three samples with their targets in colour."""
     console = Console(highlight=False, soft_wrap=True)
-    schedule = schedule_of(examples, settings, World())
-    tokens, targets = sum(len(e.tokens) for e in examples), sum(e.targets for e in examples)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("examples", f"{len(examples):,}, {tokens:,} tokens, {targets / tokens:.0%} of them targets")
-    per_epoch = ", ".join(f"{schedule.steps_in_epoch(epoch):,}" for epoch in range(settings.epochs)[:3])
-    more = ", …" if settings.epochs > 3 else ""
-    table.add_row("steps", f"{schedule.total_steps:,} in {settings.epochs} epochs ({per_epoch}{more})")
+    # The first rank's share of the data decides its memory; steps and tokens are those of all ranks.
+    schedule = schedule_of(examples, settings, world)
     looked = range(min(LOOKED_AT, schedule.total_steps))
     batches = [batch for step in looked for batch in schedule.micro_batches(step)]
-    positions = [batch.inputs_BT.numel() for batch in batches]
-    inputs = sum(len(e.tokens) - 1 for step in looked for e in schedule.examples_of(step))
-    row = f"{settings.packing}: {sum(positions) / len(positions):,.0f} positions in a forward pass"
-    if inputs > sum(positions):
-        row += f", no padding, a prefix in common saves {1 - sum(positions) / inputs:.0%}"
-    else:
-        row += f", {inputs / sum(positions):.1%} of them examples', {1 - inputs / sum(positions):.1%} padding"
-    if settings.packing == "epoch":
-        sequences = sum(len(schedule._sequences(step)) for step in looked)
-        row += f"; sequences {inputs / sequences / settings.sequence_length:.1%} full"
-    table.add_row("packing", row)
-    table.add_row("ranks", f"{world.size} on {world.device.type}")
-    memory = memory_of(config, settings, max(positions), max(len(b.targets_M) for b in batches), world.size)
-    add_rows(table, memory)
-    console.print(table)
-    single = schedule_of(examples, dataclasses.replace(settings, micro_batch_size=1), World())
+    sizes = [batch.inputs_BT.numel() for batch in batches]
+    tokens, targets = sum(len(e.tokens) for e in examples), sum(e.targets for e in examples)
+    epochs = [f"{schedule.steps_in_epoch(epoch):,}" for epoch in range(settings.epochs)]
+    lines = [
+        ("examples", f"{len(examples):,}"),
+        ("tokens", f"{tokens:,}, {targets / tokens:.0%} of them targets"),
+        ("steps", f"{schedule.total_steps:,}; by epoch {', '.join(epochs[:5])}{', …' if len(epochs) > 5 else ''}"),
+        ("ranks", f"{world.size}, on {world.device.type}"),
+        ("packing", f"{settings.packing}; {sum(sizes) / len(sizes):,.0f} positions in a forward pass"),
+        ("density", density(schedule_of(examples, settings, World()), looked)),
+    ]
+    for name, text in lines:
+        console.print(f"{name:12}{text}")
+    most = max(len(batch.targets_M) for batch in batches)
+    for line in memory_lines(memory_of(config, settings, max(sizes), most, world.size, world.device.type)):
+        console.print(line)
+    single = schedule_of(examples, replace(settings, micro_batch_size=1), World())
     for number in range(SAMPLES):
         chosen = [examples[index] for index in single.indices_of(0, number)]
         if chosen:
-            console.print(f"\nsample {number + 1}: {sum(len(e.tokens) for e in chosen)} tokens", style="bold")
+            length = sum(len(example.tokens) for example in chosen)
+            console.print(f"\nsample {number + 1}: {length} tokens, {len(chosen)} example(s)", style="bold")
         for example in chosen:
-            console.print(_painted(example, tokenizer, console.is_terminal))
+            console.print(painted(example, tokenizer, console.is_terminal))
 
 
-def _painted(example: Example, tokenizer: Tokenizer, colour: bool) -> Text:
-    prompt = tokenizer.decode(example.tokens[: example.first_target])
-    target = tokenizer.decode(example.tokens[example.first_target :])
-    text = Text(prompt, style="dim")
+def density(schedule: Schedule, steps: range) -> str:
+    """How many of the positions computed are examples' own, over some steps of all ranks."""
+    needed = sum(len(example.tokens) - 1 for step in steps for example in schedule.examples_of(step))
+    computed = sum(batch.inputs_BT.numel() for step in steps for batch in schedule.micro_batches(step))
+    if computed < needed:
+        text = f"no padding; a prefix in common, computed once, saves {1 - computed / needed:.0%}"
+    else:
+        text = f"{needed / computed:.1%}, {1 - needed / computed:.1%} padding"
+    if schedule.packing == "epoch":
+        single = replace(schedule, micro_batch_size=1)
+        room = sum(1 for step in steps for _ in single.micro_batches(step)) * schedule.sequence_length
+        text += f"; sequences of {schedule.sequence_length:,} are {needed / room:.1%} full"
+    return text
+
+
+def painted(example: Example, tokenizer: Tokenizer, colour: bool) -> Text:
+    """The example's text, control tokens by name; targets in colour, or between marks."""
+    prompt = "".join(_readable(example.tokens[: example.first_target], tokenizer))
+    target = "".join(_readable(example.tokens[example.first_target :], tokenizer))
     if colour:
-        return text.append(target, style="bold green not dim")
-    return text.append(OPEN + target + CLOSE)
+        return Text(prompt, style="dim").append(target, style="bold green not dim")
+    return Text(prompt + OPEN + target + CLOSE)
+
+
+def _readable(tokens: list[int], tokenizer: Tokenizer) -> Iterator[str]:
+    names = {token: name for name, token in tokenizer.specials.items()}
+    for name, group in groupby(tokens, key=names.get):
+        run = list(group)
+        yield tokenizer.decode(run) if name is None else name * len(run)

@@ -7,13 +7,12 @@ import argparse
 import json
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from minillama import InputError, LlamaConfig
 from minillama.config import read_config, read_json
@@ -79,9 +78,14 @@ def changes_that_fit(
     return []
 
 
-def add_rows(table: Table, memory: Memory) -> None:
+def memory_lines(memory: Memory) -> Iterator[str]:
+    """A line for each part, in GiB."""
     for what, count, remark in memory.rows():
-        table.add_row(what, f"{count / GIB:8.2f} GiB", remark)
+        yield f"{what:12}{gib(count):>10}  {remark}".rstrip()
+
+
+def gib(count: float) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / GIB:.4f} GiB"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,10 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps({**asdict(memory), "positions": positions, "fits": fits, "changes": [c for c, _ in changes]}))
         return 0
     console = Console(highlight=False, soft_wrap=True)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    add_rows(table, memory)
     console.print(f"{arguments.model}: {positions:,} positions in a forward pass, {arguments.ranks} rank(s)")
-    console.print(table)
+    for line in memory_lines(memory):
+        console.print(line)
     verdict = "fits" if fits else "does not fit"
     console.print(f"It {verdict} into {arguments.gpu_memory:g} GiB.")
     if not fits:
@@ -142,11 +145,11 @@ def _advise(
     if changes:
         console.print("What to change, each on top of the one before:")
         for change, memory in changes:
-            console.print(f"  {_options(change):44} {memory.peak / GIB:8.2f} GiB")
+            console.print(f"  {_options(change):44} {gib(memory.peak):>10}")
     for ranks in (2, 4, 8, 16, 32, 64):
         memory = memory_of(config, settings, positions, positions, ranks, arguments.device)
         if ranks > arguments.ranks and memory.peak <= limit:
-            console.print(f"Or, as it is: {ranks} ranks, {memory.peak / GIB:.2f} GiB on each.")
+            console.print(f"Or, as it is: {ranks} ranks, {gib(memory.peak)} on each.")
             return
     if not changes:
         console.print("Nothing in this program makes it fit: take a smaller model or a larger device.")
