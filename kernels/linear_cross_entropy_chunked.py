@@ -35,9 +35,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         total = hidden_RD.new_zeros((), dtype=_wide(dtype))
         d_hidden_RD = torch.empty_like(hidden_RD) if wanted[0] else None
         d_weight_VD = torch.zeros_like(weight_VD, dtype=_wide(weight_VD.dtype)) if wanted[1] else None
-        size = max(1, CHUNK_BYTES[hidden_RD.device.type] // (vocabulary * dtype.itemsize))
-        logits_CV = torch.empty(min(size, len(hidden_RD)), vocabulary, dtype=dtype, device=hidden_RD.device)
-        for start in range(0, len(hidden_RD), size):
+        rows, most = len(hidden_RD), max(1, CHUNK_BYTES[hidden_RD.device.type] // (vocabulary * dtype.itemsize))
+        size = max(1, -(-rows // max(1, -(-rows // most))))  # equal chunks: a small last one would cost as much
+        logits_CV = torch.empty(size, vocabulary, dtype=dtype, device=hidden_RD.device)
+        for start in range(0, rows, size):
             hidden_CD = hidden_RD[start : start + size].to(dtype)
             chunk_CV = logits_CV[: len(hidden_CD)]
             torch.mm(hidden_CD, weight.T, out=chunk_CV)

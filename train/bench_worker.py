@@ -70,7 +70,11 @@ class Ours:
 
 
 class Theirs:
-    """transformers' own model and loss, as its Trainer calls them: padded to the longest, labels -100 elsewhere."""
+    """transformers' own model and loss, as its Trainer calls them: padded to the longest, labels -100 elsewhere.
+
+    One thing is set right: it drops the embedding's gradient of the pad token wherever that stands, which for SmolLM2
+    is <|im_end|>, the end of every turn. With that its gradients would not be those of the loss, and no curve the same.
+    """
 
     def __init__(self, setup: Setup, device: torch.device) -> None:
         import transformers
@@ -80,6 +84,8 @@ class Theirs:
         dtype = getattr(torch, setup.dtype)
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(setup.folder, dtype=dtype)
         nn.Module.to(self.model, device)
+        embedding: Any = self.model.get_input_embeddings()
+        embedding.padding_idx = None
 
     def loss(self, examples: Sequence[Example], layout: str = "") -> Tensor:
         width = max(len(example.tokens) for example in examples)
