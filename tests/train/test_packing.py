@@ -154,7 +154,7 @@ def test_a_schedule_sees_every_target_once_an_epoch_on_any_number_of_ranks(packi
     assert sorted(seen) == sorted(token for e in examples for token in e.tokens[e.first_target :])
 
 
-def test_two_ranks_add_up_to_one(tmp_path):
+def test_two_ranks_add_up_to_one():
     """An odd number of examples, so that one rank has one fewer, and none in the last micro-batch."""
     examples = examples_of(5)
     model = tiny_model(2).double()
@@ -178,3 +178,17 @@ def test_packing_is_refused_with_a_cache_or_positions():
         model.hidden(batch.inputs_BT, positions=torch.zeros_like(batch.inputs_BT), documents=batch.documents)
     with pytest.raises(ValueError, match="documents are one row"):
         model.hidden(batch.inputs_BT[:, 1:], documents=batch.documents)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("share_prefix", [False, True])
+def test_packed_rows_on_a_gpu_are_the_documents_one_by_one(share_prefix):
+    """flex_attention compiled forward and backward, rows of changing length, and the Triton loss."""
+    model = tiny_model(1, head_dim=16)
+    for seed in range(3):
+        examples = examples_of(40, prefix=30, seed=seed, longest=60)
+        targets = sum(example.targets for example in examples)
+        exact = loss_and_gradients(model.cpu().double(), [collate([example]) for example in examples], targets)
+        model.float().cuda()
+        found = loss_and_gradients(model, [pack(examples, share_prefix).to(model.device)], targets)
+        assert_same((found[0], [gradient.cpu().double() for gradient in found[1]]), exact, 1e-4)
