@@ -54,6 +54,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_total: Tensor):  # type: ignore[override]
+        if ctx.gradients is None:
+            raise RuntimeError("backward a second time: the gradients of the loss were handed on in the first")
         d_hidden_RD, d_weight_VD, weight_dtype = ctx.gradients
         ctx.gradients = None  # in place, so once: nobody else has these tensors
         if d_hidden_RD is not None:
