@@ -85,8 +85,10 @@ def started(device: str) -> Iterator[World]:
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
     dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    files = dist.new_group(backend="gloo")
     try:
-        yield World(dist.get_rank(), size, chosen, dist.new_group(backend="gloo"))
+        yield World(dist.get_rank(), size, chosen, files)
+        dist.barrier(group=files)  # nobody leaves while another still talks to him
     finally:
         dist.destroy_process_group()
 

@@ -92,7 +92,7 @@ class Settings:
 
 
 # What may change between the parts of one run: it decides no weight of it.
-FREE = ("checkpoint_every", "keep_checkpoints", "save_dtype")
+FREE = ("checkpoint_every", "keep_checkpoints", "save_dtype", "checkpoint_activations")
 
 
 def flag(name: str) -> str:
