@@ -36,7 +36,7 @@ cpt() { # OUTPUT TEXT… -- START…
     while [ "$1" != -- ]; do text+=("$1") && shift; done
     shift
     "$python" -m train.cpt --resume --output "$work/$output" --text "${text[@]}" "$@" \
-        --schedule cosine --min-lr-ratio 0.1 --warmup-steps 100 --beta2 0.98 --weight-decay 0.1
+        --packing step --schedule cosine --min-lr-ratio 0.1 --warmup-steps 100 --beta2 0.98 --weight-decay 0.1
 }
 
 sft() { # OUTPUT PAIRS OPTIONS…

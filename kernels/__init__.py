@@ -1,4 +1,4 @@
-"""Kernels of the decoding step: the weighted sum of logits and what is asked of it, and packed linear layers.
+"""Kernels of the decoding step, the weighted sum of logits and what is asked of it, packed linear layers, and the loss.
 
     from kernels import fused_logits
     result = fused_logits([logits_l, logits_s], torch.tensor([1.0, 0.5]))
@@ -47,6 +47,7 @@ __all__ = [
     "describe_flag",
     "fused_head",
     "fused_logits",
+    "linear_cross_entropy",
     "verify",
 ]
 
@@ -200,3 +201,31 @@ def fused_head(
 
         result = fused_head_chunked.run(request)
     return result if out is None else copy_into(out, result)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Sum over rows of -log softmax(hidden @ weight.T)[target], nats: a scalar, float32 or wider, for autograd.
+
+    hidden: (R, D).   weight: (V, D) of the same dtype; under autocast the products are in its dtype.   target: (R,)
+    int64 in 0..V - 1.   No rows: zero, and zero gradients. The (R, V) logits are never held, see
+    linear_cross_entropy_chunked.py. Raises ValueError for shapes and devices that do not fit.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit: (R, D) and (V, D)")
+    if tuple(target.shape) != (len(hidden),) or len({hidden.device, weight.device, target.device}) > 1:
+        raise ValueError(f"target must be ({len(hidden)},) on {hidden.device}, found {tuple(target.shape)}")
+    kind, device_type = backend(hidden.device), hidden.device.type
+    compute = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
+    if kind == "eager":
+        from kernels import reference
+
+        return reference.linear_cross_entropy(hidden, weight, target)
+    from kernels import linear_cross_entropy_chunked as chunked
+
+    if kind == "triton":
+        from kernels.linear_cross_entropy_triton import softmax_minus_target as softmax
+    else:
+        softmax = chunked.softmax_minus_target
+    wanted = (hidden.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else (False, False)
+    with torch.autocast(device_type, enabled=False):
+        return chunked.LinearCrossEntropy.apply(hidden, weight, target, compute, wanted, softmax)

@@ -179,3 +179,13 @@ def fused_head(request: HeadRequest, dtype: torch.dtype = torch.float32) -> Fuse
         mean=mean_NR,
         covariance=covariance_NNR,
     )
+
+
+def linear_cross_entropy(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor) -> Tensor:
+    """Summed cross-entropy of an output layer with all its logits in memory, in float32 or wider; autograd's gradients.
+
+    In float64 throughout it is the truth.
+    """
+    logits_RV = torch.nn.functional.linear(hidden_RD, weight_VD)
+    wide = torch.promote_types(logits_RV.dtype, torch.float32)
+    return torch.nn.functional.cross_entropy(logits_RV.to(wide), target_R, reduction="sum")

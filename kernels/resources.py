@@ -90,6 +90,9 @@ def variants() -> Iterator[Variant]:
         yield _head_variant(f"argmax N=3 {_short(dtype)}", dtype, [3072, 2048, 2048])
     yield _head_variant("given N=3 bf16", torch.bfloat16, [3072, 2048, 2048], given=1)
     yield _head_variant("argmax N=8 bf16", torch.bfloat16, [2048] * 8)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield _loss_variant(f"gradient in place {_short(dtype)}", dtype)
+    yield _loss_variant("gradient in place bf16, not aligned", torch.bfloat16, vocabulary=50_257)
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -148,6 +151,16 @@ def _head_variant(name: str, dtype: torch.dtype, widths: list[int], given: int =
     padded = (widths + widths[:1] * 8)[:8]
     positional = (*positional[: strides.start], *padded, *positional[strides.stop :])
     return Variant("fused_head", name, path._fused_head_kernel, positional, switches, path.LAUNCH_OPTIONS)
+
+
+def _loss_variant(name: str, dtype: torch.dtype, vocabulary: int = 128_256) -> Variant:
+    from kernels import linear_cross_entropy_triton as path
+
+    logits, target, loss = torch.empty(4, vocabulary, dtype=dtype), torch.zeros(4, dtype=torch.int64), torch.empty(4)
+    positional, switches = path.launch_arguments(logits, target, loss)
+    aligned = vocabulary % 16 == 0
+    kernel = path._cross_entropy_kernel
+    return Variant("linear_cross_entropy", name, kernel, positional, switches, path.LAUNCH_OPTIONS, aligned)
 
 
 def compile_variant(variant: Variant, target: Target):
@@ -260,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print a list of rows instead of a table")
-    parser.add_argument("--kernel", help="only this kernel: fused_logits, truncated_sample, fused_head")
+    parser.add_argument("--kernel", help="only this kernel, such as fused_head")
     parser.add_argument("--variant", default="", help="only variants whose name holds this text")
     parser.add_argument("--target", choices=TARGETS, action="append", help="only this target; may be repeated")
     options = parser.parse_args(arguments)
@@ -273,11 +286,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     rows = []
     layout = (
-        "{kernel:17}{variant:36}{target:8}{registers:>10}{spills:>8}{shared_bytes:>8}{load_bytes:>6}{occupancy:>11}"
+        "{kernel:21}{variant:36}{target:8}{registers:>10}{spills:>8}{shared_bytes:>8}{load_bytes:>6}{occupancy:>11}"
     )
     if not options.json:
         head = ("registers", "spills", "shared", "load", "occupancy")
-        print(f"{'kernel':17}{'variant':36}{'target':8}{head[0]:>10}{head[1]:>8}{head[2]:>8}{head[3]:>6}{head[4]:>11}")
+        print(f"{'kernel':21}{'variant':36}{'target':8}{head[0]:>10}{head[1]:>8}{head[2]:>8}{head[3]:>6}{head[4]:>11}")
     for variant in chosen:
         for target_name in options.target or TARGETS:
             rows.append(measure(variant, target_name))

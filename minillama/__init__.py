@@ -5,8 +5,9 @@ It knows nothing of translation, training or ensembles.
 
 from minillama.cache import KVCache
 from minillama.config import LlamaConfig
+from minillama.documents import Documents
 from minillama.errors import InputError
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
 
-__all__ = ["InputError", "KVCache", "Llama", "LlamaConfig", "Tokenizer"]
+__all__ = ["Documents", "InputError", "KVCache", "Llama", "LlamaConfig", "Tokenizer"]

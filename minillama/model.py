@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minillama.cache import KVCache
 from minillama.config import LlamaConfig
+from minillama.documents import Documents
 from minillama.files import atomic_folder
 from minillama.weights import load_weights, open_folder, resolve_folder, write_model
 
@@ -71,8 +73,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x_float = x.float()
-        normed = x_float * torch.rsqrt(x_float.pow(2).mean(-1, keepdim=True) + self.eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
 
 
@@ -130,14 +132,23 @@ class Layer(nn.Module):
 class Step:
     """What all layers of one forward pass share: the rotations, and who may look at whom.
 
-    Without a cache every row is one causal sequence (right padding is harmless: nothing before it sees it). With one,
-    a query at position p sees the row's keys 0..p, wherever the row stands.
+    Without a cache every row is one causal sequence (right padding is harmless: nothing before it sees it), or with
+    `documents` several in one row. With a cache, a query at position p sees the row's keys 0..p, wherever the row
+    stands.
     """
 
-    def __init__(self, config: LlamaConfig, x_BTD: Tensor, positions_BT: Tensor, cache: KVCache | None) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        x_BTD: Tensor,
+        positions_BT: Tensor,
+        cache: KVCache | None,
+        documents: Documents | None = None,
+    ) -> None:
         self.cos, self.sin = rotations(config, positions_BT, x_BTD.dtype)
         self.positions_BT = positions_BT
         self.cache = cache
+        self.packed = None if documents is None else documents.attention(x_BTD.device, x_BTD.dtype)
         self.groups = config.num_attention_heads // config.num_key_value_heads
         if cache is not None:
             keys_S = torch.arange(cache.filled, device=positions_BT.device)
@@ -148,6 +159,8 @@ class Step:
             self.mask = mask_BTS[:, None, None].expand(-1, -1, self.groups, -1, -1).flatten(2, 3)
 
     def attend(self, layer: int, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
+        if self.packed is not None:
+            return self.packed.attend(q_BHTC, k_BKTC, v_BKTC)
         if self.cache is None:
             return F.scaled_dot_product_attention(q_BHTC, k_BKTC, v_BKTC, is_causal=True, enable_gqa=self.groups > 1)
         batch, heads, count, width = q_BHTC.shape
@@ -158,7 +171,12 @@ class Step:
 
 
 class Decoder(nn.Module):
-    """Hugging Face's `model.`: embedding, layers, last norm."""
+    """Hugging Face's `model.`: embedding, layers, last norm.
+
+    `checkpoint_activations`: keep only each layer's input for backward and compute the layer once more there.
+    """
+
+    checkpoint_activations = False
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -167,18 +185,31 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, tokens_BT: Tensor, positions_BT: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         batch, count = tokens_BT.shape
-        if cache is not None:
+        if documents is not None:
+            if cache is not None or positions_BT is not None or (batch, count) != (1, documents.total):
+                raise ValueError(f"documents are one row (1, {documents.total}) with neither cache nor positions")
+            positions_BT = documents.positions(tokens_BT.device)
+        elif cache is not None:
             if cache.batch_size != batch:
                 raise ValueError(f"{batch} rows of tokens, but the cache has {cache.batch_size}")
             positions_BT = cache.place(count, positions_BT)
         elif positions_BT is None:
             positions_BT = torch.arange(count, device=tokens_BT.device)[None]
         x_BTD = self.embed_tokens(tokens_BT)
-        step = Step(self.config, x_BTD, positions_BT, cache)
+        step = Step(self.config, x_BTD, positions_BT, cache, documents)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, step)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x_BTD = checkpoint(layer, x_BTD, step, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTD = layer(x_BTD, step)
         return self.norm(x_BTD)
 
 
@@ -206,13 +237,20 @@ class Llama(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.model.embed_tokens.weight.dtype
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """Hidden states (B, T, D) after the last norm, for tokens (B, T) int64.
 
         With a cache the T positions are appended to each row: right behind what it holds, or at `positions` (B, T).
+        With `documents` the one row (1, T) holds several, none of which sees another.
         Raises ValueError when the cache has another number of rows or a row runs past its end.
         """
-        return self.model(tokens, positions, cache)
+        return self.model(tokens, positions, cache, documents)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) for tokens (B, T); see `hidden`."""

@@ -1,25 +1,42 @@
 """Checkpoints of a running training, and the finished model: each appears whole or not at all.
 
 OUTPUT/metrics.jsonl            what the run computed, one line a step or validation
-OUTPUT/checkpoints/step-N/      weights, optimizer, position: all that decides the next step
+OUTPUT/checkpoints/step-N/      all that decides the next step, in torch.distributed.checkpoint's format:
+    __RANK_0.distcp, .metadata  weights, optimizer state, generator, written by all ranks, readable by any number
+    state.json                  step, epoch, position, the best so far, metrics.jsonl's length, the settings
+    manifest.json               SHA-256 and size of each of the above
 OUTPUT/config.json, model.safetensors, tokenizer.json, prompt.toml, run.json    the finished model, config.json last
+
+Saving copies the tensors to the host and writes them in a thread while training goes on. The folder is written under
+another name, synced, and renamed. The last K are kept, and of each of these the best by validation that it refers to.
 """
 
+import hashlib
+import json
 import os
 import re
 import shutil
 import tempfile
+import threading
+import traceback
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from minillama.errors import InputError
-from minillama.files import atomic_folder, sync
+from minillama.files import sync
+from train.distributed import World
 
-STATE = "state.pt"
+STATE, MANIFEST = "state.json", "manifest.json"
+# The last file of a finished folder to appear: a model's, or an adapter's.
+MARKS = ("config.json", "adapter_config.json")
 
 
 @dataclass
@@ -27,53 +44,249 @@ class Progress:
     """Where a run stands. `metrics_bytes` is metrics.jsonl's length at this step: a resumed run rewrites the rest."""
 
     step: int = 0
+    epoch: int = 0
+    position: int = 0
     best_loss: float = float("inf")
     best_step: int = 0
+    validated_step: int = 0
     stale: int = 0
     stopped: bool = False
     metrics_bytes: int = 0
+    recent_norms: list[float] = field(default_factory=list)
 
 
-def save_checkpoint(output: Path, progress: Progress, state: dict[str, Any]) -> None:
-    """Write OUTPUT/checkpoints/step-N, then drop the ones before it."""
-    folder = output / "checkpoints"
-    with atomic_folder(folder / f"step-{progress.step:08d}") as temporary:
-        torch.save({"progress": vars(progress), **state}, temporary / STATE)
-    for old in _checkpoints(folder)[:-1]:
-        shutil.rmtree(old)
+class Writer(dcp.FileSystemWriter):
+    """Remembers why this rank could not write: what dcp.save raises on the others, and at times here, says less."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.failures: list[BaseException] = []
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            self.failures.append(error)
+            raise
 
 
-def load_checkpoint(output: Path) -> tuple[Progress, dict[str, Any]] | None:
-    """The last checkpoint of a run, or None when there is none yet."""
-    found = _checkpoints(output / "checkpoints")
-    if not found:
+class Checkpoints:
+    """The checkpoints of one run in `folder`. All ranks call `save`, `wait`, `newest` and `load` together."""
+
+    def __init__(self, folder: Path, keep: int, world: World) -> None:
+        self.folder, self.keep, self.world = folder, keep, world
+        self.thread: threading.Thread | None = None
+        self.failure: Exception | None = None
+        self.saved_step = 0
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs no group
+
+    def save(self, progress: Progress, fingerprint: dict[str, Any], tensors: dict[str, Tensor], wait: bool) -> None:
+        """Write step-N. Unless `wait`, from a copy on the host and in a thread; its failure is raised by the next call.
+
+        Raises InputError in one line where it cannot be written; what was there before is then untouched.
+        """
+        self.wait()
+        record = json.dumps({"progress": vars(progress), "fingerprint": fingerprint}, indent=1)
+        if wait:
+            self._write(progress.step, record, tensors)
+            self.wait()
+            return
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        # No daemon: an interpreter that ends normally waits for the file.
+        self.thread = threading.Thread(target=self._write, args=(progress.step, record, copies), name="checkpoint")
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until the last save is done; raises what it raised."""
+        self.join()
+        if self.failure is not None:
+            failure, self.failure = self.failure, None
+            raise failure
+
+    def join(self) -> None:
+        """Until no file is being written."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def newest(self, fingerprint: Callable[[dict[str, Any]], None]) -> Progress | None:
+        """The progress of the last whole checkpoint, or None; `fingerprint` may refuse its settings.
+
+        One that is damaged is named on standard error and the one before it taken. Raises InputError if none is whole.
+        """
+        found = self.world.first(self._newest)
+        if found is None:
+            return None
+        fingerprint(found["fingerprint"])
+        self.saved_step = found["progress"]["step"]
+        return Progress(**found["progress"])
+
+    def load(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Fill `tensors` in place from step-N, whatever the number of ranks that wrote it."""
+        reader = dcp.FileSystemReader(self.path(step))
+        dcp.load(tensors, storage_reader=reader, process_group=self.world.files, no_dist=self.world.size == 1)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def clear(self) -> None:
+        if self.world.main:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _newest(self) -> dict[str, Any] | None:
+        for leftover in self.folder.glob(".step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        steps = self._steps()
+        for step in reversed(steps):
+            try:
+                found = _verified(self.path(step))
+                best = found["progress"]["best_step"]
+                if best and best != step:
+                    _verified(self.path(best))
+                return found
+            except InputError as error:
+                self.world.say(f"{error}; the checkpoint before it is taken")
+        if steps:
+            raise InputError(f"{self.folder}: no checkpoint is whole; remove the folder to start again")
         return None
-    path = found[-1] / STATE
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"{path}: the checkpoint is damaged ({reason}); remove {found[-1]} to start again") from None
-    return Progress(**state.pop("progress")), state
+
+    def _steps(self) -> list[int]:
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(p.name[5:]) for p in self.folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name))
+
+    def _write(self, step: int, record: str, tensors: dict[str, Tensor]) -> None:
+        """Runs in a thread or not; never raises: the failure is kept for `wait`, the same on all ranks."""
+        reasons, fault = [], ""
+        temporary = self.folder / f".{self.path(step).name}.tmp"
+        writer = Writer(temporary, sync_files=True)
+        try:
+            self._make(temporary)
+            dcp.save(tensors, storage_writer=writer, process_group=self.world.files, no_dist=self.world.size == 1)
+            if self.world.main:
+                self._publish(step, record, temporary)
+        except (Exception, CheckpointException) as error:
+            reasons = [reason for reason in map(_system_reason, (error, *writer.failures)) if reason]
+            fault = traceback.format_exc()
+        found = self.world.gather((reasons, fault))
+        reasons, faults = [reason for some, _ in found for reason in some], [fault for _, fault in found if fault]
+        if not faults:
+            self.saved_step = step
+            return
+        if self.world.main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        kept = f"the one of step {self.saved_step} is intact" if self.saved_step else "there is none before it"
+        if not reasons:
+            self.failure = RuntimeError(faults[0])
+            return
+        self.failure = InputError(
+            f"{self.path(step)}: the checkpoint could not be written ({reasons[0]}); {kept}: "
+            "mend that and go on with --resume"
+        )
+
+    def _make(self, temporary: Path) -> None:
+        """All ranks' common folder; rank 0 makes it, and every rank hears of a failure."""
+        reason = ""
+        if self.world.main:
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            except OSError as error:
+                reason = error.strerror or str(error)
+        if reason := self.world.gather(reason)[0]:
+            raise OSError(0, reason)
+
+    def _publish(self, step: int, record: str, temporary: Path) -> None:
+        (temporary / STATE).write_text(record + "\n", encoding="utf-8")
+        files = {
+            path.name: {"sha256": _digest(path), "bytes": path.stat().st_size} for path in sorted(temporary.iterdir())
+        }
+        (temporary / MANIFEST).write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
+        for name in (STATE, MANIFEST, "."):
+            sync(temporary / name)
+        final = self.path(step)
+        if final.exists():  # of the same step, left by a run that was resumed from before it
+            os.rename(final, self.folder / f".{final.name}.old")
+        os.rename(temporary, final)
+        sync(self.folder)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Each folder to go loses its name first, so that a kill in between leaves no half of one under it."""
+        last = self._steps()[-self.keep :]
+        wanted = set(last)
+        for step in last:
+            wanted.add(json.loads((self.path(step) / STATE).read_text(encoding="utf-8"))["progress"]["best_step"])
+        for step in self._steps():
+            if step not in wanted:
+                os.rename(self.path(step), self.folder / f".{self.path(step).name}.old")
+        for leftover in self.folder.glob(".step-*.old"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def finish(output: Path, write: Callable[[Path], None]) -> None:
-    """Move what `write` makes into OUTPUT, config.json last (a folder without it is no model); drop checkpoints."""
-    temporary = Path(tempfile.mkdtemp(prefix=".finished.", dir=output))
+    """Move what `write` makes into OUTPUT, config.json last: a folder without it is no model."""
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=".finished.", dir=output))
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror})") from None
     try:
         write(temporary)
-        files = sorted(temporary.iterdir(), key=lambda path: path.name == "config.json")
+        files = sorted(temporary.iterdir(), key=lambda path: path.name in MARKS)
         for file in files:
             sync(file)
         for file in files:
             os.replace(file, output / file.name)
         sync(output)
+    except Exception as error:
+        if (reason := _system_reason(error)) is None:
+            raise
+        raise InputError(
+            f"{output}: the finished model could not be written ({reason}); the last checkpoint is intact: "
+            "mend that and go on with --resume"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(output / "checkpoints", ignore_errors=True)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
+def is_finished(output: Path) -> bool:
+    return any((output / mark).exists() for mark in MARKS)
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint whose every file is as the manifest says; InputError naming the file otherwise."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for name, entry in manifest.items():
+            file = path / name
+            if file.stat().st_size != entry["bytes"]:
+                raise InputError(f"{file}: damaged ({file.stat().st_size:,} bytes, {entry['bytes']:,} were written)")
+            if _digest(file) != entry["sha256"]:
+                raise InputError(f"{file}: damaged (its SHA-256 is not the manifest's)")
+        return json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = _system_reason(error) or str(error).split("\n")[0]
+        raise InputError(f"{path}: damaged ({reason})") from None
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _system_reason(error: BaseException) -> str | None:
+    """The operating system's words for why a file was not written, from inside whatever wrapped them; None: no such."""
+    pending: list[BaseException | None] = [error]
+    seen: list[BaseException] = []
+    while pending:
+        inner = pending.pop()
+        if inner is None or inner in seen:
+            continue
+        seen.append(inner)
+        if isinstance(inner, OSError) and inner.strerror:
+            return inner.strerror
+        failures = getattr(inner, "failures", {})  # torch.distributed.checkpoint's, by rank
+        pending += [inner.__cause__, inner.__context__, *(failure[0] for failure in failures.values())]
+    return None

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from corpora import read_texts
 from minillama.errors import exit_code
+from train.config import parse
 from train.data import documents
-from train.run import end_token, load_start, longest, prepare, train_and_save
-from train.settings import add_arguments, settings_from
+from train.distributed import World, started
+from train.run import load_start, prepare, train_and_save
+from train.settings import Settings, add_arguments, settings_from
 
 EXAMPLES = """examples:
   python -m train.cpt --model meta-llama/Llama-3.2-1B --text mono.ja --output runs/base-ja
@@ -27,20 +29,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--text", nargs="+", required=True, metavar="FILE", help="text files, one document a line, or a split"
     )
     parser.add_argument("--valid", nargs="+", metavar="FILE", help="held-out text for the validation loss")
-    add_arguments(parser, epochs=5)
-    arguments = parser.parse_args(argv)
+    add_arguments(parser, epochs=5, packing="epoch")
+    arguments = parse(parser, sys.argv[1:] if argv is None else argv)
     settings = settings_from(arguments)
-    if not prepare(arguments):
-        return 0
+    with started(arguments.device) as world:
+        if not world.first(lambda: prepare(arguments, settings)):
+            world.say(f"{arguments.output}: already finished")
+            return 0
+        return run(arguments, settings, world)
+
+
+def run(arguments: argparse.Namespace, settings: Settings, world: World) -> int:
     texts = read_texts(arguments.text)
     held_out = read_texts(arguments.valid) if arguments.valid else None
-    model, tokenizer = load_start(arguments, settings)
-    bos, eos, limit = model.config.bos_token_id, end_token(model), longest(model, settings)
-    print(texts.describe(), file=sys.stderr)
-    examples = documents(texts.documents, tokenizer, bos, eos, limit)
-    valid = documents(held_out.documents, tokenizer, bos, eos, limit) if held_out else []
+    start = load_start(arguments, world)
+    bos, eos, limit = start.config.bos_token_id, start.end_token, start.longest(settings)
+    world.say(texts.describe())
+    examples = documents(texts.documents, start.tokenizer, bos, eos, limit)
+    valid = documents(held_out.documents, start.tokenizer, bos, eos, limit) if held_out else []
     notes = {"text": texts.describe(), "valid": held_out.describe() if held_out else None}
-    return train_and_save(arguments, settings, model, tokenizer, examples, valid, notes, prompt=None)
+    return train_and_save(arguments, settings, world, start, examples, valid, notes, prompt=None)
 
 
 if __name__ == "__main__":

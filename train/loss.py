@@ -1,22 +1,21 @@
-"""Cross-entropy at target positions only: the output layer never sees a prompt token or a pad."""
+"""Cross-entropy at target positions only, in chunks: the output layer never sees a prompt token or a pad."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import linear_cross_entropy
 from minillama import Llama
-from train.data import Batch
+from train.packing import Batch
 
 
 def target_loss(model: Llama, batch: Batch) -> Tensor:
-    """Sum over targets of -log p(target), nats, float32.
+    """Sum over targets of -log p(target), nats, float32 (float64 for a model in float64).
 
     A sum, not a mean: whoever accumulates micro-batches divides by the targets of the whole optimizer step.
     """
-    hidden_BTD = model.hidden(batch.inputs_BT)
+    hidden_BTD = model.hidden(batch.inputs_BT, documents=batch.documents)
     hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, batch.target_rows_M)
-    logits_MV = F.linear(hidden_MD, model.output_weight)
-    return F.cross_entropy(logits_MV.float(), batch.targets_M, reduction="sum")
+    return linear_cross_entropy(hidden_MD, model.output_weight, batch.targets_M)
 
 
 @torch.no_grad()

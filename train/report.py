@@ -1,20 +1,117 @@
-"""Progress of a run for whoever watches: a bar on a terminal, a plain line now and then otherwise."""
+"""What a run tells: its records (metrics.jsonl, timing.jsonl, TensorBoard), and progress for whoever watches.
 
+metrics.jsonl holds what was computed, so two runs of the same weights have the same bytes in it; timing.jsonl holds
+what clocks and memory said. Progress is a bar on a terminal, a plain line now and then otherwise.
+"""
+
+import json
+import os
+import resource
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from minillama.errors import InputError
 
 # Seconds between two lines where there is no terminal.
 LINE_EVERY = 30.0
 
 
+class Lines:
+    """A file of JSON lines of which the first `keep` bytes are kept. Raises InputError where it cannot be written."""
+
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path = path
+        size = path.stat().st_size if path.exists() else 0
+        if size < keep:
+            raise InputError(f"{path}: {size:,} bytes, but the checkpoint was saved beside {keep:,}; it cannot go on")
+        try:
+            self.stream = open(path, "r+b" if keep else "wb")  # noqa: SIM115 (closed by `close`)
+            self.stream.truncate(keep)
+            self.stream.seek(keep)
+        except OSError as error:
+            raise self._refusal(error) from None
+
+    def write(self, record: dict[str, Any]) -> None:
+        try:
+            self.stream.write((json.dumps(record) + "\n").encode())
+        except OSError as error:
+            raise self._refusal(error) from None
+
+    def saved(self) -> int:
+        """The number of bytes, after all of them are on the disk."""
+        try:
+            self.stream.flush()
+            os.fsync(self.stream.fileno())
+            return self.stream.tell()
+        except OSError as error:
+            raise self._refusal(error) from None
+
+    def close(self) -> None:
+        try:
+            self.stream.close()
+        except OSError as error:
+            raise self._refusal(error) from None
+
+    def _refusal(self, error: OSError) -> InputError:
+        return InputError(
+            f"{self.path}: cannot be written ({error.strerror}); the last checkpoint is intact: mend that and go on "
+            "with --resume"
+        )
+
+
+class Timing:
+    """timing.jsonl: of each step its seconds, speed, and the most memory that the process has held so far."""
+
+    def __init__(self, output: Path, resumed: bool, device: torch.device) -> None:
+        path = output / "timing.jsonl"
+        self.lines = Lines(path, path.stat().st_size if resumed and path.exists() else 0)
+        self.device = device
+        self.last = time.monotonic()
+
+    def step(self, step: int, tokens: int, targets: int) -> None:
+        now = time.monotonic()
+        seconds, self.last = max(now - self.last, 1e-9), now
+        self.lines.write(
+            {
+                "step": step,
+                "time": round(time.time(), 3),
+                "seconds": round(seconds, 6),
+                "tokens_per_second": round(tokens / seconds, 1),
+                "targets_per_second": round(targets / seconds, 1),
+                "peak_bytes": peak_bytes(self.device),
+            }
+        )
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory held so far: allocated on a GPU, resident (getrusage) on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else kilobytes * 1024
+
+
+def tensorboard_writer(output: Path, first_step: int) -> Any:
+    """A SummaryWriter that takes back what a killed run wrote from `first_step` on. Raises InputError without it."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard: the package is not installed; pip install tensorboard") from None
+    return SummaryWriter(str(output / "tensorboard"), purge_step=first_step)
+
+
 class Reporter:
     """Shows loss (smoothed over about 50 steps), tokens per second, the share of target tokens, and the time left."""
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True)
+    def __init__(self, silent: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=silent)
+        self.silent = silent
         self.bar: Progress | None = None
         self.smooth: float | None = None
 
@@ -22,7 +119,7 @@ class Reporter:
         self.total, self.first = total, step
         self.started = self.last_line = time.monotonic()
         self.tokens = self.targets = 0
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.silent:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
             self.bar = Progress(*columns, console=self.console)
             self.task = self.bar.add_task("", total=total, completed=step, status="")
@@ -35,14 +132,17 @@ class Reporter:
         now = time.monotonic()
         if self.bar is not None:
             self.bar.update(self.task, completed=step, status=self._status(now))
-        elif now - self.last_line >= LINE_EVERY or step == self.total:
+        elif not self.silent and (now - self.last_line >= LINE_EVERY or step == self.total):
             self.last_line = now
             left = (now - self.started) / (step - self.first) * (self.total - step)
             print(f"step {step}/{self.total}  {self._status(now)}  {left:,.0f} s left", file=sys.stderr, flush=True)
 
     def validation(self, step: int, loss: float, best: float) -> None:
         mark = "  (best)" if loss <= best else ""
-        self.console.print(f"step {step}: validation loss {loss:.4f}{mark}", highlight=False)
+        self.note(f"step {step}: validation loss {loss:.4f}{mark}")
+
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def stop(self) -> None:
         if self.bar is not None:

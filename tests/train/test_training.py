@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from random_examples import examples_of
 from tiny import TINY, tiny_model
 
 from corpora import Prompt, sample
@@ -17,30 +18,11 @@ from minillama import InputError, Llama
 from minillama.config import LlamaConfig
 from minillama.errors import exit_code
 from train import cpt, sft
-from train.data import Example, collate, micro_batches
+from train.data import collate, micro_batches
 from train.loop import Trainer, learning_rate
 from train.loss import target_loss
 from train.report import Reporter
 from train.settings import Settings
-
-
-def examples_of(count, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for _ in range(count):
-        length = int(torch.randint(4, 20, (), generator=generator))
-        tokens = torch.randint(2, TINY.vocab_size, (length,), generator=generator).tolist()
-        rows.append(Example(tokens, int(torch.randint(1, length - 1, (), generator=generator))))
-    return rows
-
-
-@pytest.fixture
-def pairs_tsv(tmp_path):
-    pairs = sample()
-    lines = [f"{source}\t{target}\n" for source, target in zip(pairs.source, pairs.target)]
-    (tmp_path / "train.tsv").write_text("".join(lines[:32]), encoding="utf-8")
-    (tmp_path / "valid.tsv").write_text("".join(lines[32:]), encoding="utf-8")
-    return tmp_path
 
 
 def metrics_of(output):

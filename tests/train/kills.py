@@ -1,0 +1,162 @@
+"""A training run killed again and again: `python -m tests.train.kills --kills 25 --writes 8`.
+
+Each kill is SIGKILL, at a random moment after the start, after a checkpoint, or while one is being written (its
+temporary folder is there before the kill and still after it). The run then goes on with --resume. In the end its
+weights and metrics.jsonl must be, byte for byte, those of a run that nobody killed.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from corpora import sample
+from minillama import Llama, LlamaConfig, Tokenizer
+from minillama.weights import write_model
+from train.bpe import train_bpe
+
+# Large enough that a checkpoint takes some 50 ms to write, small enough for ten steps a second.
+SHAPE = LlamaConfig(
+    vocab_size=400,
+    hidden_size=192,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=48,
+    max_position_embeddings=128,
+    tie_word_embeddings=True,
+    bos_token_id=0,
+    eos_token_id=(1,),
+)
+EVERY = 2  # steps between checkpoints
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Where one kill hit: the step of the last whole checkpoint, and whether the next was being written."""
+
+    kind: str
+    saved_step: int
+    writing: bool
+
+
+def command(folder: Path, output: Path, steps: int) -> list[str]:
+    """Two epochs' worth of validations, a cosine, the best weights kept: all the state a run can have."""
+    return [
+        *(sys.executable, "-m", "train.sft", "--model", str(folder / "model"), "--device", "cpu", "--prompt", "plain"),
+        *("--train", str(folder / "train.tsv"), "--valid", str(folder / "valid.tsv"), "--source", "ja"),
+        *("--target", "en", "--lr", "1e-3", "--schedule", "cosine", "--warmup-steps", "5", "--batch-size", "4"),
+        *("--micro-batch-size", "2", "--epochs", str(-(-steps // 8)), "--checkpoint-every", str(EVERY)),
+        *("--eval-every", "7", "--keep", "best", "--output", str(output), "--resume"),
+    ]
+
+
+def prepare(folder: Path) -> None:
+    """A random model, its tokenizer, and 32 training and 8 validation pairs of the built-in sample."""
+    pairs = sample()
+    lines = [f"{source}\t{target}\n" for source, target in zip(pairs.source, pairs.target)]
+    (folder / "train.tsv").write_text("".join(lines[:32]), encoding="utf-8")
+    (folder / "valid.tsv").write_text("".join(lines[32:40]), encoding="utf-8")
+    train_bpe([*pairs.source, *pairs.target], SHAPE.vocab_size, ["English", "Japanese"], folder / "model")
+    write_model(Llama(SHAPE).init_weights(0), folder / "model")
+    Tokenizer.from_pretrained(folder / "model")
+
+
+def kill_one(argv: list[str], output: Path, kind: str, chance: random.Random) -> Kill | None:
+    """Start the run, kill it, and say where; None when it was done before that."""
+    before, start = saved_step(output), time.time()
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment())
+    if kind == "any moment":
+        time.sleep(chance.uniform(0.2, 4.0))
+    elif kind == "after a checkpoint":
+        wait_for(lambda: saved_step(output) > before + EVERY * chance.randint(0, 2), process)
+        time.sleep(chance.uniform(0.0, 0.1))
+    else:
+        wait_for(lambda: writing(output, start), process)
+        time.sleep(chance.uniform(0.0, 0.015))
+    if process.poll() is not None:
+        assert process.returncode == 0, process.stderr.read().decode() if process.stderr else ""
+        return None
+    process.kill()
+    process.communicate()
+    return Kill(kind, saved_step(output), writing(output, start))
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    while process.poll() is None and not condition():
+        time.sleep(0.001)
+
+
+def saved_step(output: Path) -> int:
+    return max((int(path.name[5:]) for path in output.glob("checkpoints/step-*")), default=0)
+
+
+def writing(output: Path, since: float) -> bool:
+    """Whether there is a half-written checkpoint of a process that began at `since`: not one of a kill before it."""
+    for path in output.glob("checkpoints/.step-*.tmp"):
+        try:
+            if path.stat().st_mtime > since:
+                return True
+        except FileNotFoundError:
+            continue
+    return False
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def kill_and_resume(folder: Path, kills: int, writes: int, seed: int, say=lambda text: None) -> list[Kill]:
+    """Train once unbroken and once with `kills` kills, `writes` of them while a checkpoint is written; compare.
+
+    Raises AssertionError where the two runs differ, or where the run ended before it had been killed so often.
+    """
+    chance = random.Random(seed)
+    prepare(folder)
+    steps = 8 * kills + 16
+    subprocess.run(command(folder, folder / "unbroken", steps), check=True, capture_output=True, env=environment())
+    output, found = folder / "killed", []
+    argv = command(folder, output, steps)
+    while len(found) < kills or sum(kill.writing for kill in found) < writes:
+        missing = writes - sum(kill.writing for kill in found)
+        kind = chance.choice(["any moment", "after a checkpoint", "while writing"])
+        if kills - len(found) <= missing:
+            kind = "while writing"
+        kill = kill_one(argv, output, kind, chance)
+        assert kill is not None, f"the run ended after {len(found)} kills; give it more steps"
+        found.append(kill)
+        say(f"kill {len(found):2}: {kind:18} last checkpoint step {kill.saved_step:3}, writing: {kill.writing}")
+    subprocess.run(argv, check=True, capture_output=True, env=environment())
+    for one, other in zip(*((place / "metrics.jsonl").open() for place in (folder / "unbroken", output)), strict=True):
+        assert one == other
+    assert (folder / "unbroken" / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
+    assert not (output / "checkpoints").exists()
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Kill a training run again and again; compare it with one unbroken.")
+    parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument("--writes", type=int, default=8, help="at least so many while a checkpoint is being written")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = kill_and_resume(Path(folder), arguments.kills, arguments.writes, arguments.seed, print)
+        lines = [json.loads(line) for line in (Path(folder) / "killed" / "metrics.jsonl").read_text().splitlines()]
+    writes = sum(kill.writing for kill in found)
+    print(
+        f"{len(found)} kills, {writes} while a checkpoint was being written; {lines[-1]['step']} steps: "
+        "model.safetensors and metrics.jsonl equal those of the unbroken run, byte for byte"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""One rank of a run over random examples, for test_ranks.py; the environment is torchrun's.
+
+rank_worker.py train OUTPUT STOP_AT     a run of 50 steps, gone on with if OUTPUT has one; a signal's stop at STOP_AT
+rank_worker.py gradients FILE DTYPE     loss and gradients of one optimizer step, saved whole by rank 0
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from random_examples import examples_of
+from tiny import tiny_model
+
+from minillama.errors import Interrupted
+from train.distributed import Loss, shard, started, unsharded, whole
+from train.loop import Trainer, schedule_of
+from train.loss import target_loss
+from train.report import Reporter
+from train.settings import Settings
+
+RUN = Settings(
+    epochs=5,
+    lr=3e-3,
+    batch_size=5,
+    micro_batch_size=2,
+    schedule="cosine",
+    eval_every=6,
+    checkpoint_every=4,
+    keep="best",
+)
+EXAMPLES, HELD_OUT = 50, 7
+
+
+class Stopping(Reporter):
+    """Asks for a stop at a step, as SIGTERM does."""
+
+    def __init__(self, at):
+        super().__init__(silent=True)
+        self.at = at
+
+    def step(self, step, loss, tokens, targets):
+        if step == self.at:
+            self.trainer.stop.made = True
+
+
+def train(world, output: Path, stop_at: int) -> None:
+    model = tiny_model(3)
+    trainer = Trainer(model, examples_of(EXAMPLES), examples_of(HELD_OUT, 9), RUN, output, world)
+    reporter = Stopping(stop_at)
+    reporter.trainer = trainer
+    try:
+        trainer.run(True, reporter)
+    except (Interrupted, SystemExit):
+        return
+    result = unsharded(model, world, lambda: tiny_model(3))
+    if result is not None:
+        result.save_pretrained(output / "final")
+
+
+def gradients(world, file: Path, dtype: torch.dtype) -> None:
+    model = tiny_model(1).to(dtype)
+    loss = Loss(model, target_loss)
+    shard(loss, world)
+    schedule = schedule_of(examples_of(32, 4), Settings(epochs=1, batch_size=32, micro_batch_size=5), world)
+    total = 0.0
+    for batch in schedule.micro_batches(0):
+        part = loss(batch) / schedule.targets(0) * world.size
+        part.backward()
+        total += float(part) / world.size
+    found = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+    found["loss"] = torch.tensor(world.total([total])[0], dtype=torch.float64)
+    if world.main:
+        torch.save(found, file)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    what, path, value = sys.argv[1:]
+    with started("cpu") as world:
+        if what == "train":
+            train(world, Path(path), int(value))
+        else:
+            gradients(world, Path(path), getattr(torch, value))
+
+
+if __name__ == "__main__":
+    main()

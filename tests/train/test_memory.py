@@ -1,0 +1,150 @@
+"""What train.plan says of memory: against what autograd keeps, and against measured peaks."""
+
+import json
+
+import pytest
+import torch
+from peak import measured_peak
+
+from minillama import InputError, Llama, LlamaConfig
+from train import plan
+from train.data import Example
+from train.lora import add_adapters
+from train.loss import target_loss
+from train.memory import linears, memory_of
+from train.packing import pack
+from train.settings import Settings
+
+SMALL = LlamaConfig(
+    vocab_size=1000,
+    hidden_size=256,
+    intermediate_size=640,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=32,
+    tie_word_embeddings=True,
+)
+# 19.5 million parameters: large enough that a peak is far above what a process holds anyway.
+LARGE = {
+    "vocab_size": 16000,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def kept_by_autograd(model, settings, positions):
+    """Bytes of every storage that the forward pass saves, but for the model's own."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found, alive = {}, []
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    batch = pack([Example(torch.randint(2, 900, (positions + 1,)).tolist(), 1)])
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(settings.compute_dtype))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        target_loss(model, batch)
+    return sum(found.values())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"dtype": "bfloat16"},
+        {"compute_dtype": "bfloat16"},
+        {"lora_rank": 4},
+        {"lora_rank": 4, "lora_targets": "q_proj,v_proj"},
+        {"lora_rank": 4, "dtype": "bfloat16"},
+        {"lora_rank": 8, "lora_layers": "2-3"},
+        {"lora_rank": 4, "compute_dtype": "bfloat16"},
+    ],
+)
+def test_activations_are_what_autograd_keeps(given):
+    settings = Settings(epochs=1, **given)
+    model = Llama(SMALL).init_weights(0).to(getattr(torch, settings.dtype))
+    if settings.lora_rank:
+        add_adapters(model, settings)
+    kept = kept_by_autograd(model, settings, 256)
+    if settings.compute_dtype:  # autocast's copies of the weights are counted with the weights
+        kept -= 2 * SMALL.num_hidden_layers * sum(inputs * outputs for inputs, outputs in linears(SMALL).values())
+    assert memory_of(SMALL, settings, 256, 256).activations == pytest.approx(kept, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("shape", "given", "positions"),
+    [
+        ({}, {}, 512),
+        slow({"vocab_size": 48000, "num_hidden_layers": 3, "tie_word_embeddings": False}, {"batch_size": 2}, 128),
+        slow({"head_dim": 96}, {"release_gradients": True, "clip": 0.0, "optimizer_state": "int8"}, 384),
+        slow({"num_hidden_layers": 6}, {"lora_rank": 8, "checkpoint_activations": True}, 512),
+    ],
+)
+def test_predicted_peaks_are_measured_within_a_tenth(shape, given, positions):
+    config = {**LARGE, **shape}
+    measured = measured_peak(config, given, positions)
+    predicted = memory_of(LlamaConfig(**config), Settings(epochs=1, **given), positions, positions).peak
+    print(f"\n{given}: measured {measured / 2**20:.0f} MiB, predicted {predicted / 2**20:.0f} MiB")
+    assert measured > 120 << 20
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def test_a_plan_of_a_known_model_needs_no_file(capsys):
+    argv = ["--model", "meta-llama/Llama-3.2-1B", "--gpu-memory", "24"]
+    assert plan.main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["weights"] == 1_235_814_400 * 4  # the model card's 1.24 B parameters, float32
+    assert found["optimizer"] == 2 * found["weights"]
+    assert not found["fits"]
+    assert plan.main(argv) == 0
+    text = capsys.readouterr().out
+    assert "does not fit into 24 GiB" in text
+    # what it says to change does make it fit
+    settings = Settings(epochs=1, packing="epoch", **{key: value for c in found["changes"] for key, value in c.items()})
+    size = plan.forward_size(settings)
+    shape = plan.shape_of("meta-llama/Llama-3.2-1B")
+    assert memory_of(shape, settings, size, size, device="cuda").peak <= 24 << 30
+
+
+def test_the_known_shapes_have_their_models_numbers_of_parameters():
+    cards = {"3.2-1B": 1_235_814_400, "3.2-3B": 3_212_749_824, "3.1-8B": 8_030_261_248}  # as the hub counts them
+    for name, parameters in cards.items():
+        with torch.device("meta"):
+            model = Llama(plan.shape_of(f"meta-llama/Llama-{name}"))
+        assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_a_plan_of_a_folder_reads_its_configuration(model_folders, capsys):
+    assert plan.main(["--model", str(model_folders["A"]), "--gpu-memory", "8", "--sequence-length", "96"]) == 0
+    assert "It fits into 8 GiB." in capsys.readouterr().out
+
+
+def test_an_unknown_model_is_refused_with_the_known_ones():
+    with pytest.raises(InputError, match=r"nobody/model.*meta-llama/Llama-3\.2-1B"):
+        plan.main(["--model", "nobody/model", "--gpu-memory", "24"])
+
+
+def test_ranks_share_weights_gradients_and_optimizer():
+    shape = plan.shape_of("meta-llama/Llama-3.1-8B")
+    one, eight = (memory_of(shape, Settings(epochs=1), 2048, 2048, ranks, "cuda") for ranks in (1, 8))
+    assert (eight.weights, eight.gradients, eight.optimizer) == (
+        one.weights // 8,
+        one.gradients // 8,
+        one.optimizer // 8,
+    )
+    assert one.peak / 8 < eight.peak < one.peak / 2

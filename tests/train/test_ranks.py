@@ -1,0 +1,116 @@
+"""Two ranks are one: the same gradients, the same losses, checkpoints that either goes on from. gloo, on the CPU."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillama import Llama
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+
+
+def start(ranks, arguments):
+    """The processes of a run, one a rank, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE.parent, HERE))),
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(ranks),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def finish(processes):
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(errors)
+
+
+def run(ranks, *arguments):
+    finish(start(ranks, [str(HERE / "rank_worker.py"), *map(str, arguments)]))
+
+
+def losses(output):
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [(record["step"], record.get("loss", record.get("valid_loss"))) for record in records]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    output = tmp_path_factory.mktemp("ranks") / "one"
+    run(1, "train", output, 0)
+    return output
+
+
+def assert_same_run(output, reference):
+    found, expected = losses(output), losses(reference)
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    assert max(abs(one - other) for (_, one), (_, other) in zip(found, expected)) < 1e-5
+    # AdamW divides by the root of the second moment, so a weight whose gradient is almost zero moves by rounding alone
+    for one, other in zip(*(Llama.from_pretrained(folder / "final").parameters() for folder in (output, reference))):
+        assert (one - other).norm() < 1e-3 * other.norm()
+
+
+def test_two_ranks_have_the_losses_of_one_over_fifty_steps(tmp_path, one_rank):
+    run(2, "train", tmp_path / "two", 0)
+    assert losses(tmp_path / "two")[-2][0] == 50
+    assert_same_run(tmp_path / "two", one_rank)
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, one_rank, first, second):
+    run(first, "train", tmp_path / "run", 30)  # step 30 is one of validation, too
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved[-1] == "step-00000030"
+    assert len(list((tmp_path / "run" / "checkpoints" / saved[-1]).glob("*.distcp"))) == first
+    run(second, "train", tmp_path / "run", 0)
+    assert_same_run(tmp_path / "run", one_rank)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-6), ("float32", 1e-5)])
+def test_an_optimizer_step_is_the_same_from_one_and_two_ranks(tmp_path, dtype, tolerance):
+    run(1, "gradients", tmp_path / "one.pt", dtype)
+    run(2, "gradients", tmp_path / "two.pt", dtype)
+    one, two = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
+    assert one.keys() == two.keys()
+    for name in one:
+        difference = (one[name] - two[name]).norm() / one[name].norm()
+        assert difference < tolerance, name
+
+
+def test_a_signal_to_every_rank_saves_once_and_ends_all(tmp_path, pairs_tsv, model_folders):
+    output = tmp_path / "out"
+    arguments = ["-m", "train.sft", "--model", str(model_folders["A"]), "--train", str(pairs_tsv / "train.tsv")]
+    arguments += ["--prompt", "plain", "--device", "cpu", "--epochs", "500", "--checkpoint-every", "3"]
+    processes = start(2, [*arguments, "--output", str(output)])
+    while not list(output.glob("checkpoints/step-*")) and all(process.poll() is None for process in processes):
+        time.sleep(0.02)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [130, 130], errors
+    step = max(int(path.name[5:]) for path in output.glob("checkpoints/step-*"))
+    assert f"stopped and saved at step {step} of 4000" in errors[0]
+    assert "--resume --output" in errors[0]

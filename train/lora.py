@@ -1,0 +1,190 @@
+"""Low-rank adapters (Hu et al., "LoRA", ICLR 2022): y = W x + (alpha / r) · B A x, W frozen, A and B trained.
+
+Saved as `peft` saves them, so its `PeftModel.from_pretrained` reads them; merged, the model is an ordinary one again.
+A and B are float32 whatever W is: their updates would be lost in bfloat16's rounding.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from minillama import InputError, Llama
+from minillama.config import read_json
+from minillama.model import Linear
+from train.optimizer import hash_of
+from train.settings import LORA_TARGETS, Settings
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What peft puts before a module's name, and ours before a tensor's.
+PREFIX = "base_model.model."
+
+
+class LoraLinear(Linear):
+    """A linear layer with an adapter. `weight` and `bias` are the frozen layer's and keep their names."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
+        with torch.device("meta"):
+            super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
+        self.weight, self.bias, self.scale = base.weight, base.bias, scale
+        with torch.device("meta"):
+            self.lora_A = Linear(base.in_features, rank, bias=False)
+            self.lora_B = Linear(rank, base.out_features, bias=False)
+        for adapter in (self.lora_A, self.lora_B):
+            adapter.weight = nn.Parameter(
+                torch.zeros(adapter.weight.shape, dtype=torch.float32, device=base.weight.device)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        low = F.linear(x.to(self.lora_A.weight.dtype), self.lora_A.weight)
+        return y + (F.linear(low, self.lora_B.weight) * self.scale).to(y.dtype)
+
+    def merged(self) -> Linear:
+        """The ordinary layer of the same function."""
+        with torch.device("meta"):
+            result = Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        update = self.lora_B.weight.double() @ self.lora_A.weight.double() * self.scale
+        weight = (self.weight.double() + update).to(self.weight.dtype)
+        result.weight, result.bias = nn.Parameter(weight.detach()), self.bias
+        return result
+
+
+def add_adapters(model: Llama, settings: Settings) -> None:
+    """Freeze the model and give the settings' layers adapters whose product is zero, A from the seed.
+
+    Raises InputError for a target or a layer number that the model does not have.
+    """
+    model.requires_grad_(False)
+    targets = settings.lora_targets.replace(" ", "").split(",")
+    unknown = [target for target in targets if target not in LORA_TARGETS]
+    if unknown:
+        raise InputError(f"--lora-targets: unknown {', '.join(unknown)}; known are {', '.join(LORA_TARGETS)}")
+    layers = layer_numbers(settings.lora_layers, model.config.num_hidden_layers)
+    scale = alpha_of(settings) / settings.lora_rank
+    for name in _adapted(model, targets, layers):
+        layer = LoraLinear(_linear(model, name), settings.lora_rank, scale)
+        _replace(model, name, layer)
+        generator = torch.Generator().manual_seed(settings.seed ^ hash_of(name))
+        bound = 1 / math.sqrt(layer.in_features)  # kaiming_uniform with a = sqrt(5), as peft's
+        fresh = torch.empty(layer.lora_A.weight.shape).uniform_(-bound, bound, generator=generator)
+        with torch.no_grad():
+            layer.lora_A.weight.copy_(fresh)
+
+
+def alpha_of(settings: Settings) -> float:
+    return settings.lora_alpha or 2.0 * settings.lora_rank
+
+
+def layer_numbers(text: str, count: int) -> list[int]:
+    """`0-3,12` as numbers, `all` as all of them; raises InputError for what is no layer of `count`."""
+    if text == "all":
+        return list(range(count))
+    numbers: set[int] = set()
+    for part in text.replace(" ", "").split(","):
+        first, _, last = part.partition("-")
+        if not re.fullmatch(r"\d+(-\d+)?", part):
+            raise InputError(f"--lora-layers {text}: {part!r} is no number and no range; give such as 0-3,12")
+        numbers.update(range(int(first), int(last or first) + 1))
+    if not numbers or max(numbers) >= count:
+        raise InputError(f"--lora-layers {text}: the model has the layers 0-{count - 1}")
+    return sorted(numbers)
+
+
+def merge(model: Llama) -> None:
+    """Put every adapter into its layer's weight, in place; nothing where there is none."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLinear):
+            _replace(model, name, module.merged())
+
+
+def write_adapter(model: Llama, settings: Settings, base: str, folder: Path) -> None:
+    """adapter_model.safetensors and adapter_config.json, as peft 0.1x writes and reads them, into a private folder."""
+    tensors = {
+        PREFIX + name: tensor.detach().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+        if ".lora_A." in name or ".lora_B." in name
+    }
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    alpha = alpha_of(settings)
+    layers = layer_numbers(settings.lora_layers, model.config.num_hidden_layers)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": settings.lora_rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "target_modules": settings.lora_targets.replace(" ", "").split(","),
+        "layers_to_transform": None if settings.lora_layers == "all" else layers,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_adapter(model: Llama, folder: Path) -> None:
+    """Give a model the adapter of a folder of peft's or `write_adapter`'s. Raises InputError where it does not fit."""
+    config = read_json(folder / CONFIG)
+    _check_kind(config, folder)
+    rank = config["r"]
+    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder / WEIGHTS}: cannot be read ({error})") from None
+    names = {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
+    for name in sorted(names):
+        try:
+            layer = LoraLinear(_linear(model, name), rank, scale)
+        except AttributeError:
+            raise InputError(f"{folder}: the adapter has {name}, which the model has not") from None
+        for part in ("lora_A", "lora_B"):
+            adapter, tensor = getattr(layer, part), tensors.get(f"{PREFIX}{name}.{part}.weight")
+            if tensor is None or tensor.shape != adapter.weight.shape:
+                found = "missing" if tensor is None else str(list(tensor.shape))
+                raise InputError(f"{folder}: {name}.{part} is {found}; expected {list(adapter.weight.shape)}")
+            adapter.weight = nn.Parameter(tensor.float().to(layer.weight.device))
+        _replace(model, name, layer)
+
+
+def _check_kind(config: dict[str, Any], folder: Path) -> None:
+    unusual = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
+    if config.get("bias", "none") != "none":
+        unusual.append("bias")
+    if config.get("peft_type") != "LORA" or unusual:
+        what = ", ".join(unusual) or f"peft_type {config.get('peft_type')}"
+        raise InputError(f"{folder}: {what} cannot be merged; only plain LoRA can")
+    if not all(isinstance(config.get(key), int | float) and config[key] > 0 for key in ("r", "lora_alpha")):
+        raise InputError(f"{folder / CONFIG}: r and lora_alpha must be numbers above 0")
+
+
+def _adapted(model: Llama, targets: list[str], layers: list[int]) -> list[str]:
+    found = []
+    for number in layers:
+        for name, _ in model.model.layers[number].named_modules():
+            if name.rpartition(".")[2] in targets:
+                found.append(f"model.layers.{number}.{name}")
+    return found
+
+
+def _linear(model: Llama, name: str) -> nn.Linear:
+    """Raises AttributeError where the model has no linear layer of that name."""
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise AttributeError(name)
+    return module
+
+
+def _replace(model: Llama, name: str, module: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, module)
