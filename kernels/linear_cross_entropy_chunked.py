@@ -34,7 +34,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         weight = weight_VD.to(dtype)
         total = hidden_RD.new_zeros((), dtype=_wide(dtype))
         d_hidden_RD = torch.empty_like(hidden_RD) if wanted[0] else None
-        d_weight_VD = torch.zeros_like(weight_VD, dtype=_wide(weight_VD.dtype)) if wanted[1] else None
+        d_weight_VD: Tensor | None = None
         rows, most = len(hidden_RD), max(1, CHUNK_BYTES[hidden_RD.device.type] // (vocabulary * dtype.itemsize))
         size = max(1, -(-rows // max(1, -(-rows // most))))  # equal chunks: a small last one would cost as much
         logits_CV = torch.empty(size, vocabulary, dtype=dtype, device=hidden_RD.device)
@@ -45,10 +45,14 @@ class LinearCrossEntropy(torch.autograd.Function):
             total += softmax(chunk_CV, target_R[start : start + size])
             if d_hidden_RD is not None:
                 d_hidden_RD[start : start + size] = chunk_CV @ weight
-            if d_weight_VD is not None and d_weight_VD.dtype == dtype:
+            if wanted[1] and d_weight_VD is None:
+                d_weight_VD = (chunk_CV.T @ hidden_CD).to(_wide(weight_VD.dtype))
+            elif d_weight_VD is not None and d_weight_VD.dtype == dtype:
                 d_weight_VD.addmm_(chunk_CV.T, hidden_CD)
             elif d_weight_VD is not None:
                 d_weight_VD += chunk_CV.T @ hidden_CD
+        if wanted[1] and d_weight_VD is None:  # no rows
+            d_weight_VD = torch.zeros_like(weight_VD)
         ctx.gradients = (d_hidden_RD, d_weight_VD, weight_VD.dtype)
         return total
 

@@ -57,7 +57,7 @@ def train(world, output: Path, stop_at: int) -> None:
         result.save_pretrained(output / "final")
 
 
-def gradients(world, file: Path, dtype: torch.dtype) -> None:
+def gradients(world, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     model = tiny_model(1).to(dtype)
     loss = Loss(model, target_loss)
     shard(loss, world)
@@ -69,8 +69,7 @@ def gradients(world, file: Path, dtype: torch.dtype) -> None:
         total += float(part) / world.size
     found = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
     found["loss"] = torch.tensor(world.total([total])[0], dtype=torch.float64)
-    if world.main:
-        torch.save(found, file)
+    return found
 
 
 def main() -> None:
@@ -80,7 +79,9 @@ def main() -> None:
         if what == "train":
             train(world, Path(path), int(value))
         else:
-            gradients(world, Path(path), getattr(torch, value))
+            found = {str(dtype): gradients(world, dtype) for dtype in (torch.float64, torch.float32)}
+            if world.main:
+                torch.save(found, path)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,9 @@ def one_rank(tmp_path_factory):
 def assert_same_run(output, reference):
     found, expected = losses(output), losses(reference)
     assert [step for step, _ in found] == [step for step, _ in expected]
-    assert max(abs(one - other) for (_, one), (_, other) in zip(found, expected)) < 1e-5
+    difference = max(abs(one - other) for (_, one), (_, other) in zip(found, expected))
+    print(f"\nlargest difference of {len(found)} losses: {difference:.1e}")
+    assert difference < 1e-5
     # AdamW divides by the root of the second moment, so a weight whose gradient is almost zero moves by rounding alone
     for one, other in zip(*(Llama.from_pretrained(folder / "final").parameters() for folder in (output, reference))):
         assert (one - other).norm() < 1e-3 * other.norm()
@@ -89,15 +91,16 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, one_rank, first, s
     assert_same_run(tmp_path / "run", one_rank)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-6), ("float32", 1e-5)])
-def test_an_optimizer_step_is_the_same_from_one_and_two_ranks(tmp_path, dtype, tolerance):
-    run(1, "gradients", tmp_path / "one.pt", dtype)
-    run(2, "gradients", tmp_path / "two.pt", dtype)
-    one, two = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
-    assert one.keys() == two.keys()
-    for name in one:
-        difference = (one[name] - two[name]).norm() / one[name].norm()
-        assert difference < tolerance, name
+def test_an_optimizer_step_is_the_same_from_one_and_two_ranks(tmp_path):
+    run(1, "gradients", tmp_path / "one.pt", 0)
+    run(2, "gradients", tmp_path / "two.pt", 0)
+    ones, twos = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
+    for dtype, tolerance in (("torch.float64", 1e-6), ("torch.float32", 1e-5)):
+        one, two = ones[dtype], twos[dtype]
+        assert one.keys() == two.keys()
+        differences = {name: float((one[name] - two[name]).norm() / one[name].norm()) for name in one}
+        print(f"\n{dtype}: loss {differences['loss']:.1e}, largest of the gradients {max(differences.values()):.1e}")
+        assert max(differences.values()) < tolerance
 
 
 def test_a_signal_to_every_rank_saves_once_and_ends_all(tmp_path, pairs_tsv, model_folders):
