@@ -1,9 +1,9 @@
 """Beam search over an ensemble: the K likeliest translations, many sentences at a time.
 
-    score = (log-probabilities of the tokens and of the stop token behind them, summed) / (their number) ** length_penalty
+    score = (sum of the log-probabilities of the tokens and of the stop token behind them) / their number ** penalty
 
-as fairseq (`--lenpen`), Marian (`--normalize`) and transformers (`length_penalty`) have it: the number counts generated
-tokens with the stop token among them, not the prompt. A hypothesis that has no stop token because it ran into the limit
+as fairseq (`--lenpen`), Marian (`--normalize`) and transformers (`length_penalty`) have it: generated tokens are
+counted, the stop token among them, the prompt not. A hypothesis that has no stop token because it ran into the limit
 is divided by the number of tokens it has.
 
 The search is that of transformers' `generate(num_beams=K, early_stopping=False)`, so that n-best lists are the same:
