@@ -23,14 +23,14 @@ from decode.collab import DTYPES, WINDOW_BATCHES, add_model_options, named_folde
 from decode.ensemble import Ensemble
 from decode.expression import parse, spell
 from decode.given import Given, given_logprobs
-from decode.members import Options, Reader, encode_sentences, load_ensemble, open_readers
+from decode.members import Options, Reader, load_ensemble, open_readers
 from decode.output import OrderedWriter, check_writable
 from decode.progress import DecodeProgress
 from decode.report import device_name, dtype_name
 from decode.stream import windows
 from minillama import InputError
 from minillama.device import pick_device
-from minillama.errors import exit_code
+from minillama.errors import Interrupted, exit_code
 
 EXAMPLES = """examples:
   python -m decode.score --model L=demo/L --model S=demo/S_src --combine "L + 0.5*S" --source ja --target en \\
@@ -163,16 +163,17 @@ class Scorer:
     def write(self, groups: Iterator[list[tuple[str, str]]], output: str) -> None:
         progress = DecodeProgress(None)
         self.members = [0.0] * len(self.readers)
-        if not self.as_json:
-            header = "\t".join([*COLUMNS, *self.ensemble.names])
         with OrderedWriter(output) as writer:
             if not self.as_json:
-                writer.stream.write(header + "\n")
+                writer.stream.write("\t".join([*COLUMNS, *self.ensemble.names]) + "\n")
             try:
                 for group in groups:
                     for line, given in self.score(group):
                         writer.put(line, self.row(line, given), translated=given is not None)
                         progress.add(len(given.logprobs) if given else 0)
+            except KeyboardInterrupt:
+                where = "on standard output" if output == "-" else f"in {output}"
+                raise Interrupted(f"interrupted: the figures of the first {writer.next:,} lines are {where}") from None
             finally:
                 progress.stop()
 
@@ -204,11 +205,11 @@ class Scorer:
 
     def _encode(self, line: int, sentence: str, translation: str) -> tuple[tuple[list[int], ...] | None, list[int]]:
         """Prompts and text; no prompt for a line without figures."""
-        found = encode_sentences([sentence], self.readers, self.options, self.name, line)
         target = self.readers[0].tokenizer.encode(translation.strip())
-        if not found.prompts:
+        if not sentence.strip():
             return None, target
-        for reader, prompt in zip(self.readers, found.prompts[0]):
+        prompts = tuple(reader.encode(sentence, self.options.source, self.options.target) for reader in self.readers)
+        for reader, prompt in zip(self.readers, prompts):
             if len(prompt) + len(target) > reader.context:
                 if self.options.too_long == "skip":
                     return None, target
@@ -216,7 +217,7 @@ class Scorer:
                     f"{self.name}:{line + 1}: prompt and translation make {len(prompt) + len(target)} tokens for "
                     f"{reader.name}, whose context is {reader.context}; shorten them, or give --too-long skip"
                 )
-        return found.prompts[0], target
+        return prompts, target
 
     def row(self, line: int, given: Given | None) -> str:
         """A line of the output."""

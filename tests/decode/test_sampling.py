@@ -13,7 +13,7 @@ from minillama.errors import exit_code
 WEIGHTS = {"L": 1.0, "S": 0.6, "A": -0.4}
 VOCABULARY = 12
 STOP = 1
-COPIES = 6000
+COPIES = 4000
 NEW_TOKENS = 3
 PAIRS = sample()
 
@@ -90,7 +90,7 @@ def chi_square(found, expected):
 def test_draws_have_the_combined_distribution_with_and_without_speculation(
     models, references, temperature, top_k, top_p
 ):
-    """6,000 draws of up to three tokens under a combination with a negative weight: p above 0.001 for each.
+    """4,000 draws of up to three tokens under a combination with a negative weight: p above 0.001 for each.
 
     Every prompt's draws hang on its number, so this is one experiment, the same at every run.
     """
