@@ -12,9 +12,11 @@ import torch
 from corpora import language_name, read_lines
 from decode.expression import parse, spell
 from decode.members import TOO_LONG, Options, Reader, Sentences, encode_sentences, load_ensemble, open_readers
+from decode.nbest import NBestWriter
 from decode.output import OrderedWriter, check_writable
 from decode.progress import DecodeProgress
 from decode.report import device_name, dtype_name, scores, versions, write_report
+from decode.search_options import add_search_options, nbest_path
 from decode.session import Session
 from decode.stream import windows
 from minillama import InputError
@@ -51,17 +53,8 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_model_options(result)
     add = result.add_argument
-    add(
-        "--model",
-        action="append",
-        required=True,
-        metavar="NAME=DIR",
-        help="a member: its name in --combine, and its folder or hub id",
-    )
-    add("--combine", metavar="EXPR", help='e.g. "L + 0.5*S_src - 0.5*S_base" (default: the plain sum of all models)')
-    add("--source", required=True, metavar="LANG", help="language code of the input, such as ja")
-    add("--target", required=True, metavar="LANG", help="language code of the output")
     add(
         "--input",
         required=True,
@@ -78,6 +71,29 @@ def parser() -> argparse.ArgumentParser:
     add("--report", metavar="FILE", help="write run.json: counts, speed, models, versions, scores")
     add("--batch-size", type=int, default=16, metavar="N", help="rows decoded together (default 16)")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="longest translation in tokens (default 256)")
+    add(
+        "--too-long",
+        default="error",
+        choices=TOO_LONG,
+        help="what to do with a sentence longer than a context (default error)",
+    )
+    add_search_options(result)
+    return result
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which models, how they are summed, where they stand and how each reads a sentence."""
+    add = parser.add_argument
+    add(
+        "--model",
+        action="append",
+        required=True,
+        metavar="NAME=DIR",
+        help="a member: its name in --combine, and its folder or hub id",
+    )
+    add("--combine", metavar="EXPR", help='e.g. "L + 0.5*S_src - 0.5*S_base" (default: the plain sum of all models)')
+    add("--source", required=True, metavar="LANG", help="language code of the input, such as ja")
+    add("--target", required=True, metavar="LANG", help="language code of the output")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: float32 on a CPU, bfloat16 on a GPU")
     add("--device", default="auto", help="cpu, cuda, cuda:1; auto: the first GPU, else the CPU")
     add(
@@ -94,17 +110,10 @@ def parser() -> argparse.ArgumentParser:
         metavar="[NAME=]FORMAT",
         help="llama3, chatml or plain, for all members or one (default: from the tokenizer)",
     )
-    add(
-        "--too-long",
-        default="error",
-        choices=TOO_LONG,
-        help="what to do with a sentence longer than a context (default error)",
-    )
-    return result
 
 
 def run(arguments: argparse.Namespace) -> int:
-    folders = _named(arguments.model)
+    folders = named_folders(arguments.model)
     weights = parse(" + ".join(folders) if arguments.combine is None else arguments.combine, list(folders))
     options = _options(arguments)
     device = pick_device(arguments.device)
@@ -116,8 +125,10 @@ def run(arguments: argparse.Namespace) -> int:
     check_writable(arguments.output, inputs)
     if arguments.report:
         check_writable(arguments.report, [*inputs, arguments.output])
-    prompts = _per_member(arguments.prompt, folders, "--prompt")
-    chats = _per_member(arguments.chat, folders, "--chat")
+    if lists := nbest_path(arguments):
+        check_writable(lists, [*inputs, arguments.output, *([arguments.report] if arguments.report else [])])
+    prompts = per_member(arguments.prompt, folders, "--prompt")
+    chats = per_member(arguments.chat, folders, "--chat")
     readers = open_readers({name: folders[name] for name in weights}, prompts, chats)
     prepared = None
     if sentences is not None:  # before weights are loaded: a sentence that is too long is refused at once
@@ -128,7 +139,8 @@ def run(arguments: argparse.Namespace) -> int:
     session = Session(ensemble, readers, options)
 
     groups = [prepared] if prepared is not None else _arriving(session)
-    hypotheses = _decode(session, groups, arguments.output, None if sentences is None else len(sentences))
+    total = None if sentences is None else len(sentences)
+    hypotheses = _decode(session, groups, arguments.output, lists, total)
 
     report = _report(session, arguments, folders, load_seconds, dtype)
     if references and len(references) == session.lines:
@@ -141,19 +153,23 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _decode(session: Session, groups: Iterable[Sentences], output: str, total: int | None) -> dict[int, str]:
+def _decode(
+    session: Session, groups: Iterable[Sentences], output: str, lists: str | None, total: int | None
+) -> dict[int, str]:
     """Write every line of every group; returns them by line. After Ctrl-C or SIGTERM what is finished is written."""
     progress = DecodeProgress(total)
     hypotheses: dict[int, str] = {}
-    with OrderedWriter(output) as writer:
+    with OrderedWriter(output) as writer, NBestWriter(lists) as nbest:
         try:
             for prepared in groups:
                 for line, text, translation in session.translate(prepared):
+                    nbest.put(line, translation, session.text)
                     writer.put(line, text, translated=translation is not None)
                     hypotheses[line] = text
                     progress.add(len(translation.tokens) if translation else 0)
         except KeyboardInterrupt:
             gaps = writer.write_finished()
+            nbest.write_finished()
             of = f" of {total:,}" if total is not None else ""
             where = "on standard output" if output == "-" else f"in {output}"
             empty = f"; {gaps:,} empty lines between them stand for sentences that were not" if gaps else ""
@@ -261,7 +277,7 @@ def _summarise(report: dict[str, Any]) -> None:
             print(f"{key} {report[key]:.2f}  {report[f'{key}_signature']}", file=sys.stderr)
 
 
-def _named(models: Sequence[str]) -> dict[str, str]:
+def named_folders(models: Sequence[str]) -> dict[str, str]:
     folders: dict[str, str] = {}
     for text in models:
         name, equals, folder = text.partition("=")
@@ -273,7 +289,7 @@ def _named(models: Sequence[str]) -> dict[str, str]:
     return folders
 
 
-def _per_member(values: Sequence[str], folders: dict[str, str], option: str) -> dict[str, str | None]:
+def per_member(values: Sequence[str], folders: dict[str, str], option: str) -> dict[str, str | None]:
     """`NAME=VALUE` for one member, `VALUE` for all that are not named."""
     found: dict[str, str] = {}
     general = None

@@ -104,13 +104,41 @@ class Ensemble:
         Raises FloatingPointError for NaN or infinite logits and for a row without a token.
         """
         chosen = fused_logits(logits, self.weights_N if weights is None else weights, sample=sample)
-        flags = chosen.flag.tolist()
-        if any(flags):
-            row = next(row for row, flag in enumerate(flags) if flag)
-            raise FloatingPointError(f"row {row}: {describe_flag(flags[row], self.names)}")
+        self._check(chosen.flag)
         if chosen.sample_token is not None and chosen.sample_logprob is not None:
             return Choice(chosen.sample_token.tolist(), chosen.sample_logprob.tolist())
         return Choice(chosen.token.tolist(), chosen.logprob.tolist())
+
+    def best(self, logits: Sequence[Tensor], count: int) -> list[list[tuple[int, float]]]:
+        """For every row of logits the `count` best tokens (fewer where the others are masked), log-probabilities in
+        nats; raises as `choose` does.
+        """
+        found = fused_logits(logits, self.weights_N, top_k=count)
+        self._check(found.flag)
+        assert found.top_token is not None
+        assert found.top_logprob is not None
+        return [
+            [(token, logprob) for token, logprob in zip(tokens, logprobs) if token >= 0]
+            for tokens, logprobs in zip(found.top_token.tolist(), found.top_logprob.tolist())
+        ]
+
+    def logprobs(self, logits: Sequence[Tensor], given_RG: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities in nats of given tokens: combined (R, G), and each member's own (N, R, G), on the host.
+
+        Raises as `choose` does.
+        """
+        one = torch.ones(1, device=self.device)
+        asked = [(logits, self.weights_N), *(([of_member], one) for of_member in logits)]
+        found = [fused_logits(of, weights, given=given_RG) for of, weights in asked]
+        self._check(found[0].flag)
+        combined_RG, *own = [result.given_logprob for result in found if result.given_logprob is not None]
+        return combined_RG.cpu(), torch.stack(own).cpu()
+
+    def _check(self, flag_R: Tensor) -> None:
+        flags = flag_R.tolist()
+        if any(flags):
+            row = next(row for row, flag in enumerate(flags) if flag)
+            raise FloatingPointError(f"row {row}: {describe_flag(flags[row], self.names)}")
 
 
 def _prepared(model: Llama | PreparedLlama, storage: str, invariant: bool | None) -> PreparedLlama:

@@ -13,6 +13,7 @@ import torch
 
 from corpora import Prompt
 from decode.ensemble import Ensemble
+from decode.search_options import SearchOptions
 from decode.vocabulary import check_shared
 from minillama import InputError, Llama, Tokenizer
 from minillama.chat import ChatFormat, chat_format, render, stop_tokens
@@ -23,7 +24,7 @@ TOO_LONG = ("error", "truncate", "skip")
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SearchOptions):
     """How sentences are read and decoded. Languages are codes such as `ja`."""
 
     source: str

@@ -56,10 +56,24 @@ class Rows:
         self.lengths.append(list(self.prefix_lengths))
         return row
 
+    def restart(self, row: int) -> None:
+        """A row begins anew. What all rows begin with is never overwritten and still stands in it."""
+        self.lengths[row] = list(self.prefix_lengths)
+
     def forward(self, number: int, tokens: Sequence[Sequence[int]], wanted: Sequence[int]) -> Tensor | None:
         """Append each row's tokens (perhaps none) to member `number`; logits (sum of wanted, V) of each row's last
         `wanted` positions, row after row; None if nothing is wanted.
         """
+        hidden_RD = self.hidden(number, tokens, wanted)
+        return None if hidden_RD is None else self.logits(number, hidden_RD)
+
+    def logits(self, number: int, hidden_RD: Tensor) -> Tensor:
+        """(R, V) on the ensemble's device, for what `hidden` returned."""
+        with torch.inference_mode():
+            return self.ensemble.members[number].model.logits(hidden_RD).to(self.ensemble.device)
+
+    def hidden(self, number: int, tokens: Sequence[Sequence[int]], wanted: Sequence[int]) -> Tensor | None:
+        """What `forward` does but for the output layer: hidden states (sum of wanted, D)."""
         spans: list[Span] = []
         starts = []
         for row, new in enumerate(tokens):
@@ -82,11 +96,9 @@ class Rows:
             kept += range(end - count, end)
         if not kept:
             return None
-        member = self.ensemble.members[number].model
         if len(kept) < len(hidden_RD):
             hidden_RD = hidden_RD[torch.tensor(kept, device=hidden_RD.device)]
-        with torch.inference_mode():
-            return member.logits(hidden_RD).to(self.ensemble.device)
+        return hidden_RD
 
     @torch.inference_mode()
     def _read(self, number: int, tokens: Sequence[Sequence[int]], spans: list[Span], starts: list[int]) -> Tensor:
@@ -113,11 +125,12 @@ class Rows:
         return moves
 
     @torch.inference_mode()
-    def reorder(self, sources: Sequence[int]) -> None:
-        """Row i becomes what row sources[i] was, for every i: how beams continue one another."""
-        for number, cache in enumerate(self.caches):
-            longest = max(self.lengths[row][number] for row in sources)
-            index = torch.tensor(sources, device=cache.entries_LBSEKC.device)
-            kept = cache.entries_LBSEKC[:, :, :longest].index_select(1, index)
-            cache.entries_LBSEKC[:, : len(sources), :longest] = kept
-        self.lengths = [list(self.lengths[row]) for row in sources]
+    def branch(self, source: int, target: int, equal: Sequence[int]) -> None:
+        """Row `target` becomes what row `source` is: how a beam goes on in two ways.
+
+        equal: for each member how many positions the two rows have in common already; only the others are copied.
+        """
+        for cache, first, length in zip(self.caches, equal, self.lengths[source]):
+            entries_LBSEKC = cache.entries_LBSEKC
+            entries_LBSEKC[:, target, first:length] = entries_LBSEKC[:, source, first:length]
+        self.lengths[target] = list(self.lengths[source])

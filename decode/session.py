@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from corpora.pairs import one_line
 from decode.ensemble import Ensemble
 from decode.members import Options, Reader, Sentences, encode_sentences
-from decode.translate import Counters, Translation, decode
+from decode.search import search
+from decode.translate import Counters, Translation
 
 
 @dataclass
@@ -34,12 +35,15 @@ class Session:
         self.lines += prepared.count
         for line in prepared.empty:
             yield line, "", None
-        tokenizer, stops = self.readers[0].tokenizer, self.ensemble.stop_tokens
-        limits = self.options.max_new_tokens, self.options.batch_size
+        options, counters = self.options, self.counters
+        limits = options.max_new_tokens, options.batch_size
         started = time.perf_counter()
-        for index, translation in decode(self.ensemble, prepared.prompts, *limits, stops, self.counters):
+        for index, translation in search(self.ensemble, prepared.prompts, prepared.lines, options, *limits, counters):
             self.seconds += time.perf_counter() - started
-            # A model may write line breaks; a translation is one line.
-            yield prepared.lines[index], one_line(tokenizer.decode(translation.tokens)).strip(), translation
+            yield prepared.lines[index], self.text(translation.tokens), translation
             started = time.perf_counter()
         self.seconds += time.perf_counter() - started
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """A model may write line breaks; a translation is one line."""
+        return one_line(self.readers[0].tokenizer.decode(tokens)).strip()

@@ -25,12 +25,19 @@ PROMPT_POSITIONS = 512
 
 @dataclass(frozen=True)
 class Draws:
-    """How to sample: see `kernels.Sampling`. The same seed draws the same tokens for a sentence in any batch."""
+    """How to sample: see `kernels.Sampling`. The same seed draws the same tokens for a sentence in any batch.
+
+    keys: for each prompt the number below 2**31 that its draws hang on; None: its index.
+    """
 
     seed: int = 0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    keys: Sequence[int] | None = None
+
+    def key(self, index: int) -> int:
+        return index if self.keys is None else self.keys[index]
 
 
 @dataclass
@@ -65,7 +72,7 @@ def step(
 
     The last token gained is in no cache yet; all before it are.
     """
-    parts = _prompt_parts(active)
+    parts = prompt_parts(active)
     decoding = [row for row, inflight in enumerate(active) if inflight.tokens]
     plan = speculation.plan(len(decoding))
     drafts: list[list[int]] = [[] for _ in active]
@@ -116,8 +123,14 @@ def step(
     return gained
 
 
-def _prompt_parts(active: Sequence[InFlight]) -> list[list[list[int]]]:
-    """For each row what each member reads of its prompt now; first come, first served."""
+class Reading(Protocol):
+    """Whose prompt is being read: for each member what is left of it."""
+
+    unread: list[list[int]]
+
+
+def prompt_parts(active: Sequence[Reading]) -> list[list[list[int]]]:
+    """For each row what each member reads of its prompt now; first come, first served. It is unread no longer."""
     parts = []
     budget = PROMPT_POSITIONS
     for row in active:
@@ -186,9 +199,9 @@ def _choose(
     sample = None
     if draws is not None:
         device = ensemble.device
-        index = torch.tensor([active[row].index for row, _ in places], device=device)
+        key = torch.tensor([draws.key(active[row].index) for row, _ in places], device=device)
         position = torch.tensor([len(active[row].tokens) + at for row, at in places], device=device)
-        sample = Sampling(draws.seed, index, position, draws.temperature, draws.top_k, draws.top_p)
+        sample = Sampling(draws.seed, key, position, draws.temperature, draws.top_k, draws.top_p)
     return ensemble.choose(logits, sample, weights)
 
 

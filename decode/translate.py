@@ -20,12 +20,30 @@ Prompts = Sequence[Prompt] | Mapping[str, Sequence[Prompt]]
 
 
 @dataclass(frozen=True)
-class Translation:
-    """`finished` says why it ended: "stop" (a stop token, not included) or "length"."""
+class Hypothesis:
+    """An entry of an n-best list: see decode/beam.py.
+
+    logprobs: in nats, of the tokens and, where `finished` is "stop", behind them of the stop token, which is not in
+    `tokens`.   score: their sum, divided by their number to the power of the length penalty.
+    """
 
     tokens: list[int]
     logprobs: list[float]
     finished: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Translation:
+    """`finished` says why it ended: "stop" (a stop token, not included) or "length".
+
+    nbest: what beam search found, best first; the translation is the first of them.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    finished: str
+    nbest: Sequence[Hypothesis] = ()
 
 
 @dataclass
@@ -66,9 +84,9 @@ def translate(
 
     prompts: token ids, a list per sentence, or {"L": [...], "S": [...]} with a list per member. With ignore_eos stop
     tokens are ordinary ones and every result has max_new_tokens, as far as the context reaches. speculate: "off",
-    "auto" or the number of tokens to draft; the tokens are the same. draws: sample instead of taking the best token;
-    the prompt's index is the key of its draws. Raises InputError for prompts that do not fit a member's context,
-    FloatingPointError when a member's logits are NaN or infinite.
+    "auto" or the number of tokens to draft; the tokens are the same. draws: sample instead of taking the best token.
+    Raises InputError for prompts that do not fit a member's context, FloatingPointError when a member's logits are NaN
+    or infinite.
     """
     rows = per_member(ensemble, prompts)
     counters = Counters()
@@ -119,7 +137,7 @@ def decode(
     """Yield (index, translation) as sentences end, longest prompts started first."""
     if max_new_tokens < 1 or batch_size < 1:
         raise InputError(f"max_new_tokens {max_new_tokens} and batch_size {batch_size} must be at least 1")
-    limits = _limits(ensemble, prompts, max_new_tokens)
+    limits = limits_of(ensemble, prompts, max_new_tokens)
     speculation = Speculation(len(ensemble.members), speculate)
     if not prompts:
         return
@@ -156,7 +174,7 @@ def decode(
             yield row.index, Translation(row.tokens, row.logprobs, reason)
 
 
-def _limits(ensemble: Ensemble, prompts: Sequence[tuple[list[int], ...]], max_new_tokens: int) -> list[int]:
+def limits_of(ensemble: Ensemble, prompts: Sequence[tuple[list[int], ...]], max_new_tokens: int) -> list[int]:
     """New tokens each prompt may get; raises InputError for one that is empty or has no room behind it."""
     limits = [min(max_new_tokens, room(ensemble, prompt)) for prompt in prompts]
     for index, (prompt, limit) in enumerate(zip(prompts, limits)):

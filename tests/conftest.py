@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from real import smollm2_in
 from tiny import TINY, tiny_model
 
 from corpora import Prompt, sample
@@ -47,3 +48,10 @@ def model_folders(tmp_path_factory, tokenizer_folder) -> dict[str, Path]:
             if name != "B":
                 Prompt.load("plain").save(folder)
     return {name: root / name for name in ("A", "B", "C")}
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """(folder in Hugging Face's layout, transformers' model), converted from the package's GGUF file."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    return folder, smollm2_in(folder)

