@@ -136,7 +136,8 @@ def sentence_pairs(
         if step or options.steps == 1:
             seconds.append((our_seconds, their_seconds))
             targets.append(sum(example.targets for example in batch))
-        _say(f"pairs: step {step + 1} of {options.steps}, loss {our_loss:.5f} and {their_loss:.5f}")
+        losses, times = f"{our_loss:.5f} and {their_loss:.5f}", f"{our_seconds:.2f} s and {their_seconds:.2f} s"
+        _say(f"pairs: step {step + 1} of {options.steps}, loss {losses}, {times}")
     difference = max(abs(one - other) for one, other in zip(ours, theirs))
     return {
         "batch_size": options.batch_size,
