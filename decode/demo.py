@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -12,6 +11,7 @@ from corpora import sample
 from decode.ensemble import Ensemble
 from decode.expression import spell
 from decode.members import Options, load_ensemble, open_readers
+from decode.places import places
 from decode.report import scores
 from decode.session import Session
 from minillama import InputError
@@ -40,7 +40,7 @@ def demo() -> int:
         file=sys.stderr,
     )
     readers = open_readers({name: str(FOLDER / name) for name in names}, None, None)
-    ensemble, _ = load_ensemble(readers, dict.fromkeys(names, 1.0), torch.float32, torch.device("cpu"))
+    ensemble, _ = load_ensemble(readers, dict.fromkeys(names, 1.0), places("cpu", None, names))
     models = {member.name: member.model for member in ensemble.members}
     outputs: dict[str, list[str]] = {}
     rows: dict[str, dict[str, Any]] = {}

@@ -4,15 +4,15 @@ Everything cheap is opened and checked first, so that bad input is refused befor
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from corpora import Prompt
 from decode.ensemble import Ensemble
+from decode.places import Place
+from decode.prepare import PreparedLlama
 from decode.search_options import SearchOptions
 from decode.vocabulary import check_shared
 from minillama import InputError, Llama, Tokenizer
@@ -32,6 +32,7 @@ class Options(SearchOptions):
     max_new_tokens: int = 256
     batch_size: int = 16
     too_long: str = "error"
+    speculate: str = "off"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ class Sentences:
     skipped: list[int]
     truncated: list[int]
 
+    def waiting(self, done: Set[int]) -> tuple[list[int], list[tuple[list[int], ...]]]:
+        """Lines and prompts of what is not done yet."""
+        left = [number for number, line in enumerate(self.lines) if line not in done]
+        return [self.lines[number] for number in left], [self.prompts[number] for number in left]
+
 
 def open_readers(
     folders: Mapping[str, str], prompts: Mapping[str, str | None] | None, chats: Mapping[str, str | None] | None
@@ -99,16 +105,30 @@ def open_readers(
 
 
 def load_ensemble(
-    readers: Sequence[Reader], weights: Mapping[str, float], dtype: torch.dtype, device: torch.device
+    readers: Sequence[Reader],
+    weights: Mapping[str, float],
+    places: Mapping[str, Place],
+    invariant: bool | None = None,
 ) -> tuple[Ensemble, float]:
-    """Load the weights of all members at once, a folder named twice only once; returns the ensemble and the seconds."""
+    """Load the weights of all members at once and pack them as they come; returns the ensemble and the seconds.
+
+    A folder named twice is read once, unless its members stand in different places. invariant: see `Ensemble`.
+    """
     started = time.monotonic()
-    folders = list(dict.fromkeys(reader.folder for reader in readers))
-    with ThreadPoolExecutor(len(folders)) as pool:
-        loaded = dict(zip(folders, pool.map(lambda folder: Llama.from_pretrained(folder, dtype, device), folders)))
+    wanted = {reader.name: (reader.folder, places[reader.name]) for reader in readers}
+    different = list(dict.fromkeys(wanted.values()))
+
+    def load(one: tuple[Path, Place]) -> PreparedLlama:
+        folder, place = one
+        model = Llama.from_pretrained(folder, place.dtype, place.device)
+        steady = place.device.type == "cpu" if invariant is None else invariant
+        return PreparedLlama(model, place.packed, steady, consume=True)
+
+    with ThreadPoolExecutor(len(different)) as pool:
+        loaded = dict(zip(different, pool.map(load, different)))
     models = {}
     for reader in readers:
-        model = loaded[reader.folder]
+        model = loaded[wanted[reader.name]]
         ends = stop_tokens(reader.chat, reader.tokenizer)
         model.stop_tokens = tuple(dict.fromkeys(model.stop_tokens + ends))
         models[reader.name] = model

@@ -5,11 +5,10 @@ input line that is blank or was skipped has one entry, empty, with two zeros. Be
 what stands behind the last two of them are numbers.
 """
 
-from collections.abc import Callable, Sequence
 from types import TracebackType
 
+from decode.journal import Record
 from decode.output import OrderedWriter
-from decode.translate import Translation
 
 
 class NBestWriter:
@@ -23,17 +22,14 @@ class NBestWriter:
             self.writer.__enter__()
         return self
 
-    def put(self, line: int, translation: Translation | None, text_of: Callable[[Sequence[int]], str]) -> None:
-        """text_of: a hypothesis' text, from its tokens."""
+    def put(self, line: int, record: Record | None) -> None:
+        """record: None for a line that is blank or was skipped."""
         if self.writer is None:
             return
         entries = [f"{line} |||  ||| F0= 0 ||| 0"]
-        if translation is not None:
-            entries = [
-                f"{line} ||| {text_of(found.tokens)} ||| F0= {sum(found.logprobs):.6f} ||| {found.score:.6f}"
-                for found in translation.nbest
-            ]
-        self.writer.put(line, "\n".join(entries), translated=translation is not None)
+        if record is not None:
+            entries = [f"{line} ||| {text} ||| F0= {total:.6f} ||| {score:.6f}" for text, total, score in record.nbest]
+        self.writer.put(line, "\n".join(entries), translated=record is not None)
 
     def write_finished(self) -> None:
         """After an interruption: write what waits behind an unfinished line, which has no entry then."""

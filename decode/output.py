@@ -75,6 +75,9 @@ class OrderedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.stream.seekable() and self.path != "-":  # safe on the disk before a journal goes
+            self.stream.flush()
+            os.fsync(self.stream.fileno())
         self.stream.close()
 
 

@@ -76,7 +76,7 @@ class Pass:
                 last = max(last, start + span.count)
             if last > capacity:
                 raise ValueError(f"position {last - 1} runs past the end of a cache of {capacity} positions")
-            keys.append(min(-(-last // KEYS_MULTIPLE) * KEYS_MULTIPLE, capacity))
+            keys.append(min(cache_positions(last), capacity))
         self.slot_R = torch.tensor(slots, device=device)
         position_R = torch.tensor(positions, device=device)
         angle_RC = position_R[:, None].float() * rope_frequencies(config, device)
@@ -147,9 +147,14 @@ class PreparedLlama:
         return PackedLinear(weight_OD, bias_O, dtype=self.storage, invariant=self.invariant)
 
     def cache(self, batch_size: int, capacity: int) -> KVCache:
-        """A cache for passes of this model; the capacity is rounded up to what attention reads at once."""
-        capacity = -(-capacity // KEYS_MULTIPLE) * KEYS_MULTIPLE
-        return KVCache(self.config, batch_size, capacity, self.cache_dtype, self.device)
+        """A cache for passes of this model, of `cache_positions(capacity)` positions a row."""
+        return KVCache(self.config, batch_size, cache_positions(capacity), self.cache_dtype, self.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights held: linear layers in their storage, and the embedding."""
+        linears = [linear for layer in self.layers for linear in layer.linears] + [self.head]
+        return sum(linear.nbytes for linear in linears) + self.embedding_VD.nbytes
 
     def hidden(self, tokens_R: Tensor, positions: Pass, cache: KVCache) -> Tensor:
         """(R, D) float32 after the last norm (but for its weights, where the head holds them).
@@ -191,6 +196,10 @@ class PreparedLayer:
         self.gate = model.linear(mlp.gate_proj.weight, mlp.gate_proj.bias, self.post_norm)
         self.up = model.linear(mlp.up_proj.weight, mlp.up_proj.bias, self.post_norm)
         self.down = model.linear(mlp.down_proj.weight, mlp.down_proj.bias)
+
+    @property
+    def linears(self) -> list["Linear"]:
+        return [self.qkv, self.output, self.gate, self.up, self.down]
 
     def __call__(self, stream_RE: Tensor, positions: Pass, number: int, entries_PJ: Tensor) -> None:
         """Add this layer's part to the residual stream."""
@@ -249,11 +258,20 @@ class PlainLinear:
         y_RO = F.silu(y_RO) if silu else y_RO
         return y_RO if multiply is None else y_RO * multiply
 
+    @property
+    def nbytes(self) -> int:
+        return self.weight_OD.nbytes
+
     def _product(self, x_RD: Tensor) -> Tensor:
         return F.linear(x_RD.to(self.weight_OD.dtype), self.weight_OD, self.bias_O).to(x_RD.dtype)
 
 
 Linear = PackedLinear | PlainLinear
+
+
+def cache_positions(count: int) -> int:
+    """`count` rounded up to what attention reads at once."""
+    return -(-count // KEYS_MULTIPLE) * KEYS_MULTIPLE
 
 
 def pair_channels(rows_HC: Tensor, heads: int) -> Tensor:

@@ -10,16 +10,17 @@ LINE_EVERY = 30.0
 
 
 class DecodeProgress:
-    def __init__(self, total: int | None, quiet: bool = False) -> None:
+    def __init__(self, total: int | None, quiet: bool = False, done: int = 0) -> None:
+        """done: sentences that an earlier run finished; they count as done and not in the speed."""
         self.total, self.quiet = total, quiet
-        self.done = self.tokens = 0
+        self.done, self.tokens = done, 0
         self.started = self.last = time.monotonic()
         self.bar: Progress | None = None
         console = Console(stderr=True)
         if console.is_terminal and not quiet:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
             self.bar = Progress(*columns, console=console, transient=True)
-            self.task = self.bar.add_task("", total=total, status="")
+            self.task = self.bar.add_task("", total=total, completed=done, status="")
             self.bar.start()
 
     def add(self, tokens: int) -> None:

@@ -15,21 +15,20 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-import torch
-
 from corpora import iter_lines, language_name
 from corpora.text import display_name, open_binary
-from decode.collab import DTYPES, WINDOW_BATCHES, add_model_options, named_folders, per_member
+from decode.collab import WINDOW_BATCHES
 from decode.ensemble import Ensemble
 from decode.expression import parse, spell
 from decode.given import Given, given_logprobs
 from decode.members import Options, Reader, load_ensemble, open_readers
+from decode.options import add_model_options, named_folders
 from decode.output import OrderedWriter, check_writable
+from decode.places import listed, per_member, places
 from decode.progress import DecodeProgress
-from decode.report import device_name, dtype_name
+from decode.report import device_name
 from decode.stream import windows
 from minillama import InputError
-from minillama.device import pick_device
 from minillama.errors import Interrupted, exit_code
 
 EXAMPLES = """examples:
@@ -84,21 +83,22 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("--input and --translation are both standard input; one of them must be a file")
     folders = named_folders(arguments.model)
     weights = parse(" + ".join(folders) if arguments.combine is None else arguments.combine, list(folders))
-    device = pick_device(arguments.device)
-    dtype = DTYPES.get(arguments.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    everywhere = places(arguments.device, arguments.dtype, list(folders), arguments.batch_size)
+    there = {name: everywhere[name] for name in weights}
     options = Options(arguments.source, arguments.target, batch_size=arguments.batch_size, too_long=arguments.too_long)
     check_writable(arguments.output, [file for file in (arguments.input, arguments.translation) if file])
-    prompts = per_member(arguments.prompt, folders, "--prompt")
-    chats = per_member(arguments.chat, folders, "--chat")
+    prompts = per_member(arguments.prompt, list(folders), "--prompt")
+    chats = per_member(arguments.chat, list(folders), "--chat")
     with ExitStack() as opened:
         # Whatever can be refused without the weights is refused before them.
         lines = pairs(arguments.input, arguments.translation, WINDOW_BATCHES * arguments.batch_size, opened)
         readers = open_readers({name: folders[name] for name in weights}, prompts, chats)
         sizes = ", ".join(f"{reader.name} {reader.checkpoint.parameters / 1e6:,.1f} M" for reader in readers)
         texts = arguments.translation or arguments.input
-        where = f"{options.source} to {options.target}, {dtype_name(dtype)}, {device_name(device)}"
+        places_of = listed({name: f"{place.storage}, {device_name(place.device)}" for name, place in there.items()})
+        where = f"{options.source} to {options.target}, {places_of}"
         print(f"{spell(weights)} ({sizes}): scores of {display_name(texts)}, {where}", file=sys.stderr)
-        ensemble, seconds = load_ensemble(readers, weights, dtype, device)
+        ensemble, seconds = load_ensemble(readers, weights, there)
         print(f"loaded in {seconds:.1f} s", file=sys.stderr)
         scorer = Scorer(ensemble, readers, options, display_name(texts), arguments.json)
         scorer.write(lines, arguments.output)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from decode import beam
 from decode.ensemble import Ensemble
-from decode.search_options import SearchOptions
+from decode.members import Options
 from decode.step import Draws
 from decode.translate import Counters, Translation, decode
 
@@ -14,7 +14,7 @@ def search(
     ensemble: Ensemble,
     prompts: Sequence[tuple[list[int], ...]],
     lines: Sequence[int],
-    options: SearchOptions,
+    options: Options,
     max_new_tokens: int,
     batch_size: int,
     counters: Counters,
@@ -29,7 +29,7 @@ def search(
         draws = None
         if options.sample:
             draws = Draws(options.seed, options.temperature, options.top_k, options.top_p, lines)
-        yield from decode(ensemble, prompts, max_new_tokens, batch_size, stops, counters, draws=draws)
+        yield from decode(ensemble, prompts, max_new_tokens, batch_size, stops, counters, options.speculate, draws)
         return
     rules = beam.Rules(options.beam, options.length_penalty, stops)
     for index, found in beam.search(ensemble, prompts, max_new_tokens, batch_size, rules, counters):

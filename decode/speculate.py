@@ -71,13 +71,7 @@ class Speculation:
     steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.mode not in ("off", "auto"):
-            try:
-                self.mode = int(self.mode)
-            except ValueError:
-                raise InputError(f"speculate {self.mode}: expected auto, off or a number of tokens") from None
-            if not 1 <= self.mode <= MOST_DRAFTED:
-                raise InputError(f"speculate {self.mode}: 1 to {MOST_DRAFTED} tokens can be drafted at a time")
+        self.mode = check_mode(self.mode)
         self.tallies = {drafter: Tally() for drafter in self.drafters}
 
     @property
@@ -137,6 +131,19 @@ class Speculation:
         tally.drafted += length
         tally.kept += kept
         tally.add(kept, min(length, kept + 1))
+
+
+def check_mode(mode: str | int) -> str | int:
+    """`off`, `auto`, or a number of tokens, perhaps as text; raises InputError for anything else."""
+    if mode in ("off", "auto"):
+        return mode
+    try:
+        number = int(mode)
+    except ValueError:
+        raise InputError(f"speculate {mode}: expected auto, off or a number of tokens") from None
+    if not 1 <= number <= MOST_DRAFTED:
+        raise InputError(f"speculate {mode}: 1 to {MOST_DRAFTED} tokens can be drafted at a time")
+    return number
 
 
 def _size(positions: int) -> int:

@@ -12,8 +12,9 @@ from corpora import sample
 from decode import Ensemble
 from decode.beam import beam_search
 from decode.collab import main
+from decode.journal import Record
 from decode.nbest import NBestWriter
-from decode.translate import Hypothesis, Translation, translate
+from decode.translate import translate
 from minillama import InputError, Llama, Tokenizer
 from minillama.errors import exit_code
 
@@ -218,10 +219,10 @@ def test_bad_options_are_refused_in_one_line(model_folders, texts, capsys, extra
 
 
 def test_lists_that_wait_for_an_unfinished_line_are_kept_after_an_interruption(tmp_path):
-    found = [Hypothesis([5], [-0.5, -0.25], "stop", -0.375)]
+    found = [["text [5]", -0.75, -0.375]]
     with NBestWriter(str(tmp_path / "nbest")) as writer:
         for line in (0, 3, 2):
-            writer.put(line, Translation([5], [-0.5], "stop", found), lambda tokens: f"text {tokens}")
+            writer.put(line, Record(line, "text [5]", [5], [-0.5], "stop", found))
         writer.write_finished()
     lines = (tmp_path / "nbest").read_text().splitlines()
     assert [line.split(" ||| ")[0] for line in lines] == ["0", "2", "3"]

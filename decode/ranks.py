@@ -1,0 +1,181 @@
+"""The processes of one `torchrun`: who takes which sentences, and what happens when one of them dies.
+
+Results never travel between processes: each rank writes its own part of the journal, and rank 0 reads the parts. What
+they share is torchrun's key/value store, for three small things: rank 0's plan (the lines that are still to do), a
+counter from which shares of the work are claimed, and a heartbeat by which a dead rank is noticed. No collectives, so
+nothing hangs in one.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+from minillama import InputError
+
+T = TypeVar("T")
+BEAT_SECONDS = 1.0
+# A rank whose heart has not beaten for so long is dead: its thread beats while models load and while kernels run.
+LOST_SECONDS = 60.0
+HEARD_SECONDS = 5.0
+JOIN_TIMEOUT = timedelta(minutes=10)
+
+
+class RankLost(RuntimeError):
+    """Another process of this run died, or the machine that holds the store did; the text says what that means."""
+
+
+class Ranks:
+    """This process among `world`; a plain run is rank 0 of 1 and shares nothing."""
+
+    def __init__(self) -> None:
+        alone = os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ
+        self.rank, self.world = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        # Processes on this machine, which share its memory.
+        self.local_world = 1 if alone else int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        self.stopped = threading.Event()
+        if not alone:
+            self._join()
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def tell(self, text: str) -> None:
+        """A line on standard error, from rank 0 alone."""
+        if self.first:
+            print(text, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def refusing_together(self) -> Iterator[None]:
+        """Around the checks: what rank 0 refuses is said once; what another rank alone refuses, with its number."""
+        try:
+            yield
+        except InputError as error:
+            if self.first:
+                self._refuse()
+                raise
+            self.plan()
+            raise InputError(f"rank {self.rank}: {error}") from None
+
+    def publish_plan(self, plan: bytes) -> None:
+        self._set("plan", plan)
+
+    def plan(self) -> bytes:
+        """What rank 0 published; exits quietly with 2 when it refused instead."""
+        hearing = _Hearing()
+        while not (self._has("plan") or self._has("refused")):
+            self._hear(0, hearing)
+            time.sleep(0.05)
+        if not self._has("plan"):
+            self._set(f"heard{self.rank}", b"1")
+            raise SystemExit(2)
+        return self._ask(lambda: self.store.get("plan"))
+
+    def claims(self, shares: Sequence[list[int]]) -> Iterator[list[int]]:
+        """The shares of this rank, one at a time, each taken by one rank only."""
+        if self.world == 1:
+            yield from shares
+            return
+        while (number := self._ask(lambda: self.store.add("claimed", 1)) - 1) < len(shares):
+            yield shares[number]
+
+    def say_done(self) -> None:
+        if self.world > 1:
+            self._set(f"done{self.rank}", b"1")
+
+    def wait_for_others(self) -> Iterator[None]:
+        """Rank 0's: yields now and then until every other rank has said that it is done; raises RankLost."""
+        for rank in range(1, self.world):
+            hearing = _Hearing()
+            key = f"done{rank}"
+            while not self._has(key):
+                self._hear(rank, hearing)
+                time.sleep(0.05)
+                yield
+        yield
+
+    def leave(self) -> None:
+        self.stopped.set()
+
+    def _join(self) -> None:
+        from torch.distributed import rendezvous
+
+        self.store, _, _ = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def _beat(self) -> None:
+        while True:
+            try:
+                self.store.add(f"beat{self.rank}", 1)
+            except RuntimeError:  # the store is gone: the main thread hears of it when it asks
+                return
+            if self.stopped.wait(BEAT_SECONDS):
+                return
+
+    def _hear(self, rank: int, hearing: "_Hearing") -> None:
+        beat = self._ask(lambda: self.store.add(f"beat{rank}", 0))
+        if hearing.silence(beat) > LOST_SECONDS:
+            raise RankLost(f"rank {rank} has not been heard of for {LOST_SECONDS:.0f} s")
+
+    def _refuse(self) -> None:
+        """Where rank 0 itself keeps the store, it stays until the others have heard."""
+        self._set("refused", b"1")
+        until = time.monotonic() + HEARD_SECONDS
+        for rank in range(1, self.world):
+            while not self._has(f"heard{rank}") and time.monotonic() < until:
+                time.sleep(0.05)
+
+    def _set(self, key: str, value: bytes) -> None:
+        if self.world > 1:
+            self._ask(lambda: self.store.set(key, value))
+
+    def _has(self, key: str) -> bool:
+        return self._ask(lambda: self.store.check([key]))
+
+    def _ask(self, question: Callable[[], T]) -> T:
+        try:
+            return question()
+        except RuntimeError as error:  # torch.distributed's network errors
+            reason = str(error).split("\n")[0]
+            raise RankLost(f"torchrun's store does not answer ({reason})") from None
+
+
+class _Hearing:
+    """The last beat that was heard, and when."""
+
+    def __init__(self) -> None:
+        self.beat, self.at = -1, time.monotonic()
+
+    def silence(self, beat: int) -> float:
+        """Seconds since the count last changed."""
+        if beat != self.beat:
+            self.beat, self.at = beat, time.monotonic()
+        return time.monotonic() - self.at
+
+
+def shares(costs: Sequence[int], ranks: int, rows: int) -> list[list[int]]:
+    """Indices in shares to be claimed one by one, the longest sentences first, every share a part of what remains.
+
+    costs: of each sentence, in any unit. Three quarters of an even part of the rest are taken at a time (guided
+    self-scheduling, Polychronopoulos & Kuck 1987): a few large shares keep the rows full, the last are one batch of the
+    shortest sentences, so that no rank waits long for another. One rank takes everything at once.
+    """
+    order = sorted(range(len(costs)), key=lambda index: -costs[index])
+    if ranks == 1:
+        return [order] if order else []
+    found = []
+    rest = sum(costs)
+    while order:
+        goal, taken, count = 0.75 * rest / ranks, 0, 0
+        while count < len(order) and (count < rows or taken < goal):
+            taken += costs[order[count]]
+            count += 1
+        found.append(order[:count])
+        order = order[count:]
+        rest -= taken
+    return found
