@@ -1,0 +1,86 @@
+"""Scores of several translations of one text, with p-values of each against some of them, as one JSON file.
+
+    python -m eval.compare --reference ref.txt --target en --system collab=a.txt --system proxy=b.txt \\
+        --against proxy --output scores.json
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from corpora import read_lines
+from eval.score import METRICS, score
+from eval.significance import SAMPLES, SEED
+from minillama.errors import InputError, exit_code
+from minillama.files import write_whole
+
+
+def compare_all(
+    systems: Mapping[str, Sequence[str]],
+    references: Sequence[str],
+    metrics: Sequence[str],
+    against: Sequence[str],
+    **options: Any,
+) -> dict[str, Any]:
+    """`systems`: for each name `metrics` (rows of key, label, score, signature) and `p`, by the name it is compared
+    with and the metric's key. Options are those of `eval.score.score`. Raises InputError as that does.
+    """
+    found: dict[str, Any] = {}
+    rounds = list(against) or [next(iter(systems))]
+    for name in rounds:
+        others = {other: lines for other, lines in systems.items() if other != name}
+        report = score(systems[name], references, metrics, baselines=others, **options)
+        found.setdefault(name, {"metrics": report["metrics"], "p": {}})
+        for other in report.get("baselines", []):
+            rows = [
+                {**row, "score": theirs["score"]} for row, theirs in zip(report["metrics"], other["metrics"])
+            ]
+            entry = found.setdefault(other["name"], {"metrics": rows, "p": {}})
+            if against:
+                entry["p"][name] = {row["key"]: row["p_value"] for row in other["metrics"]}
+    return {"sentences": len(references), "systems": {name: found[name] for name in systems}}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval.compare", description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--system", action="append", required=True, metavar="NAME=FILE", help="translations, a line each; repeatable")
+    add("--reference", required=True, metavar="FILE")
+    add("--target", metavar="CODE", help="target language")
+    add("--against", action="append", default=[], metavar="NAME", help="compare every other one with this; repeatable")
+    add("--metrics", default="bleu,chrf", metavar="LIST", help=f"some of {','.join(METRICS)} (default: bleu,chrf)")
+    add("--samples", type=int, default=SAMPLES, help=f"resamples of the paired bootstrap (default: {SAMPLES})")
+    add("--seed", type=int, default=SEED, help=f"seed of the resampling (default: {SEED}, sacrebleu's)")
+    add("--bertscore-model", metavar="NAME|DIR")
+    add("--bertscore-layers", type=int, metavar="N")
+    add("--output", required=True, metavar="FILE", help="scores as JSON")
+    arguments = parser.parse_args(argv)
+    files = {}
+    for word in arguments.system:
+        name, equals, path = word.partition("=")
+        if not equals or name in files:
+            raise InputError(f"--system {word}: expected NAME=FILE, each name once")
+        files[name] = path
+    for name in arguments.against:
+        if name not in files:
+            raise InputError(f"--against {name}: is no system; known are {', '.join(files)}")
+    result = compare_all(
+        {name: read_lines(path) for name, path in files.items()},
+        read_lines(arguments.reference),
+        arguments.metrics.split(","),
+        arguments.against,
+        target=arguments.target,
+        samples=arguments.samples,
+        seed=arguments.seed,
+        bertscore_model=arguments.bertscore_model,
+        bertscore_layers=arguments.bertscore_layers,
+    )
+    write_whole(Path(arguments.output), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
