@@ -1,0 +1,72 @@
+"""A smaller Llama over the same vocabulary: a model's own first layers, as the start of a drafter or an expert.
+
+Embedding, first N layers, last norm and output layer are the model's, nothing is computed. Taught by the model it came
+from (`train.sft` on what that wrote), such a start needs a fraction of the text that fresh weights need.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from corpora import Prompt
+from minillama import InputError, Llama, Tokenizer
+from minillama.errors import exit_code
+from minillama.files import atomic_folder
+from minillama.weights import resolve_folder, write_model
+from train.settings import DTYPES, check_output
+
+EXAMPLES = """examples:
+  python -m train.first_layers --model runs/smollm2 --layers 4 --output runs/drafter-start
+"""
+
+
+def first_layers(model: Llama, count: int) -> Llama:
+    """A Llama of the model's first `count` layers; its weights are shared with the model, not copied.
+
+    Raises InputError unless 1 <= count <= the model's layers.
+    """
+    layers = model.config.num_hidden_layers
+    if not 1 <= count <= layers:
+        raise InputError(f"--layers {count}: the model has {layers}, expected 1 to {layers}")
+    with torch.device("meta"):
+        cut = Llama(replace(model.config, num_hidden_layers=count))
+    state = model.state_dict(keep_vars=True)
+    cut.load_state_dict({name: state[name] for name in cut.state_dict()}, assign=True)
+    cut.stop_tokens = model.stop_tokens
+    return cut.eval()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.first_layers",
+        description="Cut a model down to its first layers and save a normal folder: the start of a drafter.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="a folder or hub id")
+    parser.add_argument("--layers", required=True, type=int, metavar="N")
+    parser.add_argument("--output", required=True, metavar="DIR")
+    parser.add_argument("--save-dtype", default="", choices=list(DTYPES), help="of the file, when not the model's")
+    arguments = parser.parse_args(argv)
+    output = Path(arguments.output)
+    check_output(output, resume=False)
+    base = resolve_folder(arguments.model)
+    model = first_layers(Llama.from_pretrained(base), arguments.layers)
+    if arguments.save_dtype:
+        model.to(DTYPES[arguments.save_dtype])
+    with atomic_folder(output) as folder:
+        write_model(model, folder)
+        Tokenizer.from_pretrained(base).save(folder)
+        if (base / "prompt.toml").exists():
+            Prompt.load(base).save(folder)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{output}: {arguments.layers} layers of {arguments.model}, {parameters:,} parameters", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
