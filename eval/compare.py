@@ -35,9 +35,7 @@ def compare_all(
         report = score(systems[name], references, metrics, baselines=others, **options)
         found.setdefault(name, {"metrics": report["metrics"], "p": {}})
         for other in report.get("baselines", []):
-            rows = [
-                {**row, "score": theirs["score"]} for row, theirs in zip(report["metrics"], other["metrics"])
-            ]
+            rows = [{**row, "score": theirs["score"]} for row, theirs in zip(report["metrics"], other["metrics"])]
             entry = found.setdefault(other["name"], {"metrics": rows, "p": {}})
             if against:
                 entry["p"][name] = {row["key"]: row["p_value"] for row in other["metrics"]}

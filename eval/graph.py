@@ -1,8 +1,8 @@
 """Steps of a study: commands with a key, each in a folder of its own, done once.
 
-A step's key is the SHA-256 of its command, in which a file of another step stands as that step's key and a file of the
-user as its checksum: whatever decides a result decides the key, and nothing else does (folders may move). A step is done
-when `done.json` is in its folder. While it runs its folder is locked, by the runner and by the command alike, so a
+A step's key is the SHA-256 of its command, in which a file of another step stands as that step's key and a file of
+the user as its checksum: whatever decides a result decides the key, and nothing else does (folders may move). A step is
+done when `done.json` is in its folder. While it runs its folder is locked, by the runner and by the command alike, so a
 second run waits, and one that was killed can be gone on with once its last command has ended.
 """
 
@@ -69,9 +69,9 @@ Word = str | Out | File | Folder | Text | Named
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """`python -m` of words; `own` are words that decide nothing of the result, such as how many rows are decoded at once.
+    """`python -m` of words; `own` are words that decide nothing of the result, such as the rows decoded at once.
 
-    kind: data, tokenizer, model, cpt, sft, decode, score or fit.   slots: places it takes among those that run at once.
+    kind: data, tokenizer, model, cpt, sft, decode, score or fit.   slots: places it takes of those that there are.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""One part of a study's corpus as two line-aligned text files: `python -m eval.part --languages ja en … --output DIR`."""
+"""One part of a study's corpus as two line-aligned text files: `python -m eval.part --languages ja en … --output X`."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""Runs the steps of a study: several side by side, what is ready first, with one line a step and a bar over the whole."""
+"""Runs the steps of a study: several side by side, what is ready first, a line for each and a bar over the whole."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -42,8 +42,8 @@ class Runner:
         self.free = list(range(self.places))
         self.guard = threading.Lock()
 
-    def run(self, steps: Sequence[Step]) -> None:
-        """steps: inputs before what needs them."""
+    def run(self, steps: Sequence[Step], on_step: Callable[[], None] = lambda: None) -> None:
+        """steps: inputs before what needs them.   on_step: called after each."""
         waiting = {step.key: step for step in steps if not self.store.is_done(step)}
         total = len(waiting)
         numbers = iter(range(1, total + 1))
@@ -76,13 +76,14 @@ class Runner:
                             failure = failure or error
                             continue
                         del waiting[step.key]
+                        on_step()
                         if bar is not None and task is not None:
                             bar.advance(task)
                         self._say(f"[{next(numbers)}/{total}] {step.name}: {seconds:,.1f} s")
             except KeyboardInterrupt:
                 self._end_all()
-                left = len(waiting)
-                raise Interrupted(f"interrupted: {total - left} of {total} steps done; the same command goes on") from None
+                done = total - len(waiting)
+                raise Interrupted(f"interrupted: {done} of {total} steps done; the same command goes on") from None
         if failure is not None:
             raise failure
 

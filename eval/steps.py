@@ -112,7 +112,7 @@ class Steps:
         if model.module:
             return Out(self._step(f"model {label}", "model", (model.module, "--output", "{step}/out"), model=label))
         if model.first_layers_of:
-            words = ("train.first_layers", "--model", self.model(corpus, model.first_layers_of))
+            words: tuple[Word, ...] = ("train.first_layers", "--model", self.model(corpus, model.first_layers_of))
             words = (*words, "--layers", str(model.layers), "--output", "{step}/out")
             cut = self._step(f"model {label}", "model", words, model=label)
             return Out(self._whole_cpt(corpus, label, model, ("--model", Out(cut)))) if model.cpt else Out(cut)

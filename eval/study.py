@@ -54,7 +54,7 @@ class Corpus:
 @dataclass(frozen=True)
 class Model:
     """Where a model comes from: a folder or hub id, a module that writes a folder, another's first layers, or its
-    config, with weights made here by cpt on `base` and sft on `general`. Options are those of `train.cpt` and `train.sft`.
+    config, with weights made here by cpt on `base` and sft on `general`. Options are those of `train.cpt`, `train.sft`.
     """
 
     source: str = ""
@@ -110,7 +110,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Run:
-    """Steps side by side and the threads of each (0: PyTorch's default); devices: one step each, such as `["0", "1"]`."""
+    """Steps side by side, the threads of each (0: PyTorch's default); devices: one step each, such as `["0", "1"]`."""
 
     jobs: int = 1
     threads: int = 0
