@@ -3,7 +3,7 @@
 #
 #   demo/evaluate.sh SOURCE.ja REFERENCE.en OUTPUT
 #
-# Translations and run.json of each system go to OUTPUT; the table is printed.
+# Translations and run.json of each system go to OUTPUT; the table is printed and stands in OUTPUT/scores.json.
 set -euo pipefail
 source=${1:?usage: demo/evaluate.sh SOURCE.ja REFERENCE.en OUTPUT}
 reference=${2:?no reference}
@@ -34,4 +34,4 @@ for system in "${systems[@]}"; do
     [ "$name" = collab ] || baselines+=(--baseline "$output/$name.txt")
 done
 "$python" -m eval.score --hypothesis "$output/collab.txt" --reference "$reference" --target en --metrics bleu,chrf \
-    "${baselines[@]}"
+    "${baselines[@]}" --report "$output/scores.json"

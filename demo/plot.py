@@ -13,7 +13,8 @@ COLOURS = {"collab": "#1f6f8b", "collab-half": "#1f6f8b", "proxy": "#c58940"}
 
 
 def main(output: str, picture: str) -> None:
-    runs = {path.stem: json.loads(path.read_text()) for path in Path(output).glob("*.json")}
+    paths = [path for path in Path(output).glob("*.json") if path.stem != "scores"]
+    runs = {path.stem: json.loads(path.read_text()) for path in paths}
     rows = sorted((run["bleu"], name, run["combine"]) for name, run in runs.items())
     figure, axes = plt.subplots(figsize=(7.5, 3.2), layout="constrained")
     bars = axes.barh(

@@ -1,13 +1,15 @@
 """Score translations: `python -m eval.score --hypothesis hyp.txt --reference ref.txt`.
 
 BLEU and chrF of sacrebleu with their signatures, BERTScore, and against baseline files the p-values of the paired
-bootstrap. Reads line-aligned text (gzip and '-' too), writes a table, or JSON with `--json`.
+bootstrap. Reads line-aligned text (gzip and '-' too), writes a table, or JSON with `--json`
+(`--report FILE` keeps it in a file).
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from corpora.languages import language_name
@@ -15,6 +17,7 @@ from corpora.metrics import bleu_tokenizers, text_metrics
 from corpora.text import display_name, read_lines
 from eval.significance import SAMPLES, SEED, compare, compare_means
 from minillama.errors import InputError, exit_code
+from minillama.files import write_whole
 
 METRICS = ("bleu", "chrf", "chrf++", "ter", "bertscore")
 EXAMPLES = """examples:
@@ -140,8 +143,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             device=arguments.device,
         ),
     }
+    as_json = json.dumps(report, ensure_ascii=False, indent=2)
+    if arguments.report:
+        try:
+            write_whole(Path(arguments.report), as_json + "\n")
+        except OSError as error:
+            raise InputError(f"{arguments.report}: cannot be written ({error.strerror})") from None
     if arguments.json:
-        print(json.dumps(report, ensure_ascii=False, indent=2))
+        print(as_json)
     else:
         from eval.table import print_report
 
@@ -182,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=64, help="sentences at once through the encoder (default: 64)")
     add("--device", default="auto", help="device of the encoder: auto, cpu, cuda (default: auto)")
     add("--json", action="store_true", help="print JSON")
+    add("--report", metavar="FILE", help="write the JSON to a file, whatever is printed")
     return parser
 
 

@@ -1,0 +1,150 @@
+"""A study's two plots, each as PNG and SVG: BLEU by expression and BLEU by the experts' weight.
+
+Their text and lines are black on nothing, which the HTML page turns into its own ink.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eval.report_input import EXPRESSIONS, Study
+
+COLOURS = ("#1f8a9e", "#c5803a", "#7b6bb5", "#5c9a4a")
+BASELINE_COLOUR = "#8f9aa0"
+SMALL, PANEL_WIDTH = 8, 4.2
+# Rows along one line of weights: the experts' share from nothing (L alone) to the plain sum.
+ALONG = (("original", 0.0), ("half", 0.5), ("collab", 1.0))
+EXPERTS = ("S_srcMT", "S_tgtMT")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawn plot: `name` for its files, the bytes of the PNG, the text of the SVG."""
+
+    name: str
+    png: bytes
+    svg: str
+    description: str
+
+
+def draw_plots(study: Study) -> list[Plot]:
+    """Those for which the study has figures. Raises ImportError without matplotlib (the extra `plot`)."""
+    found = []
+    directions = [direction for direction in study.directions if _scored(study, direction)]
+    if directions:
+        text = "BLEU by expression, directions side by side"
+        found.append(_drawn("bleu-by-expression", text, directions, _height(study), lambda *a: _expressions(study, *a)))
+    weighted = [direction for direction in directions if _has_weights(study, direction)]
+    if weighted:
+        text = "BLEU by the experts' weight relative to L's: 0 is L alone, 1 the plain sum; stars are fitted weights"
+        found.append(_drawn("bleu-by-weight", text, weighted, 3.6, lambda *a: _weights(study, *a)))
+    return found
+
+
+def _drawn(
+    name: str, description: str, directions: Sequence[str], height: float, draw: Callable[[Any, str, bool], None]
+) -> Plot:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "DejaVu Sans", "font.size": 9}
+    with matplotlib.rc_context(settings):
+        width = PANEL_WIDTH * len(directions) + 1.4
+        figure, panels = pyplot.subplots(
+            1, len(directions), figsize=(width, height), layout="constrained", sharey=name == "bleu-by-expression"
+        )
+        for place, (axes, direction) in enumerate(zip([panels] if len(directions) == 1 else panels, directions)):
+            draw(axes, direction, place == 0)
+            axes.set_title(direction)
+            axes.spines[["top", "right"]].set_visible(False)
+        png, svg = io.BytesIO(), io.StringIO()
+        figure.savefig(png, format="png", dpi=150)
+        figure.savefig(svg, format="svg", metadata={"Date": None}, transparent=True)
+        pyplot.close(figure)
+    return Plot(name, png.getvalue(), svg.getvalue(), description)
+
+
+def _scored(study: Study, direction: str) -> bool:
+    return any(study.score(name, direction, "bleu") is not None for name in study.rows)
+
+
+def _bars(study: Study) -> list[tuple[str, str]]:
+    """(suffix, label) of every kind of row, the paper's order and then ours."""
+    bars = [("original", "Original"), ("finetuning", "Fine-tuning")]
+    bars += [(suffix, expression) for suffix, _, expression in EXPRESSIONS]
+    for large in study.larges:
+        for name in study.fitted(large):
+            label = (name.rpartition(".")[2], f"fitted: {study.rows[name]['fitted']}")
+            bars += [label] * (label not in bars)
+    return [bar for bar in bars if any(f"{large}.{bar[0]}" in study.rows for large in study.larges)]
+
+
+def _height(study: Study) -> float:
+    return 1.1 + 0.17 * (len(study.larges) + 1) * max(1, len(_bars(study)))
+
+
+def _expressions(study: Study, axes: Any, direction: str, labelled: bool) -> None:
+    bars, larges = _bars(study), study.larges
+    thickness = 0.8 / max(1, len(larges))
+    for place, large in enumerate(larges):
+        scores = [study.score(f"{large}.{suffix}", direction, "bleu") for suffix, _ in bars]
+        at = [row + (place - (len(larges) - 1) / 2) * thickness for row in range(len(bars))]
+        shown = [(y, score) for y, score in zip(at, scores) if score is not None]
+        drawn = axes.barh(
+            [y for y, _ in shown], [score for _, score in shown], thickness * 0.92, color=COLOURS[place], label=large
+        )
+        axes.bar_label(drawn, fmt="%.1f", padding=2, fontsize=SMALL - 1)
+    axes.set_yticks(range(len(bars)), [label for _, label in bars], fontsize=SMALL)
+    axes.set_ylim(len(bars) - 0.5, -0.5)
+    axes.set_xlabel("BLEU")
+    axes.margins(x=0.12)
+    if labelled and len(larges) > 1:
+        axes.legend(fontsize=SMALL, frameon=False, loc="lower right")
+
+
+def _has_weights(study: Study, direction: str) -> bool:
+    return any(len(_line(study, large, direction)) > 1 for large in study.larges)
+
+
+def _line(study: Study, large: str, direction: str) -> list[tuple[float, float]]:
+    points = [(weight, study.score(f"{large}.{suffix}", direction, "bleu")) for suffix, weight in ALONG]
+    return [(weight, score) for weight, score in points if score is not None]
+
+
+def _fitted_points(study: Study, large: str, direction: str) -> list[tuple[float, float]]:
+    """(mean weight of the two experts over L's, BLEU) of fitted rows whose weights lie in the plane of those two."""
+    points = []
+    for name in study.fitted(large):
+        weights = study.cell(name, direction).get("weights") or {}
+        score = study.score(name, direction, "bleu")
+        if score is not None and weights.get("L", 0) > 0 and set(weights) <= {"L", *EXPERTS}:
+            mean = sum(weights.get(expert, 0.0) for expert in EXPERTS) / len(EXPERTS)
+            points.append((mean / weights["L"], score))
+    return points
+
+
+def _weights(study: Study, axes: Any, direction: str, labelled: bool) -> None:
+    for place, large in enumerate(study.larges):
+        line = _line(study, large, direction)
+        axes.plot([x for x, _ in line], [y for _, y in line], "-o", color=COLOURS[place], label=large, markersize=4)
+        fitted = _fitted_points(study, large, direction)
+        if fitted:
+            axes.plot(
+                [x for x, _ in fitted],
+                [y for _, y in fitted],
+                "*",
+                color=COLOURS[place],
+                markersize=12,
+                label=f"{large}, fitted",
+            )
+        proxy = study.score(f"{large}.proxy", direction, "bleu")
+        if proxy is not None:
+            label = f"{large}, Proxy-tuning"
+            axes.axhline(proxy, color=COLOURS[place], linewidth=0.8, linestyle=":", label=label)
+    axes.set_xlabel("experts' weight over L's")
+    if labelled:
+        axes.set_ylabel("BLEU")
+        axes.legend(fontsize=SMALL, frameon=False)
