@@ -7,7 +7,8 @@ decoding the bytes of all members' weights a step; the shares of a device that t
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from eval.graph import Named, Step, Store
+from eval.expressions import tables
+from eval.graph import Named, Step, Store, in_order
 from eval.steps import Steps
 from eval.study import Hardware, Study
 from minillama import InputError, LlamaConfig
@@ -160,9 +161,28 @@ def show(steps: Steps, order: Sequence[Step], store: Store, details: bool) -> li
                 f"  {kind:10} {sum(cost.hours for _, cost in costed):6.2f} h; most memory {need:,.1f} GiB "
                 f"({largest[0].name}, {largest[0].slots} device(s)): {fits}"
             )
+        lines.append("  of that " + ", ".join(_hours_by_table(steps, costs)))
     if details:
         lines += [f"{states[step.key]:6} {step.key[:10]}  {step.name}" for step in order]
     return lines
+
+
+def _hours_by_table(steps: Steps, costs: Costs) -> list[str]:
+    """What each of the paper's tables takes alone, from nothing."""
+    larges = (steps.study.small, steps.study.larges[0])
+    found = []
+    for number in (2, 3, 4, 6):
+        rows = [row for row in steps.rows if number in tables(row.expression, row.large in larges)]
+        wanted = [step for row in rows for direction, step in row.decode.items() if _stands(number, direction)]
+        if wanted:
+            hours = sum(costs.of(step).hours for step in in_order(wanted))
+            found.append(f"Table {number} alone {hours:.1f} h")
+    return found
+
+
+def _stands(number: int, direction: str) -> bool:
+    """Tables 3 and 4 are of Japanese and English only, Table 3 of one sentence."""
+    return number in (2, 6) or (set(direction.split("-")) == {"ja", "en"} and (number == 4 or direction == "ja-en"))
 
 
 def _advice(costs: Costs, step: Step) -> str:
