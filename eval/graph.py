@@ -123,7 +123,7 @@ def _checksum(path: Path) -> str:
                 _CHECKSUMS[known] = hashlib.file_digest(stream, "sha256").hexdigest()
         return _CHECKSUMS[known]
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; the study names it") from None
+        raise InputError(f"{path}: {error.strerror}; --data names the folder that a study's files lie in") from None
 
 
 @dataclass(frozen=True)

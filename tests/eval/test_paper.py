@@ -98,5 +98,5 @@ def test_a_study_killed_twice_ends_with_the_same_results(words, whole, tmp_path)
 
 def test_a_file_that_is_not_there_is_named(words, tmp_path, capsys):
     assert run(tmp_path, tmp_path / "work") == 2
-    assert "words.ja.txt: No such file or directory; the study names it" in capsys.readouterr().err
+    assert "words.ja.txt: No such file or directory; --data names the folder" in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
