@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from decode.expression import parse, spell
+from decode.expression import spell
 from decode.fingerprint import fingerprint
 from decode.journal import journal_path, remove
 from decode.members import Options, Reader, Sentences, encode_sentences, load_ensemble, open_readers
@@ -28,6 +28,7 @@ from decode.results import Results
 from decode.search_options import nbest_path
 from decode.session import Session, TooLong
 from decode.stream import windows
+from decode.weights_file import combination
 from decode.work import Done, Work
 from minillama import InputError
 from minillama.errors import Interrupted, exit_code
@@ -82,7 +83,7 @@ class Job:
 def prepare(arguments: argparse.Namespace, ranks: Ranks, opened: ExitStack) -> Job:
     """Everything cheap, and everything that can be refused; the journal is open when this returns (`opened` closes)."""
     folders = named_folders(arguments.model)
-    weights = parse(" + ".join(folders) if arguments.combine is None else arguments.combine, list(folders))
+    weights = combination(arguments, list(folders))
     options = decoding_options(arguments)
     everywhere = places(arguments.device, arguments.dtype, list(folders), options.batch_size)
     where = {name: everywhere[name] for name in weights}

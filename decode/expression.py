@@ -21,10 +21,11 @@ DEEPEST = 100
 TOKEN = re.compile(r"\s*(?:(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)|([^\W\d]\w*)|(\S))")
 
 
-def parse(expression: str, known: Collection[str]) -> dict[str, float]:
+def parse(expression: str, known: Collection[str], all_used: bool = True) -> dict[str, float]:
     """Weights by name, in order of first mention; a name whose weights cancel to zero is left out.
 
-    Raises InputError for a name that is not known, a known one that is not used, and anything that is not linear.
+    Raises InputError for a name that is not known, with `all_used` for a known one that is not used, and for anything
+    that is not linear.
     """
     parser = _Parser(expression, known)
     form = parser.sum()
@@ -33,15 +34,22 @@ def parse(expression: str, known: Collection[str]) -> dict[str, float]:
         raise parser.error(f"the number {form[NUMBER]:g} stands alone; a number can only multiply a model")
     form.pop(NUMBER, None)
     unused = [name for name in known if name not in form]
-    if unused:
+    if unused and all_used:
         raise parser.error(f"{', '.join(unused)} is given as a model but not used; use it or leave it out")
     weights = {name: weight for name, weight in form.items() if weight}
     if not weights:
         raise parser.error("every weight is zero; at least one model must count")
     for name, weight in weights.items():
-        if not SMALLEST <= abs(weight) <= LARGEST:  # also false for NaN
-            raise parser.error(f"the weight of {name} is {weight:g}, beyond float32's range")
+        if fault := weight_fault(name, weight):
+            raise parser.error(fault)
     return weights
+
+
+def weight_fault(name: str, weight: float) -> str:
+    """What is wrong with a weight that is not zero; empty where nothing is."""
+    if SMALLEST <= abs(weight) <= LARGEST:  # false for NaN
+        return ""
+    return f"the weight of {name} is {weight:g}, beyond float32's range"
 
 
 def spell(weights: dict[str, float]) -> str:

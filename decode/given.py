@@ -7,8 +7,9 @@ text's result has the same bits whatever it is scored beside.
 
 # R positions of a pass whose next token is asked for  G tokens asked for at each
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,13 +29,20 @@ class Given:
     """A text's log-probabilities in nats under the combined distribution: its tokens' and, last, its end's.
 
     members: the same under each member's own distribution. Without stop tokens in the ensemble a text has no end.
+    reached: how many of the places asked for have been read; only `given_logprobs` fills the two lists.
     """
 
     index: int
     target: list[int]
     unread: list[list[int]]
+    reached: int = 0
     logprobs: list[float] = field(default_factory=list)
     members: list[list[float]] = field(default_factory=list)
+
+
+# What is done with a pass: the rows, the texts with the tokens asked for at their new places (-1: any stop token), and
+# each member's hidden states of those places, text after text.
+Take = Callable[[Rows, Sequence[tuple[Given, list[int]]], Sequence[Tensor]], None]
 
 
 def given_logprobs(
@@ -48,6 +56,17 @@ def given_logprobs(
     Raises InputError for a prompt that is empty and for one that with its text does not fit a member's context,
     FloatingPointError for NaN or infinite logits.
     """
+    yield from read_given(ensemble, prompts, targets, batch_size, partial(_logprobs, ensemble))
+
+
+def read_given(
+    ensemble: Ensemble,
+    prompts: Sequence[tuple[list[int], ...]],
+    targets: Sequence[list[int]],
+    batch_size: int,
+    take: Take,
+) -> Iterator[Given]:
+    """Read every prompt and its text, giving `take` what each pass brings; yields as texts are done."""
     for index, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
         if not all(prompt):
             raise InputError(f"prompt {index + 1} is empty; a model needs at least one token to go on from")
@@ -74,7 +93,7 @@ def given_logprobs(
         rows.start()
         active.append(begin())
     while active:
-        _read(ensemble, rows, active, stops)
+        _read(rows, active, bool(stops), take)
         done = [row for row, given in enumerate(active) if not any(given.unread)]
         finished = [active[row] for row in done]
         empty = []
@@ -90,27 +109,33 @@ def given_logprobs(
         yield from finished
 
 
-def _read(ensemble: Ensemble, rows: Rows, active: Sequence[Given], stops: Sequence[int]) -> None:
+def _read(rows: Rows, active: Sequence[Given], ends: bool, take: Take) -> None:
     """One pass of every member; of the positions read, those at which the text or its end is predicted count."""
     parts = prompt_parts(active)
-    asked: list[list[int]] = []
-    owners: list[Given] = []
-    wanted = []
+    asked: list[tuple[Given, list[int]]] = []
     for given in active:
         # All members end together, so they are equally far in the text.
-        places = [*given.target, -1] if stops else given.target
+        places = [*given.target, -1] if ends else given.target
         reached = max(0, len(places) - max(map(len, given.unread)))
-        new = places[len(given.logprobs) : reached]
-        asked += [[token, *stops] for token in new]
-        owners += [given] * len(new)
-        wanted.append(len(new))
+        asked.append((given, places[given.reached : reached]))
+        given.reached = max(given.reached, reached)
+    wanted = [len(new) for _, new in asked]
     hidden = []
-    for number in range(len(ensemble.members)):
+    for number in range(len(rows.caches)):
         of_member = rows.hidden(number, [part[number] for part in parts], wanted)
         if of_member is not None:
             hidden.append(of_member)
-    if not hidden:
-        return
+    if hidden:
+        take(rows, asked, hidden)
+
+
+def _logprobs(
+    ensemble: Ensemble, rows: Rows, asked_of: Sequence[tuple[Given, list[int]]], hidden: Sequence[Tensor]
+) -> None:
+    """Logits of a few places at a time, and of them the log-probabilities asked for."""
+    stops = sorted(ensemble.stop_tokens)
+    asked = [[token, *stops] for _, new in asked_of for token in new]
+    owners = [given for given, new in asked_of for _ in new]
     for first in range(0, len(asked), ROWS_AT_ONCE):
         here = slice(first, first + ROWS_AT_ONCE)
         logits = [rows.logits(number, of_member[here]) for number, of_member in enumerate(hidden)]

@@ -163,6 +163,28 @@ def encode_sentences(
     return found
 
 
+def encode_pair(
+    sentence: str, translation: str, readers: Sequence[Reader], options: Options, where: str
+) -> tuple[tuple[list[int], ...] | None, list[int]]:
+    """Prompts and the translation's tokens, without a stop token; no prompts for a blank sentence and one to skip.
+
+    `where` names the line. Raises InputError for a pair that fits no context, unless too long ones are skipped.
+    """
+    target = readers[0].tokenizer.encode(translation.strip())
+    if not sentence.strip():
+        return None, target
+    prompts = tuple(reader.encode(sentence, options.source, options.target) for reader in readers)
+    for reader, prompt in zip(readers, prompts):
+        if len(prompt) + len(target) > reader.context:
+            if options.too_long == "skip":
+                return None, target
+            raise InputError(
+                f"{where}: prompt and translation make {len(prompt) + len(target)} tokens for {reader.name}, whose "
+                f"context is {reader.context}; shorten them, or give --too-long skip"
+            )
+    return prompts, target
+
+
 def _tightest(prompt: Sequence[list[int]], readers: Sequence[Reader]) -> tuple[Reader, int] | None:
     """The first member whose context has no room for one token behind the prompt."""
     for reader, part in zip(readers, prompt):

@@ -53,6 +53,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="a member: its name in --combine, and its folder or hub id",
     )
     add("--combine", metavar="EXPR", help='e.g. "L + 0.5*S_src - 0.5*S_base" (default: the plain sum of all models)')
+    add("--weights", metavar="FILE", help="the weights that decode.tune wrote, in place of --combine")
     add("--source", required=True, metavar="LANG", help="language code of the input, such as ja")
     add("--target", required=True, metavar="LANG", help="language code of the output")
     add(

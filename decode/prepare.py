@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import PackedLinear
-from kernels.packed_linear import has_bfloat16_instructions
+from kernels.packed_linear import EXPECTED_ROWS, has_bfloat16_instructions
 from minillama import KVCache, Llama, LlamaConfig
 from minillama.model import Layer, RMSNorm, rope_frequencies
 
@@ -172,6 +172,19 @@ class PreparedLlama:
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """(R, V) float32, for what `hidden` returned."""
         return self.head(hidden_RD)
+
+    def output_matrix(self) -> Tensor:
+        """(V, D) by which `logits` multiplies what `hidden` returns, in the dtype that the product's inputs are brought
+        to. Where a packed layer holds it this is a new tensor: what the layer makes of the unit vectors.
+        """
+        if isinstance(self.head, PlainLinear):
+            return self.head.weight_OD
+        dtype = torch.float32 if self.head.dtype == "float32" else torch.bfloat16
+        output_VD = torch.empty(self.head.out_features, self.head.in_features, dtype=dtype)
+        for units_RD in torch.eye(self.head.in_features).split(EXPECTED_ROWS):
+            first = int(units_RD[0].argmax())
+            output_VD[:, first : first + len(units_RD)] = self.head(units_RD).T
+        return output_VD
 
 
 class PreparedLayer:

@@ -19,15 +19,16 @@ from corpora import iter_lines, language_name
 from corpora.text import display_name, open_binary
 from decode.collab import WINDOW_BATCHES
 from decode.ensemble import Ensemble
-from decode.expression import parse, spell
+from decode.expression import spell
 from decode.given import Given, given_logprobs
-from decode.members import Options, Reader, load_ensemble, open_readers
+from decode.members import Options, Reader, encode_pair, load_ensemble, open_readers
 from decode.options import add_model_options, named_folders
 from decode.output import OrderedWriter, check_writable
 from decode.places import listed, per_member, places
 from decode.progress import DecodeProgress
 from decode.report import device_name
 from decode.stream import windows
+from decode.weights_file import combination
 from minillama import InputError
 from minillama.errors import Interrupted, exit_code
 
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.input == arguments.translation == "-":
         raise InputError("--input and --translation are both standard input; one of them must be a file")
     folders = named_folders(arguments.model)
-    weights = parse(" + ".join(folders) if arguments.combine is None else arguments.combine, list(folders))
+    weights = combination(arguments, list(folders))
     everywhere = places(arguments.device, arguments.dtype, list(folders), arguments.batch_size)
     there = {name: everywhere[name] for name in weights}
     options = Options(arguments.source, arguments.target, batch_size=arguments.batch_size, too_long=arguments.too_long)
@@ -183,7 +184,8 @@ class Scorer:
         fault: InputError | None = None
         for line, (sentence, translation) in enumerate(group, self.lines):
             try:
-                prompt, target = self._encode(line, sentence, translation)
+                where = f"{self.name}:{line + 1}"
+                prompt, target = encode_pair(sentence, translation, self.readers, self.options, where)
             except InputError as error:
                 fault = error
                 break
@@ -202,22 +204,6 @@ class Scorer:
             yield numbers[given.index], given
         if fault is not None:
             raise fault
-
-    def _encode(self, line: int, sentence: str, translation: str) -> tuple[tuple[list[int], ...] | None, list[int]]:
-        """Prompts and text; no prompt for a line without figures."""
-        target = self.readers[0].tokenizer.encode(translation.strip())
-        if not sentence.strip():
-            return None, target
-        prompts = tuple(reader.encode(sentence, self.options.source, self.options.target) for reader in self.readers)
-        for reader, prompt in zip(self.readers, prompts):
-            if len(prompt) + len(target) > reader.context:
-                if self.options.too_long == "skip":
-                    return None, target
-                raise InputError(
-                    f"{self.name}:{line + 1}: prompt and translation make {len(prompt) + len(target)} tokens for "
-                    f"{reader.name}, whose context is {reader.context}; shorten them, or give --too-long skip"
-                )
-        return prompts, target
 
     def row(self, line: int, given: Given | None) -> str:
         """A line of the output."""
