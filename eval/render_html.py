@@ -14,7 +14,7 @@ STYLE = """
   :root { --ink: #e4e8ea; --soft: #9aa7ae; --line: #3a4349; --page: #15191c; --band: #1e2428; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--ink);
+body { margin: 0 auto; max-width: 88rem; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--ink);
   font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Noto Sans CJK JP", sans-serif;
   overflow-wrap: break-word; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 1rem; }
@@ -36,7 +36,8 @@ th[scope=colgroup] { text-align: center; border-bottom: 1px solid var(--line); }
 .number { text-align: right; } .long { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
 tbody tr:nth-child(even) { background: var(--band); } tr.rule > td { border-top: 1px solid var(--line); }
 .note { color: var(--soft); font-size: .85rem; }
-figure { margin: 1.25rem 0; } figure svg { width: 100%; height: auto; max-width: 60rem; display: block; }
+figure { margin: 1.25rem 0; } figure svg { width: 100%; height: auto; max-width: 64rem; display: block; }
+figure svg text { fill: currentColor; }
 figcaption { color: var(--soft); font-size: .9rem; }
 @media (max-width: 40rem) {
   body { padding: 1rem .75rem 3rem; } th, td { padding: .3rem .45rem; } h1 { font-size: 1.4rem; }

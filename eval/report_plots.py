@@ -11,8 +11,7 @@ from typing import Any
 from eval.report_input import EXPRESSIONS, Study
 
 COLOURS = ("#1f8a9e", "#c5803a", "#7b6bb5", "#5c9a4a")
-BASELINE_COLOUR = "#8f9aa0"
-SMALL, PANEL_WIDTH = 8, 4.2
+SMALL, PANEL_WIDTH, ABREAST = 8, 4.2, 2
 # Rows along one line of weights: the experts' share from nothing (L alone) to the plain sum.
 ALONG = (("original", 0.0), ("half", 0.5), ("collab", 1.0))
 EXPERTS = ("S_srcMT", "S_tgtMT")
@@ -52,19 +51,28 @@ def _drawn(
 
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "DejaVu Sans", "font.size": 9}
     with matplotlib.rc_context(settings):
-        width = PANEL_WIDTH * len(directions) + 1.4
-        figure, panels = pyplot.subplots(
-            1, len(directions), figsize=(width, height), layout="constrained", sharey=name == "bleu-by-expression"
-        )
-        for place, (axes, direction) in enumerate(zip([panels] if len(directions) == 1 else panels, directions)):
-            draw(axes, direction, place == 0)
+        abreast = min(ABREAST, len(directions))
+        rows = -(-len(directions) // abreast)
+        size = (PANEL_WIDTH * abreast + 1.4, height * rows)
+        figure, grid = pyplot.subplots(rows, abreast, figsize=size, layout="constrained", squeeze=False)
+        for place, (axes, direction) in enumerate(zip(grid.flat, directions)):
+            draw(axes, direction, place % abreast == 0)
             axes.set_title(direction)
             axes.spines[["top", "right"]].set_visible(False)
+        for axes in grid.flat[len(directions) :]:
+            axes.set_visible(False)
+        handles, labels = grid.flat[0].get_legend_handles_labels()
+        if len(labels) > 1:
+            figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=SMALL, frameon=False)
         png, svg = io.BytesIO(), io.StringIO()
         figure.savefig(png, format="png", dpi=150)
         figure.savefig(svg, format="svg", metadata={"Date": None}, transparent=True)
         pyplot.close(figure)
     return Plot(name, png.getvalue(), svg.getvalue(), description)
+
+
+def _colour(place: int) -> str:
+    return COLOURS[place % len(COLOURS)]
 
 
 def _scored(study: Study, direction: str) -> bool:
@@ -94,15 +102,13 @@ def _expressions(study: Study, axes: Any, direction: str, labelled: bool) -> Non
         at = [row + (place - (len(larges) - 1) / 2) * thickness for row in range(len(bars))]
         shown = [(y, score) for y, score in zip(at, scores) if score is not None]
         drawn = axes.barh(
-            [y for y, _ in shown], [score for _, score in shown], thickness * 0.92, color=COLOURS[place], label=large
+            [y for y, _ in shown], [score for _, score in shown], thickness * 0.92, color=_colour(place), label=large
         )
         axes.bar_label(drawn, fmt="%.1f", padding=2, fontsize=SMALL - 1)
-    axes.set_yticks(range(len(bars)), [label for _, label in bars], fontsize=SMALL)
+    axes.set_yticks(range(len(bars)), [label if labelled else "" for _, label in bars], fontsize=SMALL)
     axes.set_ylim(len(bars) - 0.5, -0.5)
     axes.set_xlabel("BLEU")
     axes.margins(x=0.12)
-    if labelled and len(larges) > 1:
-        axes.legend(fontsize=SMALL, frameon=False, loc="lower right")
 
 
 def _has_weights(study: Study, direction: str) -> bool:
@@ -129,22 +135,21 @@ def _fitted_points(study: Study, large: str, direction: str) -> list[tuple[float
 def _weights(study: Study, axes: Any, direction: str, labelled: bool) -> None:
     for place, large in enumerate(study.larges):
         line = _line(study, large, direction)
-        axes.plot([x for x, _ in line], [y for _, y in line], "-o", color=COLOURS[place], label=large, markersize=4)
+        axes.plot([x for x, _ in line], [y for _, y in line], "-o", color=_colour(place), label=large, markersize=4)
         fitted = _fitted_points(study, large, direction)
         if fitted:
             axes.plot(
                 [x for x, _ in fitted],
                 [y for _, y in fitted],
                 "*",
-                color=COLOURS[place],
+                color=_colour(place),
                 markersize=12,
                 label=f"{large}, fitted",
             )
         proxy = study.score(f"{large}.proxy", direction, "bleu")
         if proxy is not None:
             label = f"{large}, Proxy-tuning"
-            axes.axhline(proxy, color=COLOURS[place], linewidth=0.8, linestyle=":", label=label)
+            axes.axhline(proxy, color=_colour(place), linewidth=0.8, linestyle=":", label=label)
     axes.set_xlabel("experts' weight over L's")
     if labelled:
         axes.set_ylabel("BLEU")
-        axes.legend(fontsize=SMALL, frameon=False)
