@@ -98,7 +98,8 @@ def _fits(steps: Steps, store: Store) -> dict[str, Any]:
     for (direction, large, kind), step in steps.fits.items():
         written = tomllib.loads((store.folder(step) / "weights.toml").read_text("utf-8"))
         entry = {"weights": written["weights"], "standard_errors": written.get("standard_errors", {})}
-        entry |= {key: value for key, value in written.get("fit", {}).items()}
+        entry |= {key: value for key, value in written.get("fit", {}).items() if not key.endswith("seconds")}
+        entry["nats_per_token"] = entry.pop("nats", None)
         entry["fixed"] = _fixed(written.get("against", {}))
         found.setdefault(large, {}).setdefault(direction, {})[kind] = entry
     return found
