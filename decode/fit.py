@@ -33,6 +33,7 @@ SHORTEST_STEP, SHORTEST_CUT = 2.0**-30, 1 / 64
 # An eigenvalue of the Hessian below this share of the largest is zero: float32 moments know no better.
 FLAT = 1e-6
 FLAT_PULL = 1e-3
+AT_BOUND = 1e-12
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class Bounds:
     @classmethod
     def none(cls, count: int) -> "Bounds":
         return cls(np.full(count, -np.inf), np.full(count, np.inf))
+
+    def inside(self, weights_N: Array) -> Array:
+        """The nearest weights within the bounds; those at a bound but for rounding are at it."""
+        weights_N = np.where(weights_N <= self.low_N + AT_BOUND, self.low_N, weights_N)
+        return np.where(weights_N >= self.high_N - AT_BOUND, self.high_N, weights_N)
 
     def projected(self, point: Point) -> Array:
         """The gradient without the parts that a bound holds back: zero exactly at the constrained minimum."""
@@ -108,7 +114,7 @@ def minimise(
     centre_N = start_N if centre_N is None else centre_N
     bounds = bounds or Bounds.none(count)
     flat_KN = np.empty((0, count))
-    at = function(np.clip(start_N, bounds.low_N, bounds.high_N))
+    at = function(bounds.inside(start_N))
     steps = 0
     while True:
         pull_NN = l2 * np.eye(count)
@@ -157,8 +163,7 @@ def _newton(
             break
         length = 1.0
         while True:
-            wanted_N = np.clip(point.weights_N + length * step_N, bounds.low_N, bounds.high_N)
-            other = function(wanted_N)
+            other = function(bounds.inside(point.weights_N + length * step_N))
             pulled = _pulled(other, centre_N, pull_NN)
             if pulled.value <= point.value + SUFFICIENT_DECREASE * length * slope + VALUE_NOISE:
                 break

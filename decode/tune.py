@@ -143,6 +143,7 @@ def prepare(arguments: argparse.Namespace) -> Job:
     centre_N = _vector(combination(arguments, names), names)
     bounds = _bounds(arguments.bounds, len(names))
     against = _against(arguments.against, names, centre_N)
+    curve = _counts(arguments.curve)
     where = places(arguments.device, arguments.dtype, names, arguments.batch_size)
     options = Options(arguments.source, arguments.target, batch_size=arguments.batch_size, too_long=arguments.too_long)
     files = [arguments.input, arguments.reference, *(arguments.held_out or ())]
@@ -158,7 +159,7 @@ def prepare(arguments: argparse.Namespace) -> Job:
     held_out = None
     if arguments.held_out:
         held_out = read(arguments.held_out[0], arguments.held_out[1], readers, options)
-    curve = _curve(arguments.curve, len(pairs.targets), held_out is not None)
+    _check_curve(curve, len(pairs.targets), held_out is not None)
     return Job(arguments, folders, readers, where, centre_N, bounds, against, curve, pairs, held_out)
 
 
@@ -296,20 +297,24 @@ def _against(expressions: Sequence[str] | None, names: Sequence[str], centre_N: 
     return {text: _vector(parse(text, names, all_used=False), names) for text in dict.fromkeys(expressions)}
 
 
-def _curve(text: str | None, pairs: int, has_held_out: bool) -> list[int]:
+def _counts(text: str | None) -> list[int]:
     if text is None:
         return []
     try:
         counts = sorted({int(part) for part in text.split(",")})
     except ValueError:
-        raise InputError(f"--curve {text}: expected numbers of pairs such as 10,50,200") from None
-    most = pairs if has_held_out else pairs - 1
-    if not 1 <= counts[0] <= counts[-1] <= most:
-        raise InputError(
-            f"--curve {text}: expected numbers from 1 to {most}"
-            + ("" if has_held_out else f"; with all {pairs} pairs nothing is left to judge by, give --held-out")
-        )
+        counts = [0]
+    if counts[0] < 1:
+        raise InputError(f"--curve {text}: expected numbers of pairs such as 10,50,200")
     return counts
+
+
+def _check_curve(counts: Sequence[int], pairs: int, has_held_out: bool) -> None:
+    if not counts or counts[-1] < pairs or (has_held_out and counts[-1] == pairs):
+        return
+    if counts[-1] > pairs:
+        raise InputError(f"--curve {counts[-1]}: there are {pairs:,} pairs")
+    raise InputError(f"--curve {counts[-1]}: with all {pairs:,} pairs none is left to judge by; give --held-out")
 
 
 def _origin(job: Job) -> dict[str, Any]:

@@ -16,9 +16,10 @@ def fit_lines(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"{name:{width}} {weight:9.4f}   {bound}")
     lines += ["", *_likelihoods(report), "", *_certificate(report)]
     scale = report["temperature"]
+    sure = "sure" if scale["scale"] < 1 else "unsure"
     lines.append(
-        f"{fit['centre']} is best at temperature {scale['temperature']:.3g} ({scale['nats']:.4f} nats): at 1 its probabilities "
-        f"are too {'sure' if scale['scale'] < 1 else 'unsure'}, greedy choice does not see that"
+        f"{fit['centre']} is best at temperature {scale['temperature']:.3g} ({scale['nats']:.4f} nats): its own "
+        f"probabilities are too {sure}, which greedy choice does not see"
     )
     return [*lines, "", f'--combine "{report["combine"]}"']
 
