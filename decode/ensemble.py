@@ -6,8 +6,12 @@ texts, prompts' origin or which sentence a row belongs to.
 
 # N members  R rows of logits  V vocabulary
 
+from __future__ import annotations
+
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +21,9 @@ from decode.prepare import PreparedLlama
 from kernels import Sampling, describe_flag, fused_logits
 from kernels.request import MAX_MEMBERS
 from minillama import InputError, Llama
+
+if TYPE_CHECKING:
+    from decode.step_graph import StepGraphs
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,10 @@ class Ensemble:
     Models that the expression gives weight zero are dropped. A `Llama` is prepared for decoding: it stays as it is, and
     on a CPU with room for it packed copies of its weights are made (storage: see `PreparedLlama`).
     invariant: a sentence's result has the same bits whatever it is decoded beside; None: where that costs nothing, on a
-    CPU. Raises InputError for an expression that does not parse and for vocabularies of different sizes (equal tables
-    are the caller's to check: see decode.vocabulary).
+    CPU.   graphs: whether plain steps are CUDA graphs (decode/step_graph.py); None: where all members are on one GPU,
+    unless COLLAB_GRAPHS=off; True elsewhere: run what a graph would replay.
+    Raises InputError for an expression that does not parse and for vocabularies of different sizes (equal tables are
+    the caller's to check: see decode.vocabulary).
     """
 
     def __init__(
@@ -52,6 +61,7 @@ class Ensemble:
         combine: str | Mapping[str, float] | None = None,
         storage: str = "auto",
         invariant: bool | None = None,
+        graphs: bool | None = None,
     ) -> None:
         if combine is None:
             combine = " + ".join(models)
@@ -68,6 +78,12 @@ class Ensemble:
                 prepared[id(models[name])] = _prepared(models[name], storage, invariant)
         self.members = tuple(Member(name, prepared[id(models[name])], weight) for name, weight in weights.items())
         self.weights_N = torch.tensor([m.weight for m in self.members], dtype=torch.float32, device=self.device)
+        devices = {member.model.device for member in self.members}
+        if graphs is None:
+            graphs = self.device.type == "cuda" and graphs_wanted()
+        self.graphs = graphs and len(devices) == 1
+        # What the last call decoded with, for the next one: graphs are bound to their caches (decode/rows.py).
+        self.step_graphs: StepGraphs | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -104,7 +120,7 @@ class Ensemble:
         Raises FloatingPointError for NaN or infinite logits and for a row without a token.
         """
         chosen = fused_logits(logits, self.weights_N if weights is None else weights, sample=sample)
-        self._check(chosen.flag)
+        self.check(chosen.flag.tolist())
         if chosen.sample_token is not None and chosen.sample_logprob is not None:
             return Choice(chosen.sample_token.tolist(), chosen.sample_logprob.tolist())
         return Choice(chosen.token.tolist(), chosen.logprob.tolist())
@@ -114,7 +130,7 @@ class Ensemble:
         nats; raises as `choose` does.
         """
         found = fused_logits(logits, self.weights_N, top_k=count)
-        self._check(found.flag)
+        self.check(found.flag.tolist())
         assert found.top_token is not None
         assert found.top_logprob is not None
         return [
@@ -130,15 +146,23 @@ class Ensemble:
         one = torch.ones(1, device=self.device)
         asked = [(logits, self.weights_N), *(([of_member], one) for of_member in logits)]
         found = [fused_logits(of, weights, given=given_RG) for of, weights in asked]
-        self._check(found[0].flag)
+        self.check(found[0].flag.tolist())
         combined_RG, *own = [result.given_logprob for result in found if result.given_logprob is not None]
         return combined_RG.cpu(), torch.stack(own).cpu()
 
-    def _check(self, flag_R: Tensor) -> None:
-        flags = flag_R.tolist()
+    def check(self, flags: Sequence[int]) -> None:
+        """Raises FloatingPointError for the first row with a flag, naming the member at fault."""
         if any(flags):
             row = next(row for row, flag in enumerate(flags) if flag)
             raise FloatingPointError(f"row {row}: {describe_flag(flags[row], self.names)}")
+
+
+def graphs_wanted() -> bool:
+    """Whether COLLAB_GRAPHS leaves CUDA graphs on; raises InputError for a value that means nothing."""
+    wanted = os.environ.get("COLLAB_GRAPHS", "on")
+    if wanted not in ("on", "off"):
+        raise InputError(f"COLLAB_GRAPHS={wanted}: expected on or off")
+    return wanted == "on"
 
 
 def _prepared(model: Llama | PreparedLlama, storage: str, invariant: bool | None) -> PreparedLlama:

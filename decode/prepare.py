@@ -79,13 +79,8 @@ class Pass:
             keys.append(min(cache_positions(last), capacity))
         self.slot_R = torch.tensor(slots, device=device)
         position_R = torch.tensor(positions, device=device)
-        angle_RC = position_R[:, None].float() * rope_frequencies(config, device)
-        turned_heads = config.num_attention_heads + config.num_key_value_heads
-        turn_RC = torch.polar(torch.ones_like(angle_RC), angle_RC)
-        self.turn_RHC = turn_RC[:, None].expand(-1, turned_heads, -1).contiguous()
-        beyond_RS = torch.arange(max(keys), device=device) > position_R[:, None]
-        mask_RS = torch.zeros(beyond_RS.shape, dtype=cache.entries_LBSEKC.dtype, device=device)
-        mask_R11S = mask_RS.masked_fill_(beyond_RS, float("-inf"))[:, None, None]
+        self.turn_RHC = rotations_at(config, position_R)
+        mask_R11S = mask_beyond(position_R, max(keys), cache.entries_LBSEKC.dtype)
         # For each product of queries with keys: which positions, which rows' keys of every layer, and the mask.
         self.blocks: list[tuple[slice, Sequence[Tensor], Tensor]] = []
         start = 0
@@ -123,8 +118,7 @@ class PreparedLlama:
         self.cache_dtype = torch.float32 if on_cpu else model.dtype
         self.embedding_VD = model.model.embed_tokens.weight.detach()
         width, eps = self.config.hidden_size, self.config.rms_norm_eps
-        self.tail_E = torch.zeros(TAIL, device=self.device)
-        self.tail_E[0] = (width * eps) ** 0.5
+        self.tail_E = torch.tensor([(width * eps) ** 0.5, *[0.0] * (TAIL - 1)], device=self.device)
         self.layers = []
         with torch.no_grad():
             for number, layer in enumerate(model.model.layers):
@@ -170,8 +164,11 @@ class PreparedLlama:
         return self.norm(stream_RE)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
-        """(R, V) float32, for what `hidden` returned."""
-        return self.head(hidden_RD)
+        """(R, V) for what `hidden` returned: float32, where weights stay as they are in their dtype.
+
+        The combined choice adds in float32 whatever it is given, so what is written and read again is not made wider.
+        """
+        return self.head.product(hidden_RD) if isinstance(self.head, PlainLinear) else self.head(hidden_RD)
 
     def output_matrix(self) -> Tensor:
         """(V, D) by which `logits` multiplies what `hidden` returns, in the dtype that the product's inputs are brought
@@ -263,23 +260,40 @@ class PlainLinear:
         self.weight_OD, self.bias_O, self.tile = weight_OD, None if bias_O is None else bias_O.detach(), tile
 
     def __call__(self, x_RD: Tensor, *, silu: bool = False, multiply: Tensor | None = None) -> Tensor:
-        if not self.tile:
-            y_RO = self._product(x_RD)
-        else:
-            padded_RD = F.pad(x_RD, (0, 0, 0, -len(x_RD) % self.tile))
-            y_RO = torch.cat([self._product(part) for part in padded_RD.split(self.tile)])[: len(x_RD)]
+        y_RO = self.product(x_RD).to(x_RD.dtype)
         y_RO = F.silu(y_RO) if silu else y_RO
         return y_RO if multiply is None else y_RO * multiply
+
+    def product(self, x_RD: Tensor) -> Tensor:
+        """In the weight's dtype."""
+        x_RD = x_RD.to(self.weight_OD.dtype)
+        if not self.tile:
+            return F.linear(x_RD, self.weight_OD, self.bias_O)
+        padded_RD = F.pad(x_RD, (0, 0, 0, -len(x_RD) % self.tile))
+        parts = [F.linear(part_RD, self.weight_OD, self.bias_O) for part_RD in padded_RD.split(self.tile)]
+        return torch.cat(parts)[: len(x_RD)]
 
     @property
     def nbytes(self) -> int:
         return self.weight_OD.nbytes
 
-    def _product(self, x_RD: Tensor) -> Tensor:
-        return F.linear(x_RD.to(self.weight_OD.dtype), self.weight_OD, self.bias_O).to(x_RD.dtype)
-
 
 Linear = PackedLinear | PlainLinear
+
+
+def rotations_at(config: LlamaConfig, position_R: Tensor) -> Tensor:
+    """(R, H + K, C/2) complex: what every pair of channels of queries and keys is turned by at each position."""
+    angle_RC = position_R[:, None].float() * rope_frequencies(config, position_R.device)
+    turn_RC = torch.polar(torch.ones_like(angle_RC), angle_RC)
+    turned_heads = config.num_attention_heads + config.num_key_value_heads
+    return turn_RC[:, None].expand(-1, turned_heads, -1).contiguous()
+
+
+def mask_beyond(position_R: Tensor, keys: int, dtype: torch.dtype) -> Tensor:
+    """(R, 1, 1, S): what is added to the products of each position's queries with that many keys."""
+    beyond_RS = torch.arange(keys, device=position_R.device) > position_R[:, None]
+    mask_RS = torch.zeros(beyond_RS.shape, dtype=dtype, device=position_R.device)
+    return mask_RS.masked_fill_(beyond_RS, float("-inf"))[:, None, None]
 
 
 def cache_positions(count: int) -> int:
@@ -295,7 +309,7 @@ def pair_channels(rows_HC: Tensor, heads: int) -> Tensor:
 def turn(pairs_RHC2: Tensor, turn_RHC: Tensor) -> None:
     """Rotate pairs of channels (float32) in place."""
     rows = max(1, ROTATED_AT_ONCE // turn_RHC[0].numel())
-    if len(pairs_RHC2) <= rows:
+    if len(pairs_RHC2) <= rows or pairs_RHC2.is_cuda:
         torch.view_as_complex(pairs_RHC2).mul_(turn_RHC)
         return
     for start in range(0, len(pairs_RHC2), rows):

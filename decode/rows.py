@@ -6,20 +6,23 @@ be ahead of another in the same row, as one that drafts is. Nothing here knows w
 
 # R positions of a pass  V vocabulary
 
+import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from decode.draws import Draws
 from decode.ensemble import Ensemble
 from decode.prepare import Pass, Span
+from decode.step_graph import Chosen, StepGraphs
 
 
 class Rows:
     """Up to `batch_size` rows; `lengths[row][member]` positions are in that member's cache.
 
     capacity: positions per row, for each member.   prefix: for each member what every row begins with: read once, here,
-    and copied to a row when it starts.
+    and copied to a row when it starts.   `graphs`: where it is not None, `step` may be called.
     """
 
     def __init__(
@@ -33,15 +36,18 @@ class Rows:
         self.batch_size = batch_size
         self.prefix_lengths = [0] * len(capacity) if prefix is None else [len(tokens) for tokens in prefix]
         self.shared = any(self.prefix_lengths)
-        # What rows share stands in a row of its own behind them.
-        self.caches = [
-            member.model.cache(batch_size + self.shared, positions)
-            for member, positions in zip(ensemble.members, capacity)
-        ]
+        self.graphs = self._borrowed(capacity)
+        # What rows share stands in a row of its own, the last.
+        if self.graphs is not None:
+            self.caches = self.graphs.caches
+        else:
+            models = [member.model for member in ensemble.members]
+            self.caches = [model.cache(batch_size + self.shared, places) for model, places in zip(models, capacity)]
+        self.shared_row = self.caches[0].batch_size - 1
         self.lengths: list[list[int]] = []
         for number, tokens in enumerate(prefix or ()):
             if tokens:
-                self._read(number, [tokens], [Span(batch_size, 1, len(tokens))], [0])
+                self._read(number, [tokens], [Span(self.shared_row, 1, len(tokens))], [0])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -52,13 +58,20 @@ class Rows:
         row = len(self)
         for cache, length in zip(self.caches, self.prefix_lengths):
             if length:
-                cache.copy_row(self.batch_size, row, length)
+                cache.copy_row(self.shared_row, row, length)
         self.lengths.append(list(self.prefix_lengths))
         return row
 
     def restart(self, row: int) -> None:
         """A row begins anew. What all rows begin with is never overwritten and still stands in it."""
         self.lengths[row] = list(self.prefix_lengths)
+
+    def step(self, tokens: Sequence[int], drawn: Sequence[tuple[int, int]], draws: Draws | None) -> Chosen:
+        """Append a token to every row, for all members at once, and choose the next ones: see `StepGraphs.step`."""
+        assert self.graphs is not None
+        chosen = self.graphs.step(tokens, self.lengths, drawn, draws)
+        self.lengths = [[length + 1 for length in lengths] for lengths in self.lengths]
+        return chosen
 
     def forward(self, number: int, tokens: Sequence[Sequence[int]], wanted: Sequence[int]) -> Tensor | None:
         """Append each row's tokens (perhaps none) to member `number`; logits (sum of wanted, V) of each row's last
@@ -99,6 +112,17 @@ class Rows:
         if len(kept) < len(hidden_RD):
             hidden_RD = hidden_RD[torch.tensor(kept, device=hidden_RD.device)]
         return hidden_RD
+
+    def _borrowed(self, capacity: Sequence[int]) -> StepGraphs | None:
+        """The ensemble's graphs and caches of an earlier call, where they are large enough and nobody uses them now."""
+        ensemble = self.ensemble
+        if not ensemble.graphs or (ensemble.step_graphs is not None and ensemble.step_graphs.in_use):
+            return None
+        if ensemble.step_graphs is None or not ensemble.step_graphs.fits(self.batch_size, capacity):
+            ensemble.step_graphs = None  # its memory comes back before the next is taken
+            ensemble.step_graphs = StepGraphs(ensemble, self.batch_size, capacity, ensemble.device.type == "cuda")
+        ensemble.step_graphs.user = weakref.ref(self)
+        return ensemble.step_graphs
 
     @torch.inference_mode()
     def _read(self, number: int, tokens: Sequence[Sequence[int]], spans: list[Span], starts: list[int]) -> Tensor:

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from decode import beam
+from decode.draws import Draws
 from decode.ensemble import Ensemble
 from decode.members import Options
-from decode.step import Draws
 from decode.translate import Counters, Translation, decode
 
 

@@ -22,6 +22,8 @@ from minillama import InputError
 LOOKUP = -1
 # Stands for a member where the time of choosing is meant: summing logits is a cost of every position too.
 CHOICE = -2
+# Stands for a whole plain step that is one graph: nobody knows what its parts take.
+STEP = -3
 # Tokens whose last occurrence is looked for, longest first.
 LOOKUP_LENGTHS = (3, 2)
 MOST_DRAFTED = 7
@@ -105,7 +107,7 @@ class Speculation:
         rate = self.tallies[drafter].rate
         tokens = length + 1 if rate >= 1 else (1 - rate ** (length + 1)) / (1 - rate)
         parts = [CHOICE, *range(self.members)]
-        plain = sum(self._pass(part, rows) for part in parts)
+        plain = self._pass(STEP, rows) or sum(self._pass(part, rows) for part in parts)
         drafting = 0.0
         if drafter != LOOKUP:
             drafting = (length + 1) * self._pass(drafter, rows) + length * self._pass(CHOICE, rows)

@@ -14,30 +14,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from decode.draws import Draws
 from decode.ensemble import Choice, Ensemble
 from decode.rows import Rows
-from decode.speculate import CHOICE, LOOKUP, Draft, Speculation, lookup
+from decode.speculate import CHOICE, LOOKUP, STEP, Draft, Speculation, lookup
 from kernels import Sampling
 
 # Positions of prompts that are read in one step, of the member with the longest.
 PROMPT_POSITIONS = 512
-
-
-@dataclass(frozen=True)
-class Draws:
-    """How to sample: see `kernels.Sampling`. The same seed draws the same tokens for a sentence in any batch.
-
-    keys: for each prompt the number below 2**31 that its draws hang on; None: its index.
-    """
-
-    seed: int = 0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    keys: Sequence[int] | None = None
-
-    def key(self, index: int) -> int:
-        return index if self.keys is None else self.keys[index]
 
 
 @dataclass
@@ -83,6 +67,8 @@ def step(
             drafts[row] = lookup(inflight.prompt[0], inflight.tokens, min(plan.length, room))
         if not any(drafts):
             plan = None
+    if plan is None and rows.graphs is not None and len(decoding) == len(active):
+        return _one_token_each(ensemble, rows, active, speculation, draws, work)
     of_drafter = None
     if plan is not None and plan.drafter != LOOKUP:
         of_drafter = _draft(ensemble, rows, active, parts, plan, speculation, draws, drafts)
@@ -109,7 +95,7 @@ def step(
     if len(places) == sum(len(draft) + 1 for draft in drafts):
         speculation.timed(CHOICE, len(places), time.perf_counter() - started)
     if plan is None and speculation.watches():
-        _watch(speculation, known, choice, active, decoding, places, drafts)
+        _watch(speculation, known, choice, active, decoding, places)
     picked = iter(zip(choice.tokens, choice.logprobs))
     for row, (draft, count) in enumerate(zip(drafts, chosen_at)):
         pairs = [next(picked) for _ in range(count)]
@@ -121,6 +107,28 @@ def step(
             work.drafted += len(draft)
             work.kept += kept
     return gained
+
+
+def _one_token_each(
+    ensemble: Ensemble,
+    rows: Rows,
+    active: Sequence[InFlight],
+    speculation: Speculation,
+    draws: Draws | None,
+    work: Work,
+) -> list[list[tuple[int, float]]]:
+    """A step in which every row decodes and nobody drafts, as one graph."""
+    started = time.perf_counter()
+    drawn = [(0 if draws is None else draws.key(row.index), len(row.tokens)) for row in active]
+    chosen = rows.step([row.tokens[-1] for row in active], drawn, draws)
+    ensemble.check(chosen.flags)
+    work.steps += 1
+    speculation.timed(STEP, len(active), time.perf_counter() - started)
+    choice = Choice(chosen.tokens, chosen.logprobs)
+    if speculation.watches():
+        every = range(len(active))
+        _watch(speculation, chosen.logits, choice, active, every, [(row, 0) for row in every])
+    return [[pair] for pair in zip(choice.tokens, choice.logprobs)]
 
 
 class Reading(Protocol):
@@ -223,7 +231,6 @@ def _watch(
     active: Sequence[InFlight],
     decoding: Sequence[int],
     places: Sequence[tuple[int, int]],
-    drafts: Sequence[list[int]],
 ) -> None:
     """Compare each drafter's next token with the combined choice of a step in which nobody drafted."""
     chosen = {row: token for (row, _), token in zip(places, choice.tokens)}

@@ -8,10 +8,11 @@ not depend on its neighbours.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from decode.draws import Draws
 from decode.ensemble import Ensemble
 from decode.rows import Rows
 from decode.speculate import Speculation
-from decode.step import Draws, InFlight, step
+from decode.step import InFlight, step
 from minillama import InputError
 
 Prompt = Sequence[int]

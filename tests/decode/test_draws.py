@@ -7,7 +7,7 @@ from tiny import tiny_model
 from corpora import sample
 from decode import Ensemble, translate
 from decode.collab import main
-from decode.step import Draws
+from decode.draws import Draws
 from minillama.errors import exit_code
 
 WEIGHTS = {"L": 1.0, "S": 0.6, "A": -0.4}

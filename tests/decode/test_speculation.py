@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tiny import TINY, tiny_model
 
 from decode import Ensemble, translate
+from decode.draws import Draws
 from decode.speculate import CHOICE, ENOUGH, LOOKUP, Speculation, lookup
-from decode.step import Draws
 from minillama import InputError
 
 EXPRESSIONS = ("L + S + A", "L + 0.5*S - 0.5*A", "L")
