@@ -13,7 +13,7 @@ import torch
 from corpora.metrics import text_metrics
 from corpora.pairs import one_line
 from decode.bench_measure import Bench, Case, System, compare, step_rows
-from decode.bench_shapes import Models, random_prompts
+from decode.bench_shapes import Models, random_prompts, step_work
 from decode.bench_systems import STOP
 from decode.bench_worker import Refused, Worker
 from minillama import Tokenizer
@@ -185,7 +185,8 @@ def speculation_rows(
 ) -> list[dict[str, Any]]:
     """Speculation off and on, in turns: speed against plain decoding, what the run reports, tokens against plain ones.
 
-    Differences are judged by transformers in the same dtype: a tie, or a fault.
+    acceptance: by drafter, the kept part of what it drafted. Differences are judged by transformers in the same dtype:
+    a tie, or a fault.
     """
     worker = bench.start(system, models, text.stops)
     if worker is None:
@@ -211,8 +212,26 @@ def speculation_rows(
     rows = []
     for setting in settings:
         row = _text_row(system, models, batch, text, last[setting], seconds[setting])
-        row |= {"speculate": setting, "reported": last[setting]["reported"]}
+        reported = last[setting]["reported"]
+        row |= {"speculate": setting, "reported": reported}
+        row["acceptance"] = {
+            name: round(kept / drafted, 3) for name, (drafted, kept) in reported["drafters"].items() if drafted
+        }
+        if batch == 1:
+            row["ratio_computed_for_a_gpu"] = ratio_by_bytes(models, last[plain]["steps"], row["steps"], reported)
         row["ratio_to_plain"] = round(statistics.median(seconds[plain]) / statistics.median(seconds[setting]), 3)
         expected, tokens = last[plain]["tokens"], last[setting]["tokens"]
         rows.append(row | compare(bench, models, text.prompts, reference, expected, tokens, text.stops))
     return rows
+
+
+def ratio_by_bytes(models: Models, plain_steps: int, steps: int, reported: dict[str, Any]) -> float:
+    """Bytes of weights that plain decoding read over those that this run of lone rows read.
+
+    Computed, not measured: the speed against plain decoding where a pass costs its bytes whatever its positions, as on
+    a GPU. A member's drafted token is one more pass of it; of a draft it reads its last token in the step's own pass.
+    """
+    parts = [step_work([config], "float32", 0, 0)[0] for config in models.configs()]
+    weights = dict(zip(models.folders, parts))
+    drafting = sum(drafted * weights.get(name, 0.0) for name, (drafted, _) in reported["drafters"].items())
+    return round(plain_steps * sum(parts) / (steps * sum(parts) + drafting), 3)

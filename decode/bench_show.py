@@ -77,8 +77,11 @@ def _texts(rows: list[dict[str, Any]]) -> None:
             f"{row['dtype']:9}{setting:14}{row['seconds']:8.2f} s {row['tokens_per_second']:8.0f} tok/s "
             f"{_ratio(ratio)}, {_tokens(row)}{score}"
         )
-        if row.get("reported"):
-            print(f"         {row['reported']}")
+        if row.get("acceptance"):
+            kept = ", ".join(f"{name} {share:.0%}" for name, share in row["acceptance"].items())
+            computed = row.get("ratio_computed_for_a_gpu")
+            gpu = "" if computed is None else f"; computed from bytes, for a GPU: {computed:.2f}x"
+            print(f"         {row['steps']} steps, drafts kept: {kept}{gpu}")
 
 
 def _ratio(ratio: float | None) -> str:

@@ -93,7 +93,8 @@ class Speculation:
         if self.mode == "off" or not rows or any(tally.seen < ENOUGH for tally in self.tallies.values()):
             return None
         if isinstance(self.mode, int):
-            return Draft(max(self.tallies, key=lambda drafter: self.tallies[drafter].rate), self.mode)
+            length = self.mode
+            return Draft(max(self.tallies, key=lambda drafter: self._gain(drafter, length, rows)), length)
         best, plan = MARGIN, None
         for drafter in self.tallies:
             for length in (1, 2, 3, 5, MOST_DRAFTED):
@@ -126,6 +127,10 @@ class Speculation:
         before = self.seconds.get(key, seconds)
         # The least is what a pass costs; it is forgotten slowly, as texts grow longer.
         self.seconds[key] = min(seconds, before + NEWEST * (seconds - before))
+
+    @staticmethod
+    def name(drafter: int, members: Sequence[str]) -> str:
+        return "lookup" if drafter == LOOKUP else members[drafter]
 
     def drafted(self, drafter: int, length: int, kept: int) -> None:
         """A row kept `kept` of `length` drafted tokens; those behind the first that differs say nothing."""

@@ -40,8 +40,8 @@ class Work(Protocol):
     """What a step counts."""
 
     steps: int
-    drafted: int
-    kept: int
+
+    def add_draft(self, drafter: str, drafted: int, kept: int) -> None: ...
 
 
 def step(
@@ -104,8 +104,7 @@ def step(
         if draft and plan is not None:
             rows.forget(row, len(draft) - kept)
             speculation.drafted(plan.drafter, len(draft), kept)
-            work.drafted += len(draft)
-            work.kept += kept
+            work.add_draft(speculation.name(plan.drafter, ensemble.names), len(draft), kept)
     return gained
 
 
@@ -219,7 +218,7 @@ def _timed(
     started = time.perf_counter()
     logits = rows.forward(number, new, wanted)
     # What a prompt's reading costs says nothing of a step.
-    if speculation.mode == "auto" and max(map(len, new)) == max(wanted):
+    if speculation.mode != "off" and max(map(len, new)) == max(wanted):
         speculation.timed(number, sum(map(len, new)), time.perf_counter() - started)
     return logits
 

