@@ -12,22 +12,11 @@ from typing import Any
 
 from corpora.text import read_lines
 from eval.document import MISSING
+from eval.expressions import EXPRESSIONS, FINETUNING, ORIGINAL
 from minillama.errors import InputError
 
-# The rows of a large model in the paper's order: what follows the dot in a row's name, method, expression.
-BASELINES = (("original", "Original", "L"), ("finetuning", "Fine-tuning", "L_MT"))
-EXPRESSIONS = (
-    ("proxy", "Proxy-tuning", "L + (S_MT - S_all)"),
-    ("proxy-src", "Proxy-tuning", "L + (S_srcMT - S_all)"),
-    ("proxy-tgt", "Proxy-tuning", "L + (S_tgtMT - S_all)"),
-    ("proxy-half", "Proxy-tuning", "L + (0.5 S_srcMT + 0.5 S_tgtMT - S_all)"),
-    ("mt", "Collab-MT", "L + S_MT"),
-    ("src", "Collab-MT", "L + S_srcMT"),
-    ("tgt", "Collab-MT", "L + S_tgtMT"),
-    ("half", "Collab-MT", "L + 0.5 S_srcMT + 0.5 S_tgtMT"),
-    ("collab", "Collab-MT", "L + S_srcMT + S_tgtMT"),
-)
-METHODS = {suffix: (method, expression) for suffix, method, expression in (*BASELINES, *EXPRESSIONS)}
+# A model's rows in the paper's order, by what follows the dot in a row's name.
+KNOWN = {"original": ORIGINAL, "finetuning": FINETUNING, **EXPRESSIONS}
 
 
 @dataclass(frozen=True)
@@ -60,7 +49,7 @@ class Study:
 
     def others(self) -> list[str]:
         """Names of rows that stand in no table of the paper and are not fitted (an expert alone, for instance)."""
-        known = {f"{large}.{suffix}" for large in self.models() for suffix in METHODS}
+        known = {f"{large}.{suffix}" for large in self.models() for suffix in KNOWN}
         return [row["id"] for row in self.data["rows"] if not row.get("fitted") and row["id"] not in known]
 
     def models(self) -> list[str]:
@@ -93,7 +82,8 @@ class Study:
         found = self.rows.get(row)
         if found:
             return found["method"], found.get("expression", "")
-        return METHODS.get(row.rpartition(".")[2], (row, ""))
+        expression = KNOWN.get(row.rpartition(".")[2])
+        return (expression.method, expression.combine) if expression else (row, "")
 
     def large_of(self, row: str) -> str:
         """The model that a row's L is, as tables name it."""

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.report_input import EXPRESSIONS, Study
+from eval.expressions import EXPRESSIONS
+from eval.report_input import KNOWN, Study
+from eval.report_tables import BASELINES, OURS
 
 COLOURS = ("#1f8a9e", "#c5803a", "#7b6bb5", "#5c9a4a")
 SMALL, PANEL_WIDTH, ABREAST = 8, 4.2, 2
@@ -81,11 +83,11 @@ def _scored(study: Study, direction: str) -> bool:
 
 def _bars(study: Study) -> list[tuple[str, str]]:
     """(suffix, label) of every kind of row, the paper's order and then ours."""
-    bars = [("original", "Original"), ("finetuning", "Fine-tuning")]
-    bars += [(suffix, expression) for suffix, _, expression in EXPRESSIONS]
+    bars = [(suffix, KNOWN[suffix].method) for suffix in BASELINES]
+    bars += [(suffix, expression.combine) for suffix, expression in EXPRESSIONS.items()]
     for large in study.larges:
         for name in study.fitted(large):
-            label = (name.rpartition(".")[2], f"fitted: {study.rows[name]['fitted']}")
+            label = (name.rpartition(".")[2], f"{OURS}{study.rows[name]['fitted']}")
             bars += [label] * (label not in bars)
     return [bar for bar in bars if any(f"{large}.{bar[0]}" in study.rows for large in study.larges)]
 

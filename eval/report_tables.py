@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from eval.document import MISSING, Column, Inline, Row, Table, code, number, strong
+from eval.expressions import EXPRESSIONS, FITTED
 from eval.paper_figures import paper_rows
-from eval.report_input import BASELINES, EXPRESSIONS, Study
+from eval.report_input import KNOWN, Study
 
 LEVEL = 0.05  # p-values below it are marked
-FITTED = "fitted"
-TABLE_4 = ("original", "finetuning", "proxy", "proxy-src", "proxy-tgt", "collab")
-TABLE_2 = ("original", "finetuning", "proxy", "collab")
-TABLE_6 = tuple(suffix for suffix, *_ in (*BASELINES, *EXPRESSIONS))
+OURS = "fitted: "
+FIT_NAMES = {kind: name for kind, (_, name, _) in FITTED.items()}
+BASELINES = [name for name in KNOWN if name not in EXPRESSIONS]
 GIB = 2**30
 MARKS = f"† differs from Proxy-tuning, ‡ from Original with the same L (paired bootstrap, p < {LEVEL})."
 
@@ -22,10 +22,10 @@ MARKS = f"† differs from Proxy-tuning, ‡ from Original with the same L (pair
 def paper_tables(study: Study) -> list[Table]:
     """Tables 2, 4 and 6; of Table 4 the first large model, as in the paper, and only with a Japanese direction."""
     japanese = [direction for direction in study.directions if "ja" in direction.split("-")]
-    tables = [_arranged(study, 2, "Original, Fine-tuning, Proxy-tuning, Collab-MT", TABLE_2, study.directions)]
+    tables = [_arranged(study, 2, "Original, Fine-tuning, Proxy-tuning, Collab-MT", study.directions)]
     if japanese and study.larges:
-        tables.append(_arranged(study, 4, "the rows of Table 6 for Japanese", TABLE_4, japanese, study.larges[:1]))
-    tables.append(_arranged(study, 6, "which sum of logits", TABLE_6, study.directions))
+        tables.append(_arranged(study, 4, "the rows of Table 6 for Japanese", japanese, study.larges[:1]))
+    tables.append(_arranged(study, 6, "which sum of logits", study.directions))
     return tables
 
 
@@ -33,12 +33,12 @@ def _arranged(
     study: Study,
     table: int,
     title: str,
-    suffixes: Sequence[str],
     directions: Sequence[str],
     larges: Sequence[str] | None = None,
 ) -> Table:
     larges = study.larges if larges is None else larges
-    blocks = [[f"{study.data['small']}.{suffix}" for suffix, *_ in BASELINES]] if study.data.get("small") else []
+    suffixes = [suffix for suffix, expression in KNOWN.items() if table in expression.tables]
+    blocks = [[f"{study.data['small']}.{suffix}" for suffix in BASELINES]] if study.data.get("small") else []
     for large in larges:
         blocks.append([f"{large}.{suffix}" for suffix in suffixes] + study.fitted(large))
     with_bert = table == 2 and any(
@@ -69,8 +69,8 @@ def row_label(study: Study, name: str, by_method: bool = False) -> Inline:
     method, expression = study.row_name(name)
     fitted = study.rows.get(name, {}).get("fitted")
     if fitted:
-        return f"{FITTED}: {fitted}"
-    if by_method or name.rpartition(".")[2] in ("original", "finetuning") or not expression:
+        return f"{OURS}{fitted}"
+    if by_method or name.rpartition(".")[2] in BASELINES or not expression:
         return method
     return code(expression)
 
@@ -111,7 +111,7 @@ def all_rows(study: Study) -> list[list[str]]:
     """Every row that the study has or the paper would, a block for each model, then what stands in no table."""
     blocks = []
     for model in study.models():
-        suffixes = TABLE_6 if model in study.larges else ("original", "finetuning")
+        suffixes = KNOWN if model in study.larges else BASELINES
         block = [f"{model}.{suffix}" for suffix in suffixes]
         blocks.append([name for name in [*block, *study.fitted(model)] if name in study.rows])
     return [block for block in [*blocks, study.others()] if block]
@@ -241,9 +241,6 @@ def fit_table(study: Study) -> Table | None:
     return Table("fits", "Fitted weights", tuple(columns), tuple(rows), (note,))
 
 
-FIT_NAMES = {"likelihood": "likelihood", "all": "likelihood, all five", "bleu": "BLEU"}
-
-
 def _weight(fit: dict[str, Any], member: str) -> str:
     weight, error = fit.get("weights", {}).get(member), fit.get("standard_errors", {}).get(member)
     return number(weight, 3) if error is None else f"{number(weight, 3)} ± {number(error, 3)}"
@@ -263,15 +260,15 @@ def likelihood_table(study: Study) -> Table | None:
             for expression, nats in (fit.get("fixed") or {}).items():
                 values.setdefault(expression, {}).setdefault(pair, nats)
             if fit.get("nats_per_token") is not None:
-                values.setdefault(f"{FITTED}: {FIT_NAMES.get(kind, kind)}", {})[pair] = fit["nats_per_token"]
+                values.setdefault(f"{OURS}{FIT_NAMES.get(kind, kind)}", {})[pair] = fit["nats_per_token"]
     if not values:
         return None
-    ordered = sorted(values, key=lambda name: name.startswith(FITTED))
+    ordered = sorted(values, key=lambda name: name.startswith(OURS))
     columns = [Column("expression"), *(Column(direction, "number", large) for large, direction in pairs)]
     rows = []
     for place, name in enumerate(ordered):
-        own = name.startswith(FITTED)
-        rule = place == 0 or own != ordered[place - 1].startswith(FITTED)
+        own = name.startswith(OURS)
+        rule = place == 0 or own != ordered[place - 1].startswith(OURS)
         cells = [number(values[name].get(pair), 3) for pair in pairs]
         rows.append(Row((name if own else code(name), *cells), rule=rule))
     title = "Nats a token on the text that the weights were fitted on"

@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from eval.report_input import EXPRESSIONS
+from eval.expressions import EXPRESSIONS
 
 JA = [
     "彼は走る。",
@@ -63,7 +63,8 @@ def made_study(
         }
     for model in ("1B", *larges):
         rows = [("original", "Original", "L"), ("finetuning", "Fine-tuning", "L_MT")]
-        rows += EXPRESSIONS if model != "1B" else []
+        if model != "1B":
+            rows += [(suffix, expression.method, expression.combine) for suffix, expression in EXPRESSIONS.items()]
         rows += [("fitted", "fitted", "L + S_srcMT + S_tgtMT")] if model != "1B" else []
         for suffix, method, expression in rows:
             name = f"{model}.{suffix}"

@@ -8,11 +8,11 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import code_of, start_ranks
 from test_resume import arguments, outcome, source, unbroken  # noqa: F401 (a fixture)
 
 from decode.collab import main
 from decode.ranks import shares
+from runs import code_of, start_ranks
 
 
 @given(st.lists(st.integers(1, 500), max_size=300), st.integers(1, 9), st.integers(1, 16))
