@@ -22,6 +22,8 @@ BEAT_SECONDS = 1.0
 # A rank whose heart has not beaten for so long is dead: its thread beats while models load and while kernels run.
 LOST_SECONDS = 60.0
 HEARD_SECONDS = 5.0
+# A store whose machine is gone may not answer: then the process ends without its heart.
+LAST_BEAT_SECONDS = 20.0
 JOIN_TIMEOUT = timedelta(minutes=10)
 
 
@@ -38,6 +40,7 @@ class Ranks:
         # Processes on this machine, which share its memory.
         self.local_world = 1 if alone else int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
         self.stopped = threading.Event()
+        self.heart: threading.Thread | None = None
         if not alone:
             self._join()
 
@@ -100,13 +103,19 @@ class Ranks:
         yield
 
     def leave(self) -> None:
+        """Stop the heart and wait for a beat that is under way: a thread that comes back from the store while Python
+        shuts down ends the process by SIGABRT.
+        """
         self.stopped.set()
+        if self.heart is not None:
+            self.heart.join(LAST_BEAT_SECONDS)
 
     def _join(self) -> None:
         from torch.distributed import rendezvous
 
         self.store, _, _ = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        self.heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self.heart.start()
 
     def _beat(self) -> None:
         while True:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -11,8 +12,7 @@ from hypothesis import strategies as st
 from test_resume import arguments, outcome, source, unbroken  # noqa: F401 (a fixture)
 
 from decode.collab import main
-from decode.ranks import shares
-from runs import code_of, start_ranks
+from decode.ranks import Ranks, shares
 
 
 @given(st.lists(st.integers(1, 500), max_size=300), st.integers(1, 9), st.integers(1, 16))
@@ -111,3 +111,22 @@ def test_what_rank_0_refuses_is_said_once(model_folders, source):  # noqa: F811
 
 def _parts(folder):
     return folder / "hyp.txt.journal", folder / "hyp.txt.journal.rank1"
+
+
+def test_a_heartbeat_under_way_ends_before_the_process_does(monkeypatch):
+    """A thread that comes back from the store while Python shuts down ends the process by SIGABRT."""
+
+    class SlowStore:
+        def add(self, key, amount):
+            beating.set()
+            time.sleep(0.3)
+            return 1
+
+    beating = threading.Event()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("torch.distributed.rendezvous", lambda *_, **__: iter([(SlowStore(), 1, 2)]))
+    ranks = Ranks()
+    assert beating.wait(10)
+    ranks.leave()
+    assert not ranks.heart.is_alive()
