@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import code_of, start_ranks
+from processes import code_of, start_ranks
 
 from corpora import sample
 from decode.bench_shapes import Models, prepare, sentence_prompts

@@ -10,13 +10,13 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import code_of, start
 
 from corpora import sample
 from decode.collab import main
 from decode.journal import Record, Tail, begin, journal_path, part_path, records
 from minillama import InputError
 from minillama.errors import exit_code
-from runs import code_of, start
 
 RUN = {"input": "3 lines", "max_new_tokens": 12}
 SENTENCES = [f"{first}{second}" for first in sample().source[:12] for second in sample().source[20:30]]

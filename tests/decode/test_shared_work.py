@@ -9,6 +9,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import code_of, start_ranks
 from test_resume import arguments, outcome, source, unbroken  # noqa: F401 (a fixture)
 
 from decode.collab import main
