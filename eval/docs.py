@@ -35,8 +35,8 @@ EXAMPLES = """examples:
 def build(root: Path = ROOT) -> str:
     """The page's text. Raises InputError for a line of the template or a run file that cannot be read."""
     text = (root / TEMPLATE).read_text(encoding="utf-8")
-    head, *sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
-    return "".join([head, *(_section(section, root) for section in sections)]).rstrip() + "\n"
+    sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    return "".join(_section(section, root) for section in sections).rstrip() + "\n"
 
 
 def _section(section: str, root: Path) -> str:

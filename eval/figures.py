@@ -23,7 +23,6 @@ import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ VERSIONED = re.compile(
     r"(?:Python|[Tt]orch|[Tt]riton|transformers|CUDA|CC BY|OpenVINO|CTranslate2|sacrebleu|bert-score|[Vv]ersion)"
     r"(?: ≥|>=)? ?$"
 )
-SCORE = re.compile(r"\b(?:BLEU|chrF2?|p)\s*[=:]?\s*$")
+SCORE = re.compile(r"(?<![\w-])(?:BLEU|chrF2?|p)\s*[=:]?\s*$")
 
 
 @dataclass(frozen=True)
@@ -79,20 +78,19 @@ def check(page: Path, root: Path = ROOT) -> list[str]:
     """What is wrong with a page's figures, one line each; nothing where all are traced."""
     read = read_page(page)
     name = page.relative_to(root).as_posix() if page.is_relative_to(root) else str(page)
+    held: dict[str, tuple[float, ...]] = {}
     faults = []
     for trace in read.traces:
-        if trace.kind == "figures":
-            for source in trace.entries:
-                try:
-                    values(root, source)
-                except InputError as error:
-                    faults.append(f"{name}:{trace.line}: {error}")
-    if faults:
-        return faults
+        for source in trace.entries if trace.kind == "figures" else ():
+            try:
+                held[source] = values(root, source)
+            except InputError as error:
+                faults.append(f"{name}:{trace.line}: {error}")
+                held[source] = ()
     used = set()
     for block in read.blocks:
         for figure in figures(block):
-            found = _traced(read, block, figure, root)
+            found = _traced(read, block, figure, held)
             if isinstance(found, str):
                 faults.append(f"{name}:{figure.line}: {found}")
             else:
@@ -101,13 +99,13 @@ def check(page: Path, root: Path = ROOT) -> list[str]:
         for entry in trace.entries:
             if trace.kind == "settings" and (number, entry) not in used:
                 faults.append(f"{name}:{trace.line}: exempts {entry}, which does not stand there")
-        if trace.kind == "figures" and not any(place == number for place, _ in used):
+        if trace.kind == "figures" and not faults and not any(place == number for place, _ in used):
             faults.append(f"{name}:{trace.line}: traces no figure")
     return faults
 
 
-def _traced(page: Page, block: Block, figure: Figure, root: Path) -> tuple[int, str] | str:
-    """(number of the comment, its entry) that covers a figure, or what is wrong."""
+def _traced(page: Page, block: Block, figure: Figure, held: dict[str, tuple[float, ...]]) -> tuple[int, str] | str:
+    """(number of the comment, its entry) that covers a figure, or what is wrong. held: the numbers of each source."""
     sources = []
     for number in block.traces:
         trace = page.traces[number]
@@ -117,12 +115,11 @@ def _traced(page: Page, block: Block, figure: Figure, root: Path) -> tuple[int, 
                     return number, entry
                 continue
             sources.append(entry)
-            if any(figure.equals(value) for value in values(root, entry)):
+            if not held[entry] or any(figure.equals(value) for value in held[entry]):  # one not there is said once
                 return number, entry
     if not sources:
-        return (
-            f"{figure.text} has no trace; put <!-- figures: RUN FILE --> above it, or <!-- settings: {figure.text} -->"
-        )
+        wanted = f"<!-- figures: RUN FILE --> above it, or <!-- settings: {figure.text} --> where nobody measured it"
+        return f"{figure.text} has no trace; expected {wanted}"
     return f"{figure.text} is not in {', '.join(sources)}"
 
 
@@ -180,7 +177,6 @@ def _head_scales(head: str) -> tuple[float, ...]:
     )
 
 
-@cache
 def values(root: Path, source: str) -> tuple[float, ...]:
     """All numbers of a source: "PATH" or "PATH#PART", PATH with * for several files.
 

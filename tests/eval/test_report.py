@@ -1,0 +1,257 @@
+"""Reports of a made-up study: what stands in results.json stands in the tables, whatever is missing in it."""
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from html.parser import HTMLParser
+
+import pytest
+from made_study import made_study
+from sacrebleu.metrics import CHRF
+
+from eval import report
+from eval.document import MISSING
+from eval.expressions import EXPRESSIONS, FINETUNING, ORIGINAL, tables
+from eval.paper_figures import paper_rows
+from eval.report import build, main, write
+from eval.report_input import KNOWN, load
+from eval.report_sentences import differing_sentences, table_3
+from eval.report_tables import fit_table, likelihood_table, paper_tables, score_table, signature_table, speed_table
+from minillama.errors import exit_code
+
+VOID = {"meta", "br", "img", "link", "path", "use", "line", "rect"}
+
+
+@pytest.fixture
+def study(tmp_path):
+    return load(made_study(tmp_path))
+
+
+def text_of(cell):
+    parts = cell if isinstance(cell, tuple) else (cell,)
+    return "".join(part if isinstance(part, str) else part.text for part in parts)
+
+
+def by_label(table, labels=2):
+    """{(first cells): {full head of a column: text}}"""
+    heads = [column.full_label for column in table.columns[labels:]]
+    return {
+        tuple(text_of(cell) for cell in row.cells[:labels]): dict(zip(heads, map(text_of, row.cells[labels:])))
+        for row in table.rows
+    }
+
+
+def test_table_6_has_the_paper_s_24_rows_and_96_figures_and_ours_beside_them(study):
+    table = by_label(paper_tables(study)[-1])
+    ours = {label: row for label, row in table.items() if not label[1].startswith("fitted")}
+    assert len(ours) == 24
+    assert len(table) == 24 + 2  # a fitted row of each large model
+    for name, paper in paper_rows().items():
+        model, suffix = name.split(".")
+        expression = KNOWN[suffix]
+        row = ours[model, expression.combine if suffix in EXPRESSIONS else expression.method]
+        for direction in study.directions:
+            bleu = study.rows[name]["cells"][direction]["metrics"][0]["score"]
+            assert row[f"{direction} ours"].rstrip("†‡") == f"{bleu:.2f}"
+            assert row[f"{direction} paper"] == f"{paper.bleu[direction]:.2f}"
+            difference = bleu - paper.bleu[direction]
+            assert float(row[f"{direction} difference"].replace("−", "-")) == pytest.approx(difference, abs=0.00501)
+
+
+def test_the_paper_s_figures_are_those_of_its_tables():
+    rows = paper_rows()
+    assert sum(len(row.bleu) for row in rows.values()) == 96
+    assert sum(len(row.bertscore) for row in rows.values()) == 40
+    assert sum(4 in row.tables for row in rows.values()) == 8
+    assert rows["8B.collab"].bleu == {"ja-en": 28.09, "en-ja": 7.96, "de-en": 39.18, "en-de": 31.78}
+    for name, row in rows.items():
+        model, suffix = name.split(".")
+        stands = tables(KNOWN[suffix], model != "8B")
+        assert list(row.tables) == [number for number in stands if number != 3], name
+    assert KNOWN["original"] is ORIGINAL
+    assert KNOWN["finetuning"] is FINETUNING
+
+
+def test_tables_2_and_4_are_arranged_as_the_paper_s(study):
+    table_2, table_4, _ = paper_tables(study)
+    labels = [(text_of(row.cells[0]), text_of(row.cells[1])) for row in table_2.rows]
+    methods = ["Original", "Fine-tuning", "Proxy-tuning", "Collab-MT", "fitted: likelihood"]
+    larges = [(large, name) for large in ("3B", "8B") for name in methods]
+    assert labels == [("1B", "Original"), ("1B", "Fine-tuning"), *larges]
+    assert "/0.9" in text_of(table_2.rows[0].cells[2])  # BLEU/BERTScore in one cell
+    assert {text_of(row.cells[0]) for row in table_4.rows} == {"1B", "3B"}
+    assert len(table_4.rows) == 8 + 1
+
+
+def test_p_values_mark_a_row_and_stand_in_full(study):
+    row = by_label(score_table(study, "ja-en"))["3B", "L + S_srcMT + S_tgtMT"]
+    assert (row["BLEU 13a p Proxy"], row["BLEU 13a p L"], row["chrF2 p Proxy"], row["chrF2 p L"]) == (
+        "0.001",
+        "0.300",
+        "0.200",
+        "0.010",
+    )
+    marked = by_label(paper_tables(study)[-1])["3B", "L + S_srcMT + S_tgtMT"]["ja-en ours"]
+    assert marked.endswith("†")
+
+
+def test_both_tokenizers_chrf_and_bertscore_stand_beside_each_other(study):
+    heads = [column.full_label for column in score_table(study, "en-ja").columns]
+    for head in ("BLEU 13a score", "BLEU ja-mecab score", "chrF2 score", "BERTScore F1 score", "BERTScore F1 paper"):
+        assert head in heads
+    assert "BLEU ja-mecab score" not in [column.full_label for column in score_table(study, "ja-en").columns]
+    signatures = [text_of(row.cells[1]) for row in signature_table(study).rows]
+    assert Counter(signatures).most_common(1)[0][1] == 1
+
+
+def test_fits_have_errors_certificate_and_what_fixed_expressions_cost(study):
+    fits = by_label(fit_table(study), 3)
+    row = fits["3B", "ja-en", "likelihood"]
+    assert row["weights L"] == "0.340 ± 0.011"
+    assert (row["nats a token"], row["gradient norm"], row["least eigenvalue"]) == ("2.183", "1.5e-09", "3.1e-02")
+    assert fits["3B", "ja-en", "BLEU"]["weights S_srcMT"] == MISSING
+    nats = by_label(likelihood_table(study), 1)
+    assert nats["L + S_srcMT + S_tgtMT",]["3B ja-en"] == "3.891"
+    assert nats["fitted: likelihood",]["8B en-ja"] == "2.183"
+
+
+def test_speed_and_memory_of_each_row(study):
+    row = by_label(speed_table(study))["8B", "L + S_MT"]
+    assert (row["en-ja tokens/s"], row["en-ja output tokens"], row["en-ja peak GiB"]) == ("769.2", "7,000", "1.50")
+
+
+def test_a_study_that_is_not_the_paper_s_has_its_own_names_and_dashes_for_what_it_lacks(tmp_path):
+    study = load(made_study(tmp_path, ("ja-en",), ("tiny 0.7M",), compare=False, missing=("tiny 0.7M.finetuning",)))
+    table = by_label(paper_tables(study)[-1])
+    assert table["tiny 0.7M", "Fine-tuning"] == {"ja-en BLEU": MISSING}
+    assert not any("paper" in column.label for table in paper_tables(study) for column in table.columns)
+
+
+def test_a_study_without_texts_or_anything_but_scores_still_has_its_tables(tmp_path):
+    path = made_study(tmp_path, ("de-en",), ("3B",), texts=False)
+    data = json.loads(path.read_text())
+    for key in ("fits", "steps", "settings", "versions", "machine", "seconds", "small"):
+        del data[key]
+    for row in data["rows"]:
+        for cell in row["cells"].values():
+            cell["metrics"] = cell["metrics"][:1]
+            for key in ("p", "seconds", "tokens_per_second", "output_tokens", "peak_memory_bytes", "weights"):
+                del cell[key]
+    path.write_text(json.dumps(data))
+    document = build(load(path))
+    names = [block.name for block in document.blocks if hasattr(block, "name")]
+    assert names == ["texts", "table2", "table6", "scores-de-en", "signatures"]
+
+
+def test_the_paper_s_sentence_is_found_by_its_reference(study):
+    table = table_3(study)
+    rows = {text_of(row.cells[0]): [text_of(cell) for cell in row.cells[1:]] for row in table.rows}
+    assert "8頭の競走馬" in rows["source"][0]
+    assert rows["3B Proxy-tuning"][1].startswith("breaks off")
+    path = study.folder / study.data["directions"]["ja-en"]["reference_file"]
+    path.write_text("no horse\n" * 4)
+    assert table_3(study) is None
+
+
+def test_sentences_are_those_with_the_largest_spread_of_chrf(study):
+    shown = differing_sentences(study, 2)
+    assert [table.name.rsplit("-", 1)[0] for table in shown] == ["sentence-ja-en", "sentence-en-ja"]
+    for table, direction in zip(shown, ("ja-en", "en-ja")):
+        references = study.lines(study.data["directions"][direction]["reference_file"])
+        spreads = []
+        for place, reference in enumerate(references):
+            scores = [
+                CHRF().sentence_score(study.lines(f"texts/{direction}/3B.{name}.txt")[place], [reference]).score
+                for name in ("original", "finetuning", "proxy", "collab", "fitted")
+            ]
+            spreads.append(max(scores) - min(scores))
+        assert table.name == f"sentence-{direction}-{spreads.index(max(spreads)) + 1}"
+
+
+class Balanced(HTMLParser):
+    """Fails on an end tag that closes nothing; collects ids and addresses."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.addresses, self.tags = [], [], [], Counter()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags[tag] += 1
+        found = dict(attributes)
+        self.ids += [found["id"]] if "id" in found else []
+        self.addresses += [found[name] for name in ("href", "src", "xlink:href") if name in found]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_is_one_file_with_plots_and_addresses_of_its_own(tmp_path):
+    files = write(made_study(tmp_path), tmp_path / "report")
+    assert {path.name for path in files} == {
+        "report.md",
+        "report.tex",
+        "report.html",
+        *(f"{name}.{kind}" for name in ("bleu-by-expression", "bleu-by-weight") for kind in ("png", "svg")),
+    }
+    page = Balanced()
+    text = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    page.feed(text)
+    assert not page.open
+    assert page.tags["svg"] == 2
+    assert page.tags["script"] == page.tags["img"] == page.tags["link"] == 0
+    assert [name for name, count in Counter(page.ids).items() if count > 1] == []
+    for address in page.addresses:
+        assert address.startswith("#")
+        assert address[1:] in page.ids
+    assert set(re.findall(r"url\(#([^)]+)\)", text)) <= set(page.ids)
+    assert 'lang="ja"' in text
+    assert "prefers-color-scheme: dark" in text
+    assert "<b>& cold" not in text  # a model's text is never markup
+    for path in (tmp_path / "report" / "plots").iterdir():
+        if path.suffix == ".png":
+            assert path.read_bytes().startswith(b"\x89PNG")
+        else:
+            drawn = "".join(ElementTree.fromstring(path.read_text(encoding="utf-8")).itertext())
+            assert "ja-en" in drawn
+            assert "BLEU" in drawn
+
+
+def test_without_matplotlib_the_report_says_what_it_lacks(tmp_path, monkeypatch):
+    def missing(study):
+        raise ImportError("No module named 'matplotlib'")
+
+    monkeypatch.setattr(report, "draw_plots", missing)
+    files = write(made_study(tmp_path), tmp_path / "report", ["md"])
+    assert [path.name for path in files] == ["report.md"]
+    assert "pip install 'collab-mt[plot]'" in files[0].read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "expected"),
+    [
+        (None, [], "no such file|No such file"),
+        ("{", [], "no JSON"),
+        ('{"rows": []}', [], "no 'title'"),
+        ('{"title": "", "directions": {}, "rows": [{}]}', [], r"rows\[0\]"),
+        ("", ["--format", "pdf"], "unknown format 'pdf'"),
+    ],
+)
+def test_what_is_no_study_is_refused_in_one_line(tmp_path, capsys, content, arguments, expected):
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_text(content)
+    code = exit_code(lambda: main([str(path), "--output", str(tmp_path / "report"), *arguments]))
+    error = capsys.readouterr().err
+    assert code == 2
+    assert re.search(expected, error)
+    assert error.count("\n") == 1
+    assert not (tmp_path / "report").exists()
