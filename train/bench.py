@@ -36,6 +36,7 @@ from minillama.device import pick_device
 from minillama.errors import exit_code
 from minillama.weights import resolve_folder
 from train.bench_worker import LAYOUTS, Setup, serve
+from train.config import Parser
 from train.data import Example, responses
 from train.plan import SHAPES
 
@@ -279,11 +280,10 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m train.bench",
         description="Our training step against transformers', on the same weights and data.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
     model = parser.add_mutually_exclusive_group()

@@ -3,23 +3,26 @@
 Llama 3's pre-tokenizer, the tokenizers library's trainer, two control tokens. The result is a `tokenizer.json`.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from corpora import read_texts
-from minillama.errors import exit_code
+from minillama.errors import InputError, exit_code
 from minillama.files import atomic_folder
 from minillama.tokenizer import LLAMA3_PATTERN
+from train.config import Parser
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 # A word named with --whole is counted this often, so that its merges are always learned.
 WHOLE_COUNT = 10_000
+FEWEST = 256 + 2
 
 
-def train_bpe(texts: Sequence[str], vocab_size: int, whole: Sequence[str], output: Path) -> None:
-    """Write a folder with `tokenizer.json`; begin and end of text are ids 0 and 1."""
+def train_bpe(texts: Sequence[str], vocab_size: int, whole: Sequence[str], output: Path) -> int:
+    """Write a folder with `tokenizer.json`; begin and end of text are ids 0 and 1. Returns how many entries it has:
+    fewer than `vocab_size` where the text has no more to merge.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -36,10 +39,11 @@ def train_bpe(texts: Sequence[str], vocab_size: int, whole: Sequence[str], outpu
     tokenizer.train_from_iterator([*texts, *(word for word in whole for _ in range(WHOLE_COUNT))], trainer)
     with atomic_folder(output) as folder:
         tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer.get_vocab_size()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.bpe", description="Train a byte-level BPE tokenizer.")
+    parser = Parser(prog="python -m train.bpe", description="Train a byte-level BPE tokenizer.")
     parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text files, one document a line")
     parser.add_argument(
         "--vocab-size", type=int, default=8000, help="entries, with 256 bytes and 2 control tokens (8000)"
@@ -47,9 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--whole", nargs="*", default=[], metavar="WORD", help="words that shall be one token each")
     parser.add_argument("--output", required=True, metavar="DIR")
     arguments = parser.parse_args(argv)
+    if arguments.vocab_size < FEWEST:
+        raise InputError(f"--vocab-size is {arguments.vocab_size}; it must be at least {FEWEST}")
     texts = read_texts(arguments.text)
-    train_bpe(texts.documents, arguments.vocab_size, arguments.whole, Path(arguments.output))
-    print(f"{arguments.output}: {arguments.vocab_size} entries from {texts.describe()}", file=sys.stderr)
+    entries = train_bpe(texts.documents, arguments.vocab_size, arguments.whole, Path(arguments.output))
+    print(f"{arguments.output}: {entries:,} entries from {texts.describe()}", file=sys.stderr)
     return 0
 
 

@@ -1,23 +1,42 @@
 """`--config run.toml`: any option of a command, written in a file. The command line wins over it.
 
 Keys are the options' names, with `-` or `_`. The file is turned into the words that would have been typed, so that
-argparse alone knows types, choices and what is required.
+argparse alone knows types, choices and what is required. What it refuses becomes one line, as all bad input does.
 """
 
 import argparse
 import difflib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from minillama.errors import InputError
 
 
+class Parser(argparse.ArgumentParser):
+    """Help shows the docstring's layout; a wrong command line is an InputError of one line, not a page of usage."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            known = [option for action in self._actions for option in action.option_strings]
+            word = rest[0].split("=")[0]
+            hint = f"; did you mean {_nearest(word, known)}?" if word.startswith("-") else ""
+            self.error(f"unknown argument {word}{hint}")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} ({self.prog} --help shows the options)")
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of `argv` over those of its --config file. Raises InputError naming a key that is not known."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     path = finder.parse_known_args(list(argv))[0].config
     if path is None:
@@ -60,8 +79,12 @@ def _action(parser: argparse.ArgumentParser, key: str, path: str) -> argparse.Ac
     known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     if (action := known.get(key.replace("-", "_"))) is not None:
         return action
-    near = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.0)
-    raise InputError(f"--config {path}: unknown key {key!r}; did you mean {near[0].replace('_', '-')!r}?")
+    near = _nearest(key.replace("-", "_"), known).replace("_", "-")
+    raise InputError(f"--config {path}: unknown key {key!r}; did you mean {near!r}?")
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    return difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)[0]
 
 
 def _words(action: argparse.Action, key: str, value: Any, path: str) -> list[str]:

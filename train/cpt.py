@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from corpora import read_texts
 from minillama.errors import exit_code
-from train.config import parse
+from train.config import Parser, parse
 from train.data import documents
 from train.distributed import World, started
 from train.run import load_start, prepare, train_and_save
@@ -19,11 +19,10 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m train.cpt",
         description="Continual pre-training on text, one document a line.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--text", nargs="+", required=True, metavar="FILE", help="text files, one document a line, or a split"

@@ -20,7 +20,7 @@ from minillama import InputError, Llama
 from minillama.config import read_json
 from minillama.model import Linear
 from train.optimizer import hash_of
-from train.settings import LORA_TARGETS, Settings
+from train.settings import Settings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What peft puts before a module's name, and ours before a tensor's.
@@ -60,16 +60,12 @@ class LoraLinear(Linear):
 def add_adapters(model: Llama, settings: Settings) -> None:
     """Freeze the model and give the settings' layers adapters whose product is zero, A from the seed.
 
-    Raises InputError for a target or a layer number that the model does not have.
+    Raises InputError for a layer number that the model does not have.
     """
     model.requires_grad_(False)
-    targets = settings.lora_targets.replace(" ", "").split(",")
-    unknown = [target for target in targets if target not in LORA_TARGETS]
-    if unknown:
-        raise InputError(f"--lora-targets: unknown {', '.join(unknown)}; known are {', '.join(LORA_TARGETS)}")
     layers = layer_numbers(settings.lora_layers, model.config.num_hidden_layers)
     scale = alpha_of(settings) / settings.lora_rank
-    for name in _adapted(model, targets, layers):
+    for name in _adapted(model, settings.targets, layers):
         layer = LoraLinear(_linear(model, name), settings.lora_rank, scale)
         _replace(model, name, layer)
         generator = torch.Generator().manual_seed(settings.seed ^ hash_of(name))
@@ -126,7 +122,7 @@ def write_adapter(model: Llama, settings: Settings, base: str, folder: Path) -> 
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
-        "target_modules": settings.lora_targets.replace(" ", "").split(","),
+        "target_modules": settings.targets,
         "layers_to_transform": None if settings.lora_layers == "all" else layers,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

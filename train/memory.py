@@ -54,7 +54,10 @@ class Memory:
 def memory_of(
     config: LlamaConfig, settings: Settings, positions: int, targets: int, ranks: int = 1, device: str = "cpu"
 ) -> Memory:
-    """Of one rank's step with forward passes of so many positions and targets; attention within documents, unpadded."""
+    """Of one rank's step with forward passes of so many positions and targets; attention within documents, unpadded.
+
+    Of many ranks each holds its part of weights, gradients and optimizer state (FSDP2), and whole what is at work.
+    """
     counts = _parameters(config, settings)
     size = BYTES[settings.dtype]
     trained, adapters = counts.trained, counts.adapters
@@ -72,14 +75,17 @@ def memory_of(
     hidden = positions * 2 * config.hidden_size * _stream(settings)
     again = layer if settings.checkpoint_activations else 0
     begins = activations + head.gradients + max(head.chunk + hidden, again + passing)
-    if settings.micro_batch_size and settings.micro_batch_size < settings.batch_size:
+    if settings.micro_batch_size and settings.micro_batch_size < -(-settings.batch_size // ranks):
         begins += gradients  # of the micro-batches before
     # The embedding's gradient comes last, as a table beside the output layer's where the two are one weight.
     table = 0 if settings.lora_rank else config.vocab_size * config.hidden_size * size
     standing = table if settings.release_gradients else gradients
     ends = standing + max(layer + passing, table if config.tie_word_embeddings else 0)
     step = standing + WORKING.get(settings.optimizer_state, 0) * 4 * min(CHUNK, trained)
-    peak = weights + optimizer + _gathered(counts, config, settings, ranks) + max(begins, ends, step) + RESERVE[device]
+    whole = _gathered(counts, config, settings, ranks)
+    if ranks > 1:  # the outer weights' gradients are cut last, from a copy that the ranks exchange
+        ends = standing + max(layer + passing + table, 2 * counts.outside_trained * size)
+    peak = weights + optimizer + max(whole + begins, whole + ends, step) + RESERVE[device]
     if settings.checkpoint_activations:
         activations += layer
     return Memory(
@@ -114,9 +120,9 @@ def _gathered(counts: "_Counts", config: LlamaConfig, settings: Settings, ranks:
     size, found = BYTES[settings.dtype], 0
     if _compute(settings) != size:
         found += counts.matrices * _compute(settings)
-    if ranks > 1:  # the layer at work and the next, what stands outside layers, and a layer's gradients
+    if ranks > 1:  # the layer at work and the next, what stands outside layers, a layer's gradients and their copy
         layer = (counts.base - counts.outside) // config.num_hidden_layers
-        found += (counts.outside + (2 if counts.adapters else 3) * layer) * size
+        found += (counts.outside + (2 if counts.adapters else 4) * layer) * size
     return found
 
 
@@ -128,6 +134,10 @@ class _Counts:
     vectors: int
     matrices: int
     outside: int
+
+    @property
+    def outside_trained(self) -> int:
+        return 0 if self.adapters else self.outside
 
 
 def linears(config: LlamaConfig) -> dict[str, tuple[int, int]]:
@@ -146,13 +156,9 @@ def _parameters(config: LlamaConfig, settings: Settings) -> _Counts:
     base = matrices + table + vectors
     adapters = 0
     if settings.lora_rank:
-        per_layer = sum(sum(linears(config)[target]) for target in _targets(settings)) * settings.lora_rank
+        per_layer = sum(sum(linears(config)[target]) for target in settings.targets) * settings.lora_rank
         adapters = per_layer * len(layer_numbers(settings.lora_layers, layers))
     return _Counts(base, adapters, adapters or base, 0 if adapters else vectors, matrices, table + d)
-
-
-def _targets(settings: Settings) -> list[str]:
-    return settings.lora_targets.replace(" ", "").split(",")
 
 
 def _optimizer_bytes(counts: _Counts, settings: Settings, size: int) -> int:
@@ -180,7 +186,7 @@ def _kept_by_layers(config: LlamaConfig, settings: Settings) -> list[int]:
         return [_kept_by_layer(config, settings, list(LORA_TARGETS))] * layers
     adapted = layer_numbers(settings.lora_layers, layers)
     return [
-        _kept_by_layer(config, settings, _targets(settings) if layer in adapted else [])
+        _kept_by_layer(config, settings, settings.targets if layer in adapted else [])
         for layer in range(adapted[0], layers)
     ]
 

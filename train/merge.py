@@ -1,6 +1,5 @@
 """An adapter put into its model: `python -m train.merge --model DIR --adapter DIR --output DIR`."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from minillama import InputError, Llama, Tokenizer
 from minillama.errors import exit_code
 from minillama.files import atomic_folder
 from minillama.weights import resolve_folder, write_model
+from train.config import Parser
 from train.lora import CONFIG, load_adapter, merge
 from train.settings import DTYPES, check_output
 
@@ -19,11 +19,10 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m train.merge",
         description="Put a LoRA adapter (of train.sft or of peft) into its model and save a normal folder.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="the adapter's base: a folder or hub id")
     parser.add_argument("--adapter", required=True, metavar="DIR", help="folder with adapter_config.json")

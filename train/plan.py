@@ -17,7 +17,7 @@ from rich.console import Console
 from minillama import InputError, LlamaConfig
 from minillama.config import read_config, read_json
 from minillama.errors import exit_code
-from train.config import parse
+from train.config import Parser, parse
 from train.memory import GIB, Memory, memory_of
 from train.settings import Settings, add_settings, flag, settings_from
 
@@ -53,29 +53,40 @@ def shape_of(model: str) -> LlamaConfig:
     raise InputError(f"--model {model}: no such folder, and its shape is not known here; known: {', '.join(known)}")
 
 
-def forward_size(settings: Settings) -> int:
-    """Positions of a forward pass, where no data says it: full sequences."""
-    sequences = min(settings.micro_batch_size or settings.batch_size, settings.batch_size)
-    return sequences * settings.sequence_length
+def forward_size(settings: Settings, ranks: int) -> int:
+    """Positions of a rank's forward pass, where no data says it: its share of the step's sequences, each of them full."""
+    share = -(-settings.batch_size // ranks)
+    return min(settings.micro_batch_size or share, share) * settings.sequence_length
 
 
 def changes_that_fit(
     config: LlamaConfig, settings: Settings, limit: float, positions: int | None, ranks: int, device: str
 ) -> list[tuple[dict[str, Any], Memory]]:
     """What to change, one on top of the other, until a step fits into `limit` bytes. Empty where nothing makes it."""
-    steps: list[tuple[dict[str, Any], Memory]] = []
+
+    def with_changes(changes: Sequence[dict[str, Any]]) -> Memory:
+        changed = settings
+        for change in changes:
+            changed = replace(changed, **change)
+        size = positions or forward_size(changed, ranks)
+        return memory_of(config, changed, size, size, ranks, device)
+
+    taken: list[dict[str, Any]] = []
     for change in CHANGES:
         if all(getattr(settings, name) == value for name, value in change.items()):
             continue
-        settings = replace(settings, **change)
         if positions is not None and "micro_batch_size" in change:
             continue  # the size of the forward pass was given
-        size = positions or forward_size(settings)
-        memory = memory_of(config, settings, size, size, ranks, device)
-        steps.append((change, memory))
-        if memory.peak <= limit:
-            return steps
-    return []
+        taken.append(change)
+        if with_changes(taken).peak <= limit:
+            break
+    else:
+        return []
+    for change in taken[-2::-1]:  # what the last one makes needless, the costliest first
+        others = [other for other in taken if other is not change]
+        if with_changes(others).peak <= limit:
+            taken = others
+    return [(change, with_changes(taken[: number + 1])) for number, change in enumerate(taken)]
 
 
 def memory_lines(memory: Memory) -> Iterator[str]:
@@ -89,11 +100,10 @@ def gib(count: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m train.plan",
         description="Tell whether a training run fits into memory, and what to change.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="folder, config.json, or a well-known hub id")
     parser.add_argument("--gpu-memory", type=float, required=True, metavar="GIB", help="of one device")
@@ -107,10 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_settings(parser, packing="epoch")
     arguments = parse(parser, sys.argv[1:] if argv is None else argv)
     settings = settings_from(arguments)
-    if arguments.gpu_memory <= 0 or arguments.ranks < 1 or (arguments.positions or 1) < 1:
+    if not arguments.gpu_memory > 0 or arguments.ranks < 1 or (arguments.positions or 1) < 1:
         raise InputError("--gpu-memory, --ranks and --positions must be above 0")
     config = shape_of(arguments.model)
-    positions = arguments.positions or forward_size(settings)
+    positions = arguments.positions or forward_size(settings, arguments.ranks)
     limit = arguments.gpu_memory * GIB
     memory = memory_of(config, settings, positions, positions, arguments.ranks, arguments.device)
     fits = memory.peak <= limit
@@ -129,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verdict = "fits" if fits else "does not fit"
     console.print(f"It {verdict} into {arguments.gpu_memory:g} GiB.")
     if not fits:
-        _advise(console, changes, config, settings, limit, positions, arguments)
+        _advise(console, changes, config, settings, limit, arguments)
     return 0
 
 
@@ -139,7 +149,6 @@ def _advise(
     config: LlamaConfig,
     settings: Settings,
     limit: float,
-    positions: int,
     arguments: argparse.Namespace,
 ) -> None:
     if changes:
@@ -147,7 +156,8 @@ def _advise(
         for change, memory in changes:
             console.print(f"  {_options(change):44} {gib(memory.peak):>10}")
     for ranks in (2, 4, 8, 16, 32, 64):
-        memory = memory_of(config, settings, positions, positions, ranks, arguments.device)
+        size = arguments.positions or forward_size(settings, ranks)
+        memory = memory_of(config, settings, size, size, ranks, arguments.device)
         if ranks > arguments.ranks and memory.peak <= limit:
             console.print(f"Or, as it is: {ranks} ranks, {gib(memory.peak)} on each.")
             return

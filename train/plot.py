@@ -1,6 +1,5 @@
 """Loss curves of runs in one picture: `python -m train.plot RUN… --output loss.png`."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from minillama import InputError
 from minillama.errors import exit_code
+from train.config import Parser
 
 EXAMPLES = """examples:
   python -m train.plot runs/S_src runs/S_tgt --output loss.png
@@ -80,11 +80,10 @@ def draw(runs: Sequence[Path], names: Sequence[str], output: Path, log: bool) ->
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m train.plot",
         description="Draw the loss curves of several runs into one picture.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="--output folders of runs, finished or not")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="of the curves (default: the folders')")

@@ -24,7 +24,7 @@ from train.data import Example
 from train.distributed import World, unsharded
 from train.dry_run import show
 from train.loop import Trainer
-from train.lora import add_adapters, merge, write_adapter
+from train.lora import add_adapters, layer_numbers, merge, write_adapter
 from train.report import Reporter
 from train.settings import DTYPES, Settings, check_output
 
@@ -77,6 +77,8 @@ def load_start(arguments: argparse.Namespace, world: World) -> Start:
             f"the tokenizer has {len(tokenizer)} entries, the model only {config.vocab_size}; "
             "vocab_size must be at least the tokenizer's"
         )
+    if arguments.lora_rank:
+        layer_numbers(arguments.lora_layers, config.num_hidden_layers)
     return Start(config, tokenizer, folder)
 
 
@@ -95,6 +97,8 @@ def train_and_save(
     prompt: Prompt | None,
 ) -> int:
     """Train on the examples and leave a normal Hugging Face folder (or an adapter), with the run's record beside it."""
+    if arguments.valid and not held_out:
+        raise InputError(f"--valid {' '.join(arguments.valid)}: no example in it; nothing would be validated")
     if arguments.dry_run:
         if world.main:
             show(start.config, start.tokenizer, examples, settings, world)

@@ -86,6 +86,13 @@ class Settings:
                 f"--release-gradients with --clip {self.clip:g}: a gradient that is gone cannot be clipped by the norm "
                 "of all; give --clip 0"
             )
+        if unknown := [target for target in self.targets if target not in LORA_TARGETS]:
+            raise InputError(f"--lora-targets: unknown {', '.join(unknown)}; known are {', '.join(LORA_TARGETS)}")
+
+    @property
+    def targets(self) -> list[str]:
+        """The linear layers that `lora_targets` names."""
+        return self.lora_targets.replace(" ", "").split(",")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -12,7 +12,7 @@ from corpora import Pairs, Prompt, language_name, read_pairs
 from minillama import InputError
 from minillama.chat import chat_format
 from minillama.errors import exit_code
-from train.config import parse
+from train.config import Parser, parse
 from train.data import Example, responses
 from train.distributed import World, started
 from train.run import load_start, prepare, shorter_than, train_and_save
@@ -26,11 +26,10 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m train.sft",
         description="Fine-tuning on sentence pairs, loss on the response alone.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     files = "one TSV, JSON lines or parquet file, two line-aligned files, or a split such as alt:ja-en:train"
     parser.add_argument("--train", nargs="+", required=True, metavar="FILE", help=files)
