@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.document import MISSING, Block, Column, Heading, Inline, Paragraph, Row, Table, code, number
+from eval.document import MISSING, Block, Column, Heading, Inline, Paragraph, Row, Span, Table, code, number
 from eval.report import origin
 from eval.report_input import Study
 from eval.report_tables import (
@@ -222,7 +222,7 @@ def _head(data: Mapping[str, Any], measured: Mapping[str, Any]) -> list[Part]:
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     parts = [Part(Heading(3, f"{data['device']}{threads}{date}"))]
     arguments = data.get("arguments")
-    command: tuple[Inline, ...] = (code(f"python -m decode.bench {' '.join(arguments)}"), "; ") if arguments else ()
+    command: tuple[str | Span, ...] = (code(f"python -m decode.bench {' '.join(arguments)}"), "; ") if arguments else ()
     return [*parts, Part(Paragraph((*command, code(versions))))]
 
 

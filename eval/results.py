@@ -119,10 +119,11 @@ def _direction(steps: Steps, store: Store, direction: str) -> dict[str, Any]:
     corpus = steps.study.directions()[direction]
     found: dict[str, Any] = {"source": source, "target": target, "corpus": corpus}
     for part, count in (("test", "sentences"), ("dev", "dev_sentences")):
-        if steps.study.corpora[corpus].parts().get(part) is None:
+        if (text := steps.study.corpora[corpus].parts().get(part)) is None:
             continue
+        lines = f", lines {text.lines[0]:,} to {text.lines[1]:,}" if text.lines else ""
+        found[part] = (text.split or text.files) + lines
         folder = store.folder(steps.part(corpus, part)) / "out"
-        found[part] = (folder / "origin.txt").read_text("utf-8").strip()
         found[count] = len((folder / f"{source}.txt").read_text("utf-8").splitlines())
     for name, language in (("source_file", source), ("reference_file", target)):
         found[name] = str(_relative(store, steps.part(corpus, "test"), f"out/{language}.txt"))
