@@ -27,7 +27,7 @@ def gather(steps: Steps, store: Store, config: Path, seconds: float) -> dict[str
     fits = _fits(steps, store)
     return {
         "title": study.title,
-        "config": config.name,
+        "config": config.name if config.is_absolute() else str(config),
         "config_sha256": sha256(config.read_bytes()).hexdigest(),
         "date": time.strftime("%Y-%m-%d"),
         "commit": _commit(),
