@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import PackedLinear
-from kernels.packed_linear import EXPECTED_ROWS, has_bfloat16_instructions
+from kernels.packed_linear import has_bfloat16_instructions
 from minillama import KVCache, Llama, LlamaConfig
 from minillama.model import Layer, RMSNorm, rope_frequencies
 
@@ -171,17 +171,10 @@ class PreparedLlama:
         return self.head.product(hidden_RD) if isinstance(self.head, PlainLinear) else self.head(hidden_RD)
 
     def output_matrix(self) -> Tensor:
-        """(V, D) by which `logits` multiplies what `hidden` returns, in the dtype that the product's inputs are brought
-        to. Where a packed layer holds it this is a new tensor: what the layer makes of the unit vectors.
+        """(V, D) by which `logits` multiplies what `hidden` returns, in the dtype that it brings that to. A new tensor
+        where a packed layer holds it.
         """
-        if isinstance(self.head, PlainLinear):
-            return self.head.weight_OD
-        dtype = torch.float32 if self.head.dtype == "float32" else torch.bfloat16
-        output_VD = torch.empty(self.head.out_features, self.head.in_features, dtype=dtype)
-        for units_RD in torch.eye(self.head.in_features).split(EXPECTED_ROWS):
-            first = int(units_RD[0].argmax())
-            output_VD[:, first : first + len(units_RD)] = self.head(units_RD).T
-        return output_VD
+        return self.head.weight_OD if isinstance(self.head, PlainLinear) else self.head.unpacked()
 
 
 class PreparedLayer:

@@ -26,7 +26,7 @@ from decode.options import add_model_options, named_folders
 from decode.output import OrderedWriter, check_writable
 from decode.places import listed, per_member, places
 from decode.progress import DecodeProgress
-from decode.report import device_name
+from decode.report import device_name, finite
 from decode.stream import windows
 from decode.weights_file import combination
 from minillama import InputError
@@ -218,7 +218,7 @@ class Scorer:
             return "\t".join([str(line + 1), str(figures["tokens"]), *(f"{value:.6g}" for value in floats)])
         members = {name: _figures(values) | {"logprobs": values} for name, values in zip(names, given.members)}
         entry = {"line": line + 1, **figures, "logprobs": given.logprobs, "members": members}
-        return json.dumps(_finite(entry))
+        return json.dumps(finite(entry))
 
     def summary(self) -> str:
         if not self.tokens:
@@ -243,15 +243,6 @@ def _figures(logprobs: Sequence[float]) -> dict[str, Any]:
 
 def _perplexity(per_token: float) -> float:
     return math.exp(-per_token) if per_token > -700 else math.inf
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: null stands for it."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -68,6 +68,16 @@ class TeacherForced:
         rest = self._places(slice(int((self.text_T < texts).sum()), self.tokens), self.texts - texts)
         return replace(rest, text_T=rest.text_T - texts)
 
+    def thinned(self, tokens: int) -> "TeacherForced":
+        """Every k-th place, about so many of them: a cheap likeness of the whole."""
+        return self._places(slice(0, None, max(1, self.tokens // tokens)), self.texts)
+
+    def joined(self, other: "TeacherForced") -> "TeacherForced":
+        """These texts and behind them those of another reading by the same members."""
+        hidden = tuple(torch.cat(pair) for pair in zip(self.hidden, other.hidden))
+        token_T, text_T = torch.cat((self.token_T, other.token_T)), torch.cat((self.text_T, other.text_T + self.texts))
+        return replace(self, hidden=hidden, token_T=token_T, text_T=text_T, texts=self.texts + other.texts)
+
     def _places(self, here: slice, texts: int) -> "TeacherForced":
         hidden = tuple(of_member[here] for of_member in self.hidden)
         return replace(self, hidden=hidden, token_T=self.token_T[here], text_T=self.text_T[here], texts=texts)
@@ -101,19 +111,18 @@ class TeacherForced:
         float64. Raises FloatingPointError for NaN or infinite logits.
         """
         weights_N = np.asarray(weights_N, dtype=np.float32).astype(np.float64)
-        every = range(len(self.names))
-        hessian_NN = torch.zeros(len(every), len(every), dtype=torch.float64, device=self.token_T.device)
-        rows_T = []
-        for part in self._heads(weights_N, self.token_T[:, None], every, moments=True):
+        members = len(self.names)
+        places = []
+        for part in self._heads(weights_N, self.token_T[:, None], range(members), moments=True):
             assert part.given_logprob is not None
             assert part.given_logits is not None
             assert part.mean is not None
             assert part.covariance is not None
             gradient_NT = part.mean.double() - part.given_logits[:, :, 0].double()
-            rows_T.append(torch.cat((-part.given_logprob.double(), gradient_NT.T), dim=1).cpu())
-            hessian_NN += part.covariance.double().sum(dim=2)
-        of_text_S1N = self._by_text(torch.cat(rows_T))
-        return Likelihood(weights_N, self.tokens, of_text_S1N[:, 0], of_text_S1N[:, 1:], hessian_NN.cpu().numpy())
+            covariance_TM = part.covariance.double().flatten(0, 1).T
+            places.append(torch.cat((-part.given_logprob.double(), gradient_NT.T, covariance_TM), dim=1).cpu())
+        nats_S, gradient_SN, hessian_SM = np.split(self._by_text(torch.cat(places)), (1, 1 + members), axis=1)
+        return Likelihood(weights_N, self.tokens, nats_S[:, 0], gradient_SN, hessian_SM.reshape(-1, members, members))
 
     def _heads(self, weights_N: Array, given_TG: Tensor, members: Sequence[int], moments: bool) -> Iterator[FusedHead]:
         weights = [float(weights_N[number]) or NEXT_TO_NOTHING for number in members]
@@ -134,15 +143,16 @@ class TeacherForced:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of all places together: negative log-likelihoods (S,) and their gradients (S, N) text by text, in nats, and the
-    Hessian (N, N). `weights_N` are the weights as they were used, float32's.
+    """Negative log-likelihoods of texts in nats, their gradients and Hessians: sums over a text's places.
+
+    weights_N: the weights as they were used, float32's.
     """
 
     weights_N: Array
     tokens: int
     nats_S: Array
     gradient_SN: Array
-    hessian_NN: Array
+    hessian_SNN: Array
 
 
 def teacher_forced(
@@ -150,14 +160,16 @@ def teacher_forced(
     prompts: Sequence[tuple[list[int], ...]],
     targets: Sequence[list[int]],
     batch_size: int = 16,
-    progress: DecodeProgress | None = None,
+    outputs: Sequence[Tensor] | None = None,
+    quiet: bool = False,
 ) -> TeacherForced:
     """Run every member over each prompt and its text (token ids, without a stop token).
 
-    Hidden states are moved to the ensemble's device, in the dtype in which a member multiplies them. Raises what
-    `given_logprobs` does.
+    Hidden states are moved to the ensemble's device, in the dtype in which a member multiplies them. outputs: the
+    output layers of an earlier reading. Raises what `given_logprobs` does.
     """
-    outputs = [member.model.output_matrix() for member in ensemble.members]
+    if outputs is None:
+        outputs = [member.model.output_matrix().to(ensemble.device) for member in ensemble.members]
     kept: list[list[list[Tensor]]] = [[[] for _ in targets] for _ in outputs]
 
     def take(rows: Rows, asked: Sequence[tuple[Given, list[int]]], hidden: Sequence[Tensor]) -> None:
@@ -168,15 +180,18 @@ def teacher_forced(
                 if new:
                     of_member[given.index].append(part.clone())
 
-    for given in read_given(ensemble, prompts, targets, batch_size, take):
-        if progress is not None:
+    progress = DecodeProgress(len(targets), quiet)
+    try:
+        for given in read_given(ensemble, prompts, targets, batch_size, take):
             progress.add(given.reached)
+    finally:
+        progress.stop()
     stops = tuple(sorted(ensemble.stop_tokens))
     texts = [[*target, END] if stops else target for target in targets]
     return TeacherForced(
         ensemble.names,
         tuple(torch.cat([part for parts in of_member for part in parts]) for of_member in kept),
-        tuple(output_VD.to(ensemble.device) for output_VD in outputs),
+        tuple(outputs),
         torch.tensor([token for text in texts for token in text], device=ensemble.device),
         torch.tensor([index for index, text in enumerate(texts) for _ in text], device=ensemble.device),
         len(texts),

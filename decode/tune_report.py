@@ -8,12 +8,16 @@ from typing import Any
 def fit_lines(report: Mapping[str, Any]) -> list[str]:
     """Weights, likelihoods beside those of fixed expressions, the certificate, and the expression to paste."""
     fit = report["fit"]
-    width = max(map(len, report["weights"]))
-    lines = [f"{'':{width}}    weight   s.e."]
-    for name, weight in report["weights"].items():
+    names = list(report["weights"])
+    width = max(map(len, names))
+    for_bleu = f"{'for BLEU':>12}" if "bleu" in report else ""
+    lines = [f"{'':{width}} {'weight':>9}   {'s.e.':12}{for_bleu}".rstrip()]
+    for name in names:
         error = report["standard_errors"][name]
         bound = "at its bound" if name in fit["at_bounds"] else "–" if math.isnan(error) else f"{error:.4f}"
-        lines.append(f"{name:{width}} {weight:9.4f}   {bound}")
+        other = f"{report['weights'][name]:12.4f}" if "bleu" in report else ""
+        weight = report["likeliest" if "bleu" in report else "weights"][name]
+        lines.append(f"{name:{width}} {weight:9.4f}   {bound:12}{other}".rstrip())
     lines += ["", *_likelihoods(report), "", *_certificate(report)]
     scale = report["temperature"]
     sure = "sure" if scale["scale"] < 1 else "unsure"
@@ -21,6 +25,8 @@ def fit_lines(report: Mapping[str, Any]) -> list[str]:
         f"{fit['centre']} is best at temperature {scale['temperature']:.3g} ({scale['nats']:.4f} nats): its own "
         f"probabilities are too {sure}, which greedy choice does not see"
     )
+    if "bleu" in report:
+        lines += ["", *_bleu(report)]
     return [*lines, "", f'--combine "{report["combine"]}"']
 
 
@@ -64,6 +70,22 @@ def _certificate(report: Mapping[str, Any]) -> list[str]:
             f"within {starts['largest_nats_difference']:.1e}"
         )
     return lines
+
+
+def _bleu(report: Mapping[str, Any]) -> list[str]:
+    found = report["bleu"]
+    rows = {
+        report["fit"]["centre"]: found["bleu_of_centre"],
+        "likeliest weights": found["bleu_of_likeliest"],
+        "weights for BLEU": found["bleu"],
+    }
+    width = max(map(len, rows))
+    return [
+        f"BLEU of this text's translations, {found['beam']} beams",
+        *(f"{name:{width}}  {score:.2f}" for name, score in rows.items()),
+        f"{found['hypotheses']:,} hypotheses in {found['seconds']:.0f} s; the weights for BLEU have "
+        f"{found['nats']:.4f} nats a token; {found['signature']}",
+    ]
 
 
 def curve_lines(report: Mapping[str, Any]) -> list[str]:

@@ -125,6 +125,14 @@ class PackedLinear(nn.Module):
         itemsize = {"float32": 4, "bfloat16": 2, "int8": 1}[self.dtype]
         return self.out_features * self.in_features * itemsize
 
+    def unpacked(self) -> Tensor:
+        """The weight (O, D) as a plain tensor: float32, or bfloat16, to which int8's are rounded; where it is stored
+        plain, the stored tensor itself.
+        """
+        if self._scale_O is not None:
+            return (self._weight.float() * self._scale_O.float()[:, None]).bfloat16()
+        return self._weight.to_dense() if self._weight.is_mkldnn else self._weight
+
     def extra_repr(self) -> str:
         bias = self._bias_O is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, dtype={self.dtype}"

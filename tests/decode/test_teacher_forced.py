@@ -99,7 +99,7 @@ def test_value_gradient_and_hessian_are_autograds_in_float64(data, texts, logits
     gradient_N = gradient_of(value, weights_N)
     assert found.gradient_SN.sum(axis=0) / found.tokens == pytest.approx(gradient_N, abs=2e-5)
     hessian_NN = torch.autograd.functional.hessian(value, weights_N).numpy()
-    assert found.hessian_NN / found.tokens == pytest.approx(hessian_NN, rel=1e-4, abs=2e-4)
+    assert found.hessian_SNN.sum(axis=0) / found.tokens == pytest.approx(hessian_NN, rel=1e-4, abs=2e-4)
     assert data.nats(np.array(weights)) == pytest.approx(found.nats_S, abs=1e-3)
 
 
@@ -114,7 +114,10 @@ def test_texts_have_their_own_sums(data, texts, logits_TVN):
         assert found.nats_S[index] == pytest.approx(nats, abs=1e-3)
         gradient_N = gradient_of(value, torch.tensor(weights_N)) * (len(target) + 1)
         assert found.gradient_SN[index] == pytest.approx(gradient_N, abs=1e-3)
+        hessian_NN = torch.autograd.functional.hessian(value, torch.tensor(weights_N)).numpy() * (len(target) + 1)
+        assert found.hessian_SNN[index] == pytest.approx(hessian_NN, rel=1e-3, abs=5e-3)
     parts = data.first(20), data.after(20)
+    assert torch.equal(parts[0].joined(parts[1]).text_T, data.text_T)
     assert np.concatenate([part.likelihood(weights_N).nats_S for part in parts]) == pytest.approx(found.nats_S)
 
 
