@@ -12,6 +12,7 @@ from decode.teacher_forced import Array, TeacherForced
 
 # The way to the minimum is looked for on about so many places, and gone to its end on all.
 COARSE_TOKENS = 1024
+COARSE_NORM = 1e-3
 # Random starts are drawn this far around zero: plain sums have ones.
 START_SPREAD = 1.0
 
@@ -61,7 +62,8 @@ def fit_weights(
     """
     function = mean_nats(data)
     if coarse and data.tokens >= 4 * COARSE_TOKENS:
-        start_N = minimise(mean_nats(data.thinned(COARSE_TOKENS)), start_N, centre_N, l2, bounds).function.weights_N
+        part = mean_nats(data.thinned(COARSE_TOKENS))
+        start_N = minimise(part, start_N, centre_N, l2, bounds, COARSE_NORM).function.weights_N
 
     def told(weights_N: Array) -> Point:
         point = function(weights_N)

@@ -130,6 +130,17 @@ def test_fitted_weights_are_scipys_on_the_same_logits_from_ten_starts(data, text
     assert others["largest_weight_difference"] < 1e-4
 
 
+def test_a_coarse_fit_first_leads_to_the_same_weights_for_less(data, monkeypatch):
+    whole = fit_weights(data, np.ones(3), np.ones(3))
+    scale, nats = best_scale(data, np.ones(3))
+    assert data.thinned(100).tokens < 300
+    monkeypatch.setattr("decode.tuning.COARSE_TOKENS", 100)
+    coarse = fit_weights(data, np.ones(3), np.ones(3))
+    assert coarse.weights_N == pytest.approx(whole.weights_N, abs=1e-5)
+    assert coarse.minimum.steps < whole.minimum.steps
+    assert best_scale(data, np.ones(3)) == pytest.approx((scale, nats), abs=1e-5)
+
+
 def test_text_drawn_from_a_combination_gives_its_weights_back_within_their_errors(data):
     fit = fit_weights(data, np.ones(3), np.ones(3))
     off_N = (fit.weights_N - list(TRUE.values())) / fit.error_N
