@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.document import MISSING, Block, Column, Heading, Inline, Paragraph, Row, Span, Table, code, number
+from eval.document import MISSING, Block, Column, Heading, Inline, Paragraph, Row, Table, code, number
 from eval.report import origin
 from eval.report_input import Study
 from eval.report_tables import (
@@ -118,12 +118,12 @@ def kernels(data: dict[str, Any], path: Path) -> list[Part]:
 def _packed(rows: Sequence[Mapping[str, Any]]) -> Table:
     names = list(rows[0]["ms"])
     spec: list[Spec] = [("rows", "batch", 0), ("layer", lambda row: "{} → {}".format(*row["shape"]), None)]
-    spec += [(name, partial(_median_ms, name), 2) for name in names]
+    spec += [(name, partial(_median, name), 2) for name in names]
     spec.append(("packed float32, times F.linear", "float32_times_linear", 2))
     return _table("linear", "Packed linear layers, median ms", spec, rows)
 
 
-def _median_ms(name: str, row: Mapping[str, Any]) -> float | None:
+def _median(name: str, row: Mapping[str, Any]) -> float | None:
     return row["ms"].get(name, {}).get("median_ms")
 
 
@@ -220,9 +220,14 @@ def _head(data: Mapping[str, Any], measured: Mapping[str, Any]) -> list[Part]:
     date = f", {data['date'][:10]}" if data.get("date") else ""
     threads = f", {measured['threads']} threads" if "threads" in measured else ""
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    parts = [Part(Heading(3, f"{data['device']}{threads}{date}"))]
-    arguments = data.get("arguments")
-    command: tuple[str | Span, ...] = (code(f"python -m decode.bench {' '.join(arguments)}"), "; ") if arguments else ()
+    shape = data.get("models", {}).get("shape")
+    of = f"{shape}: " if shape else ""
+    parts = [Part(Heading(3, f"{of}{data['device']}{threads}{date}"))]
+    # a file by its name: where it lay on that machine helps nobody
+    arguments = [
+        Path(argument).name if argument.startswith("/") else argument for argument in data.get("arguments", [])
+    ]
+    command = (code(f"python -m decode.bench {' '.join(arguments)}"), "; ") if arguments else ()
     return [*parts, Part(Paragraph((*command, code(versions))))]
 
 
