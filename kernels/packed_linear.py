@@ -112,6 +112,8 @@ class PackedLinear(nn.Module):
         if self._bias_O is not None and dtype == "bfloat16":
             self._packed_bias_O = self._bias_O.bfloat16()
         self.invariant = invariant
+        # Of packed weights: the type that they are multiplied in. Asked for at every call, so kept.
+        self._own = (torch.float32 if dtype == "float32" else torch.bfloat16) if self._weight.is_mkldnn else None
         self._least_rows, self._most_rows = 1, 0
         if invariant:
             key = (dtype, self.out_features, self.in_features, torch.get_num_threads())
@@ -129,11 +131,18 @@ class PackedLinear(nn.Module):
         bias = self._bias_O is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, dtype={self.dtype}"
 
-    @torch.no_grad()
     def forward(self, x: Tensor, *, silu: bool = False, multiply: Tensor | None = None) -> Tensor:
         """x Wᵀ + b; with `silu` its SiLU, with `multiply` (..., O) times that: the two halves of a SwiGLU, fused where
         the library can.
         """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.forward(x, silu=silu, multiply=multiply)
+        # A step makes hundreds of these calls: those that need nothing more go straight to the library.
+        if x.dtype == self._own and x.dim() == 2:
+            rows = x.shape[0]
+            if not self.invariant or self._least_rows <= rows <= self._most_rows:
+                return self._product(x, silu, multiply)
         x_RD = x.reshape(-1, self.in_features)
         other_RO = None if multiply is None else multiply.reshape(-1, self.out_features)
         rows = x_RD.shape[0]
@@ -157,11 +166,12 @@ class PackedLinear(nn.Module):
         return self._product(F.pad(x_RD, (0, 0, 0, missing)), silu, other_RO)[:rows]
 
     def _product(self, x_RD: Tensor, silu: bool = False, other_RO: Tensor | None = None) -> Tensor:
-        if self._weight.is_mkldnn:
-            own = torch.float32 if self.dtype == "float32" else torch.bfloat16
-            x_RD, weight, bias = x_RD.to(own), self._weight, self._packed_bias_O
+        if (own := self._own) is not None:
+            x_RD = x_RD if x_RD.dtype == own else x_RD.to(own)
+            weight, bias = self._weight, self._packed_bias_O
             if other_RO is not None and not silu:
-                return torch.ops.mkldnn._linear_pointwise.binary(x_RD, other_RO.to(own), weight, bias, "mul")
+                other_RO = other_RO if other_RO.dtype == own else other_RO.to(own)
+                return torch.ops.mkldnn._linear_pointwise.binary(x_RD, other_RO, weight, bias, "mul")
             y_RO = torch.ops.mkldnn._linear_pointwise(x_RD, weight, bias, "swish" if silu else "none", [], "")
             return y_RO if other_RO is None else y_RO.mul_(other_RO)
         if self._scale_O is not None and self._fits_int8_product(x_RD.shape[0]):
