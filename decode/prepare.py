@@ -100,10 +100,11 @@ class Pass:
         # stands before it another for each prompt.
         ends = [span.first + span.rows for span in spans]
         last_together = len(spans) > 1 and ends[:-1] == [span.first for span in spans[1:]]
-        start, last = 0, []
+        start = 0
+        final: list[int] = []
         for span, seen in zip(spans, keys):
             stop = start + span.rows * span.count
-            last += range(start + span.count - 1, stop, span.count)
+            final += range(start + span.count - 1, stop, span.count)
             count = span.count - last_together
             if span.rows < count:  # each row's positions together
                 for row in range(span.rows):
@@ -114,7 +115,7 @@ class Pass:
                     add(slice(first, stop, span.count), span.first, span.rows, seen)
             start = stop
         if last_together:
-            add(torch.tensor(last, device=device), spans[0].first, ends[-1] - spans[0].first, max(keys))
+            add(torch.tensor(final, device=device), spans[0].first, ends[-1] - spans[0].first, max(keys))
 
 
 class PreparedLlama:
