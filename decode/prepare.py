@@ -82,21 +82,36 @@ class Pass:
         position_R = torch.tensor(positions, device=device)
         self.turn_RHC = rotations_at(config, position_R)
         mask_R11S = mask_beyond(position_R, max(keys), cache.entries_LBSEKC.dtype)
-        # For each product of queries with keys: which positions, which rows' keys of every layer, and the mask.
-        self.blocks: list[tuple[slice, Sequence[Tensor], Tensor]] = []
+        # For each product of queries with keys: which positions, which rows' keys and values of every layer, the mask.
+        self.blocks: list[tuple[slice | Tensor, Sequence[tuple[Tensor, Tensor]], Tensor]] = []
+
+        def add(at: slice | Tensor, first: int, rows: int, seen: int, count: int = 1) -> None:
+            entries = cache.entries_LBSEKC[:, first : first + rows, :seen].permute(0, 3, 1, 4, 2, 5)  # L E B K S C
+            if count > 1:
+                entries = entries.expand(-1, -1, count, -1, -1, -1)
+            keys_LBKSC, values_LBKSC = entries.unbind(1)
+            self.blocks.append((at, list(zip(keys_LBKSC.unbind(), values_LBKSC.unbind())), mask_R11S[at, ..., :seen]))
+
+        # Prompts being read stand among rows that decode: the last new position of all rows is one product, and what
+        # stands before it another for each prompt.
+        ends = [span.first + span.rows for span in spans]
+        last_together = len(spans) > 1 and ends[:-1] == [span.first for span in spans[1:]]
         start = 0
+        final: list[int] = []
         for span, seen in zip(spans, keys):
             stop = start + span.rows * span.count
-            entries = cache.entries_LBSEKC[:, span.first : span.first + span.rows, :seen]
-            layers = entries.permute(0, 3, 1, 4, 2, 5)  # L E B K S C
-            if span.rows == 1:
-                layers = layers.expand(-1, -1, span.count, -1, -1, -1)
-                steps = [slice(start, stop)]
-            else:  # the t-th position of all rows together
-                steps = [slice(first, stop, span.count) for first in range(start, start + span.count)]
-            of_layers = layers.unbind()
-            self.blocks += [(step, of_layers, mask_R11S[step, ..., :seen]) for step in steps]
+            final += range(start + span.count - 1, stop, span.count)
+            count = span.count - last_together
+            if span.rows < count:  # each row's positions together
+                for row in range(span.rows):
+                    first = start + row * span.count
+                    add(slice(first, first + count), span.first + row, 1, seen, count)
+            else:  # the t-th position of all rows of the span together
+                for first in range(start, start + count):
+                    add(slice(first, stop, span.count), span.first, span.rows, seen)
             start = stop
+        if last_together:
+            add(torch.tensor(final, device=device), spans[0].first, ends[-1] - spans[0].first, max(keys))
 
 
 class PreparedLlama:
@@ -226,16 +241,14 @@ class PreparedLayer:
 
     def attend(self, q_RKGC: Tensor, positions: Pass, number: int) -> Tensor:
         """(R, H*C) in the order (G, K, C): every position's G queries of a key head against its row's keys."""
-        out_RKGC = None
-        for at, layers, mask in positions.blocks:
-            keys_BKSC, values_BKSC = layers[number]
-            part = F.scaled_dot_product_attention(q_RKGC[at], keys_BKSC, values_BKSC, attn_mask=mask)
-            if len(positions.blocks) == 1:
-                out_RKGC = part
-            else:
-                out_RKGC = torch.empty_like(q_RKGC) if out_RKGC is None else out_RKGC
-                out_RKGC[at] = part
-        assert out_RKGC is not None
+        blocks = positions.blocks
+        if len(blocks) == 1:
+            _, layers, mask = blocks[0]
+            out_RKGC = F.scaled_dot_product_attention(q_RKGC, *layers[number], attn_mask=mask)
+        else:
+            out_RKGC = torch.empty_like(q_RKGC)
+            for at, layers, mask in blocks:
+                out_RKGC[at] = F.scaled_dot_product_attention(q_RKGC[at], *layers[number], attn_mask=mask)
         return out_RKGC.transpose(1, 2).reshape(-1, self.queries).float()
 
 

@@ -63,10 +63,14 @@ class Tally:
 
 @dataclass
 class Speculation:
-    """The policy of one run: mode `off`, `auto`, or a fixed number of tokens."""
+    """The policy of one run: mode `off`, `auto`, or a fixed number of tokens.
+
+    weights: bytes that a pass of each member reads; none: not known.
+    """
 
     members: int
     mode: str | int = "off"
+    weights: Sequence[float] = ()
     tallies: dict[int, Tally] = field(default_factory=dict)
     # seconds of a member's pass or of a choice, by the power of two at or above its positions
     seconds: dict[tuple[int, int], float] = field(default_factory=dict)
@@ -94,7 +98,7 @@ class Speculation:
             return None
         if isinstance(self.mode, int):
             length = self.mode
-            return Draft(max(self.tallies, key=lambda drafter: self._gain(drafter, length, rows)), length)
+            return Draft(max(self.tallies, key=lambda drafter: self._tokens_by_weights(drafter, length)), length)
         best, plan = MARGIN, None
         for drafter in self.tallies:
             for length in (1, 2, 3, 5, MOST_DRAFTED):
@@ -103,10 +107,19 @@ class Speculation:
                     best, plan = gain, Draft(drafter, length)
         return plan
 
+    def _tokens(self, drafter: int, length: int) -> float:
+        """Tokens that a step with this draft is expected to gain."""
+        rate = self.tallies[drafter].rate
+        return length + 1 if rate >= 1 else (1 - rate ** (length + 1)) / (1 - rate)
+
+    def _tokens_by_weights(self, drafter: int, length: int) -> float:
+        """Expected tokens for each reading of all weights: a fixed length is no matter of clocks."""
+        own = 0.0 if drafter == LOOKUP or not self.weights else self.weights[drafter] / sum(self.weights)
+        return self._tokens(drafter, length) / (1 + length * own)
+
     def _gain(self, drafter: int, length: int, rows: int) -> float:
         """Tokens a second with this draft over those without, by what is known now."""
-        rate = self.tallies[drafter].rate
-        tokens = length + 1 if rate >= 1 else (1 - rate ** (length + 1)) / (1 - rate)
+        tokens = self._tokens(drafter, length)
         parts = [CHOICE, *range(self.members)]
         plain = self._pass(STEP, rows) or sum(self._pass(part, rows) for part in parts)
         drafting = 0.0

@@ -226,7 +226,7 @@ def _timed(
     started = time.perf_counter()
     logits = rows.forward(number, new, wanted)
     # What a prompt's reading costs says nothing of a step.
-    if speculation.mode != "off" and max(map(len, new)) == max(wanted):
+    if speculation.mode == "auto" and max(map(len, new)) == max(wanted):
         speculation.timed(number, sum(map(len, new)), time.perf_counter() - started)
     return logits
 

@@ -81,7 +81,8 @@ class RowsPass(Pass):
         first_B = torch.arange(0, rows * cache.capacity, cache.capacity, device=position_B.device)
         self.slot_R = first_B + position_B
         self.turn_RHC = rotations_at(config, position_B)
-        of_layers = entries_LBSEKC[:, :rows, :keys].permute(0, 3, 1, 4, 2, 5).unbind()  # L E B K S C
+        keys_LBKSC, values_LBKSC = entries_LBSEKC[:, :rows, :keys].permute(0, 3, 1, 4, 2, 5).unbind(1)
+        of_layers = list(zip(keys_LBKSC.unbind(), values_LBKSC.unbind()))
         self.blocks = [(slice(0, rows), of_layers, mask_beyond(position_B, keys, entries_LBSEKC.dtype))]
 
 

@@ -149,7 +149,8 @@ def decode(
     if max_new_tokens < 1 or batch_size < 1:
         raise InputError(f"max_new_tokens {max_new_tokens} and batch_size {batch_size} must be at least 1")
     limits = limits_of(ensemble, prompts, max_new_tokens)
-    speculation = Speculation(len(ensemble.members), speculate)
+    weights = [member.model.nbytes for member in ensemble.members]
+    speculation = Speculation(len(ensemble.members), speculate, weights)
     if not prompts:
         return
     members = range(len(ensemble.members))

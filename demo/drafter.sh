@@ -25,9 +25,10 @@ mkdir -p "$work"
 
 # Blank lines have no translation; very long ones cost more than they teach.
 gzip -dc "$data/train.de.gz" | awk 'NF && length($0) < 200' | sed -n "1,${lines}p" >"$work/source.de"
-[ -f "$work/written.jsonl" ] || "$python" -m decode.collab --model L="$work/smollm2" --source de --target en \
+# An interrupted run leaves what it has; its journal stands beside it until it is whole.
+[ -f "$work/written.jsonl" ] && [ ! -e "$work/written.en.journal" ] || "$python" -m decode.collab --model L="$work/smollm2" --source de --target en \
     --input "$work/source.de" --output "$work/written.en" --details "$work/written.jsonl" --resume --no-invariant \
-    --batch-size 64 --max-new-tokens 80 --dtype bfloat16
+    --batch-size 64 --max-new-tokens 64 --dtype bfloat16
 
 # What did not come to its end would teach the drafter to end anywhere.
 "$python" - "$work" <<'PYTHON'

@@ -39,6 +39,9 @@ EXPECTED_ROWS = 64
 # Up to here the int8 product is the fastest; beyond, its time grows with the rows while unpacking a block does not. It
 # reads whole vectors: with D not a multiple of 16 it was seen to run past the end of a row.
 INT8_ROWS, INT8_VECTOR = 16, 16
+# With AVX-512 oneDNN reads a packed weight faster for 4 rows than for 1 to 3 (the products of a SmolLM2 step, one core:
+# 31 ms against 38, 45 and 43 in float32, 19 against 21 and 24 in bf16), so fewer are padded. With AVX2 it does not.
+AVX512_LEAST_ROWS = 4
 # Without bf16 instructions PyTorch's bf16 product is emulated: it wins while reading the weight is all that counts.
 PLAIN_BFLOAT16_ROWS = 2
 # Numbers of rows that are tried for `invariant`; a larger product is made in parts of the last, large enough to be
@@ -112,12 +115,18 @@ class PackedLinear(nn.Module):
         if self._bias_O is not None and dtype == "bfloat16":
             self._packed_bias_O = self._bias_O.bfloat16()
         self.invariant = invariant
-        self._least_rows, self._most_rows = 1, 0
+        # Of packed weights: the type that they are multiplied in. Asked for at every call, so kept.
+        self._own = (torch.float32 if dtype == "float32" else torch.bfloat16) if self._weight.is_mkldnn else None
+        packed512 = self._own is not None and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        self._least_rows = AVX512_LEAST_ROWS if packed512 else 1
+        self._most_rows = TRIED_ROWS[-1]
+        self._zeros_RD = torch.zeros(TILE_ROWS, self.in_features, dtype=self._own)
         if invariant:
             key = (dtype, self.out_features, self.in_features, torch.get_num_threads())
             if key not in _STEADY:
                 _STEADY[key] = self._steady_rows()
-            self._least_rows, self._most_rows = _STEADY[key]
+            least, self._most_rows = _STEADY[key]
+            self._least_rows = max(least, self._least_rows)
 
     @property
     def nbytes(self) -> int:
@@ -137,19 +146,28 @@ class PackedLinear(nn.Module):
         bias = self._bias_O is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, dtype={self.dtype}"
 
-    @torch.no_grad()
     def forward(self, x: Tensor, *, silu: bool = False, multiply: Tensor | None = None) -> Tensor:
         """x Wᵀ + b; with `silu` its SiLU, with `multiply` (..., O) times that: the two halves of a SwiGLU, fused where
         the library can.
         """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.forward(x, silu=silu, multiply=multiply)
+        # A step makes hundreds of these calls: those that need nothing more go straight to the library.
+        if x.dtype == self._own and x.dim() == 2 and self._fits(x.shape[0]):
+            return self._product(x, silu, multiply)
         x_RD = x.reshape(-1, self.in_features)
         other_RO = None if multiply is None else multiply.reshape(-1, self.out_features)
-        rows = x_RD.shape[0]
-        if self.invariant and (rows < self._least_rows or rows > self._most_rows):
-            y_RO = torch.cat([self._padded(*part, silu) for part in self._parts(x_RD, other_RO)])
-        else:
+        if self._fits(x_RD.shape[0]):
             y_RO = self._product(x_RD, silu, other_RO)
+        elif x_RD.shape[0] <= self._most_rows:
+            y_RO = self._padded(x_RD, other_RO, silu)
+        else:
+            y_RO = torch.cat([self._padded(*part, silu) for part in self._parts(x_RD, other_RO)])
         return y_RO.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _fits(self, rows: int) -> bool:
+        return self._least_rows <= rows and (rows <= self._most_rows or not self.invariant)
 
     def _parts(self, x_RD: Tensor, other_RO: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
         for start in range(0, x_RD.shape[0], self._most_rows):
@@ -162,14 +180,18 @@ class PackedLinear(nn.Module):
         if (missing := self._least_rows - rows) <= 0:
             return self._product(x_RD, silu, other_RO)
         other_RO = None if other_RO is None else F.pad(other_RO, (0, 0, 0, missing))
-        return self._product(F.pad(x_RD, (0, 0, 0, missing)), silu, other_RO)[:rows]
+        zeros_RD = self._zeros_RD[:missing]
+        if x_RD.dtype != zeros_RD.dtype:
+            zeros_RD = zeros_RD.to(x_RD.dtype)
+        return self._product(torch.cat((x_RD, zeros_RD)), silu, other_RO)[:rows]
 
     def _product(self, x_RD: Tensor, silu: bool = False, other_RO: Tensor | None = None) -> Tensor:
-        if self._weight.is_mkldnn:
-            own = torch.float32 if self.dtype == "float32" else torch.bfloat16
-            x_RD, weight, bias = x_RD.to(own), self._weight, self._packed_bias_O
+        if (own := self._own) is not None:
+            x_RD = x_RD if x_RD.dtype == own else x_RD.to(own)
+            weight, bias = self._weight, self._packed_bias_O
             if other_RO is not None and not silu:
-                return torch.ops.mkldnn._linear_pointwise.binary(x_RD, other_RO.to(own), weight, bias, "mul")
+                other_RO = other_RO if other_RO.dtype == own else other_RO.to(own)
+                return torch.ops.mkldnn._linear_pointwise.binary(x_RD, other_RO, weight, bias, "mul")
             y_RO = torch.ops.mkldnn._linear_pointwise(x_RD, weight, bias, "swish" if silu else "none", [], "")
             return y_RO if other_RO is None else y_RO.mul_(other_RO)
         if self._scale_O is not None and self._fits_int8_product(x_RD.shape[0]):

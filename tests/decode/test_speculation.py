@@ -102,6 +102,8 @@ def test_auto_drafts_where_it_pays_and_only_there():
 
 def test_a_fixed_number_is_drafted_by_whom_it_costs_least():
     """The large member agrees more often with what it dominates, and is the last that should draft."""
-    policy = measured(2, {LOOKUP: 0.1, 0: 0.9, 1: 0.8}, {0: (1.0, 0.0), 1: (0.1, 0.0), CHOICE: (0.0, 0.0)})
-    policy.mode = 3
+    policy = measured(2, {LOOKUP: 0.1, 0: 0.9, 1: 0.8}, {})
+    policy.mode, policy.weights = 3, [10.0, 1.0]
     assert (policy.plan(1).drafter, policy.plan(1).length) == (1, 3)
+    policy.tallies[LOOKUP].rate = 0.9
+    assert policy.plan(1).drafter == LOOKUP
