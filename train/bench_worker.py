@@ -115,7 +115,7 @@ def serve(connection: Connection, setup: Setup) -> None:
     optimizer = torch.optim.AdamW(groups, lr=setup.lr, fused=True)
     handlers: dict[str, Callable[..., Any]] = {
         "step": lambda examples, layout: _step(system, optimizer, examples, layout),
-        "peak": lambda: peak_bytes(device),
+        "peak": lambda: peak_and_reset(device),
     }
     reset_peak(device)
     connection.send("ready")
@@ -139,6 +139,12 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
     value = float(loss.detach())  # waits for the device
     return time.perf_counter() - started, value
+
+
+def peak_and_reset(device: torch.device) -> int:
+    found = peak_bytes(device)
+    reset_peak(device)
+    return found
 
 
 def reset_peak(device: torch.device) -> None:

@@ -54,7 +54,7 @@ def shape_of(model: str) -> LlamaConfig:
 
 
 def forward_size(settings: Settings, ranks: int) -> int:
-    """Positions of a rank's forward pass, where no data says it: its share of the step's sequences, each of them full."""
+    """Positions of a rank's forward pass, where no data says it: its share of the step's sequences, all full."""
     share = -(-settings.batch_size // ranks)
     return min(settings.micro_batch_size or share, share) * settings.sequence_length
 

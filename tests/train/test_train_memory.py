@@ -116,7 +116,7 @@ def test_a_plan_of_a_known_model_needs_no_file(capsys):
     assert "does not fit into 24 GiB" in text
     # what it says to change does make it fit
     settings = Settings(epochs=1, packing="epoch", **{key: value for c in found["changes"] for key, value in c.items()})
-    size = plan.forward_size(settings)
+    size = plan.forward_size(settings, 1)
     shape = plan.shape_of("meta-llama/Llama-3.2-1B")
     assert memory_of(shape, settings, size, size, device="cuda").peak <= 24 << 30
 
