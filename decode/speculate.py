@@ -14,6 +14,7 @@ to nothing to watch while nothing is drafted; a pass with more positions is trie
 cost no more than a plain one.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -126,7 +127,10 @@ class Speculation:
         if drafter != LOOKUP:
             drafting = (length + 1) * self._pass(drafter, rows) + length * self._pass(CHOICE, rows)
         checking = sum(self._pass(part, rows * (length + 1)) for part in parts if part != drafter)
-        return tokens * plain / (drafting + checking) if plain else 0.0
+        if not plain:
+            return 0.0
+        # Where no pass but the whole plain step was measured yet, a draft is how they are.
+        return tokens * plain / (drafting + checking) if drafting + checking else math.inf
 
     def _pass(self, part: int, positions: int) -> float:
         """Seconds of a pass; one never measured is taken for as cheap as the next smaller one that was."""
