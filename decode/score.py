@@ -40,6 +40,9 @@ EXAMPLES = """examples:
 columns: line (from 1); tokens, with the end of the text as one; logprob, their sum in nats under the combined
 distribution; per_token; perplexity; then each member's own logprob. --json has the log-probability of every token too.
 Lines that are blank or skipped have no figures.
+
+A plain sum of logits is far too sure of itself: its log-probabilities rank the translations of one sentence, but say
+little about how likely each is. Those under weights fitted by decode.tune (--weights) do; see docs/tuning.md.
 """
 COLUMNS = ("line", "tokens", "logprob", "per_token", "perplexity")
 

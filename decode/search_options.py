@@ -8,6 +8,7 @@ from decode.beam import MOST_BEAMS
 from minillama import InputError
 
 LARGEST_SEED = 2**63 - 1
+TOO_SURE = "A plain sum of logits is far too sure of its choice; weights that decode.tune fits are not (docs/tuning.md)."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class SearchOptions:
 
 
 def add_search_options(parser: argparse.ArgumentParser) -> None:
-    beams = parser.add_argument_group("beam search")
+    beams = parser.add_argument_group("beam search", TOO_SURE)
     beams.add_argument(
         "--beam", type=int, default=1, metavar="K", help=f"hypotheses kept, 1 to {MOST_BEAMS} (default 1: greedy)"
     )
@@ -70,7 +71,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         help="where to: lines of `line ||| text ||| F0= log-probability ||| score`, lines counted from 0, as Moses and "
         "Marian write them (default OUTPUT.nbest)",
     )
-    draws = parser.add_argument_group("sampling")
+    draws = parser.add_argument_group("sampling", TOO_SURE)
     draws.add_argument("--sample", action="store_true", help="draw each token instead of taking the best")
     draws.add_argument("--temperature", type=float, default=1.0, metavar="T", help="logits are divided by it (1)")
     draws.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K best tokens (default: all)")

@@ -12,6 +12,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from corpora.text import display_name
 from decode.bleu_fit import Task, fit_bleu
 from decode.fingerprint import folder_digest
@@ -19,7 +21,7 @@ from decode.members import load_ensemble
 from decode.places import listed
 from decode.prepare import PreparedLlama
 from decode.report import device_name, finite, versions
-from decode.teacher_forced import Array, TeacherForced, teacher_forced
+from decode.teacher_forced import TeacherForced, teacher_forced
 from decode.tune_options import BEAMS, LONGEST, ROUNDS, Job, parser, prepare
 from decode.tune_report import curve_lines, fit_lines
 from decode.tuning import best_scale, compare, describe, fit_weights, same_from_other_starts, spell_weights
@@ -81,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     if job.curve:
         report["curve"] = curve(job, data, held_out)
     if models:
-        report |= bleu_report(job, models, data, fit.weights_N, held_out)
+        report = bleu_report(job, report, models, data, held_out)
     report |= _origin(job)
     if arguments.output:
         write_toml(arguments.output, "Written by decode.tune; decode.collab --weights reads it.", _for_file(report))
@@ -94,12 +96,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def bleu_report(
     job: Job,
+    likelihood: Mapping[str, Any],
     models: Mapping[str, PreparedLlama],
     data: TeacherForced,
-    likeliest_N: Array,
     held_out: TeacherForced | None,
 ) -> dict[str, Any]:
-    """Weights fitted to BLEU in place of the likeliest, which stay under `likeliest`."""
+    """The report with weights fitted to BLEU; the likeliest, their errors and certificate stay under other names."""
     started, arguments = time.perf_counter(), job.arguments
     task = Task(
         models,
@@ -112,18 +114,25 @@ def bleu_report(
         arguments.batch_size,
     )
     rounds = ROUNDS if arguments.rounds is None else arguments.rounds
+    likeliest_N = np.array([likelihood["weights"][name] for name in job.names])
     weights_N, bleu = fit_bleu(task, data, likeliest_N, job.centre_N, rounds, arguments.seed, _tell)
-    bleu["nats"] = float(data.nats(weights_N).sum()) / data.tokens
-    if held_out is not None:
-        bleu["held_out_nats"] = float(held_out.nats(weights_N).sum()) / held_out.tokens
-    bleu["seconds"] = round(time.perf_counter() - started, 3)
-    return {
+    kept = {key: likelihood["fit"][key] for key in ("texts", "tokens", "centre", "end_token")}
+    report = {
+        **likelihood,
         "objective": "bleu",
         "combine": spell_weights(weights_N, job.names),
         "weights": dict(zip(job.names, map(float, weights_N))),
-        "likeliest": dict(zip(job.names, map(float, likeliest_N))),
-        "bleu": bleu,
+        "fit": kept | {"nats": float(data.nats(weights_N).sum()) / data.tokens},
+        "bleu": bleu | {"seconds": round(time.perf_counter() - started, 3)},
+        "likeliest": likelihood["weights"],
+        "likeliest_errors": likelihood["standard_errors"],
+        "likelihood": likelihood["fit"],
     }
+    del report["standard_errors"]
+    if held_out is not None:
+        nats = float(held_out.nats(weights_N).sum()) / held_out.tokens
+        report["held_out"] = {**likelihood["held_out"], "nats": nats, "likeliest_nats": likelihood["held_out"]["nats"]}
+    return report
 
 
 def curve(job: Job, data: TeacherForced, held_out: TeacherForced | None) -> list[dict[str, Any]]:

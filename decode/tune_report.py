@@ -7,13 +7,13 @@ from typing import Any
 
 def fit_lines(report: Mapping[str, Any]) -> list[str]:
     """Weights, likelihoods beside those of fixed expressions, the certificate, and the expression to paste."""
-    fit = report["fit"]
+    fit = _of_likelihood(report)
     names = list(report["weights"])
     width = max(map(len, names))
     for_bleu = f"{'for BLEU':>12}" if "bleu" in report else ""
     lines = [f"{'':{width}} {'weight':>9}   {'s.e.':12}{for_bleu}".rstrip()]
     for name in names:
-        error = report["standard_errors"][name]
+        error = report["likeliest_errors" if "bleu" in report else "standard_errors"][name]
         bound = "at its bound" if name in fit["at_bounds"] else "–" if math.isnan(error) else f"{error:.4f}"
         other = f"{report['weights'][name]:12.4f}" if "bleu" in report else ""
         weight = report["likeliest" if "bleu" in report else "weights"][name]
@@ -32,11 +32,12 @@ def fit_lines(report: Mapping[str, Any]) -> list[str]:
 
 def _likelihoods(report: Mapping[str, Any]) -> list[str]:
     """Columns of nats a token and gains, twice with held-out text."""
-    fit, kinds = report["fit"], ["", "held_out_"] if "held_out" in report else [""]
+    fit, kinds = _of_likelihood(report), ["", "held_out_"] if "held_out" in report else [""]
     rows = [["nats a token", "on the text", "gain of the fit"], ["fitted", f"{fit['nats']:.4f}", ""]]
     if "held_out" in report:
         rows[0] += ["held out", "gain of the fit"]
-        rows[1] += [f"{report['held_out']['nats']:.4f}", ""]
+        held_out = report["held_out"]
+        rows[1] += [f"{held_out.get('likeliest_nats', held_out['nats']):.4f}", ""]
     for row in report["against"]:
         cells = [row["expression"]]
         for kind in kinds:
@@ -49,8 +50,13 @@ def _likelihoods(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _of_likelihood(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The table of the convex fit, which one for BLEU has under another name."""
+    return report["likelihood"] if "bleu" in report else report["fit"]
+
+
 def _certificate(report: Mapping[str, Any]) -> list[str]:
-    fit = report["fit"]
+    fit = _of_likelihood(report)
     lines = [
         f"{fit['texts']:,} texts, {fit['tokens']:,} tokens, {fit['steps']} Newton steps in {fit['seconds']:.1f} s: "
         f"gradient {fit['gradient_norm']:.1e}, smallest eigenvalue of the Hessian {fit['smallest_eigenvalue']:.4g}, "
@@ -84,7 +90,7 @@ def _bleu(report: Mapping[str, Any]) -> list[str]:
         f"BLEU of this text's translations, {found['beam']} beams",
         *(f"{name:{width}}  {score:.2f}" for name, score in rows.items()),
         f"{found['hypotheses']:,} hypotheses in {found['seconds']:.0f} s; the weights for BLEU have "
-        f"{found['nats']:.4f} nats a token; {found['signature']}",
+        f"{report['fit']['nats']:.4f} nats a token; {found['signature']}",
     ]
 
 

@@ -6,6 +6,7 @@ import tomllib
 
 import numpy as np
 import pytest
+from sacrebleu.metrics import BLEU
 
 from corpora import sample
 from decode.collab import main as collab
@@ -142,6 +143,34 @@ def test_one_model_gets_its_temperature(model_folders, texts, capsys):
     assert report["weights"]["A"] == pytest.approx(report["temperature"]["scale"], abs=1e-5)
 
 
+def test_weights_for_bleu_translate_as_they_say(model_folders, texts, capsys, monkeypatch):
+    """References are what a known combination writes."""
+    monkeypatch.setattr("decode.bleu_fit.STARTS", 2)
+    kept = ["--source", "ja", "--target", "en", "--input", str(texts / "fit.ja"), "--beam", "2"]
+    kept += ["--max-new-tokens", "10", "--batch-size", "8"]
+    known = ["--combine", "A + 0.5*B - 0.5*C", "--output", str(texts / "fit.en")]
+    assert collab([*models_of(model_folders), *kept, *known]) == 0
+    lines = (texts / "fit.en").read_text(encoding="utf-8").split("\n")
+    (texts / "fit.en").write_text("\n".join(line or "x" for line in lines[:-1]) + "\n", encoding="utf-8")
+    out = texts / "weights.toml"
+    extra = ["--output", str(out), "--objective", "bleu", "--beam", "2", "--rounds", "2", "--max-new-tokens", "10"]
+    assert main(arguments(model_folders, texts, *extra)) == 0
+    assert "weights for BLEU" in capsys.readouterr().out
+    found = tomllib.loads(out.read_text(encoding="utf-8"))
+    assert found["objective"] == "bleu"
+    assert found["bleu"]["bleu"] >= found["bleu"]["bleu_of_likeliest"]
+    assert found["fit"]["nats"] >= found["likelihood"]["nats"]
+    assert found["fit"]["texts"] == COUNT
+    assert "standard_errors" not in found
+    translated = ["--weights", str(out), "--output", str(texts / "again"), "--report", str(texts / "run.json")]
+    assert collab([*models_of(model_folders), *kept, "--reference", str(texts / "fit.en"), *translated]) == 0
+    texts_of = [(texts / name).read_text(encoding="utf-8").split("\n")[:-1] for name in ("again", "fit.en", "fit.ja")]
+    scored = [(ours, reference) for ours, reference, sentence in zip(*texts_of) if sentence]
+    assert len(scored) == COUNT
+    ours, references = (list(side) for side in zip(*scored))
+    assert found["bleu"]["bleu"] == pytest.approx(BLEU().corpus_score(ours, [references]).score, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "extra", "named"),
     [
@@ -162,6 +191,9 @@ def test_one_model_gets_its_temperature(model_folders, texts, capsys):
         (lambda t: None, ("--curve", "x"), "--curve x"),
         (lambda t: None, ("--batch-size", "0"), "--batch-size 0"),
         (lambda t: None, ("--starts", "-1"), "--starts -1"),
+        (lambda t: None, ("--beam", "4"), "--beam has no effect without --objective bleu"),
+        (lambda t: None, ("--objective", "bleu", "--beam", "1"), "--beam 1: expected 2 or more, up to 8"),
+        (lambda t: None, ("--objective", "bleu", "--rounds", "-1"), "--rounds -1"),
         (lambda t: None, ("--output", "-"), "standard output is for figures"),
         (lambda t: None, ("--output", "/no/such/folder/w.toml"), "cannot be written"),
         (lambda t: None, ("--input", "-", "--reference", "-"), "standard input is given more than once"),
