@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval import paper
 from eval.docs import PAGE, build, first_difference
 from eval.docs_tables import KINDS
 from eval.figures import ROOT, Figure, check, figures, main, pages, values
@@ -42,6 +43,13 @@ def test_every_figure_of_the_readme_and_the_docs_is_traced():
 def test_the_page_of_results_is_what_the_run_files_give():
     line = first_difference((ROOT / PAGE).read_text(encoding="utf-8"), build())
     assert line is None, f"{PAGE}:{line} differs: run python -m eval.docs"
+
+
+def test_the_committed_plan_of_the_paper_s_study_is_what_the_command_prints(tmp_path, capsys):
+    committed = (ROOT / "eval" / "results" / "paper-plan.txt").read_text(encoding="utf-8")
+    paper.main([str(ROOT / "eval" / "paper.toml"), "--dry-run", "--work", str(tmp_path / "work")])
+    hours = [text[text.index("\non ") :].strip() for text in (committed, capsys.readouterr().out)]
+    assert hours[0] == hours[1], "run python -m eval.paper eval/paper.toml --dry-run again"
 
 
 @pytest.mark.parametrize("line", ["12.3 tokens/s", "12.35", "5.4%", "5.43 %", "1.5 hours", "90 min", "1.5 GB"])
