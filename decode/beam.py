@@ -23,7 +23,11 @@ token are copied. A finished sentence's rows are refilled at once, and its resul
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from decode.ensemble import Ensemble
+from decode.explain import Explanation, explain
 from decode.rows import Rows
 from decode.step import prompt_parts
 from decode.translate import Counters, Hypothesis, Prompts, limits_of, per_member, shared_prefix
@@ -35,14 +39,21 @@ MOST_BEAMS = 8
 
 @dataclass(frozen=True)
 class Beam:
-    """A running hypothesis: its tokens, their log-probabilities in nats, and the sum of those."""
+    """A running hypothesis: its tokens, their log-probabilities in nats, and the sum of those.
+
+    row: from which row of its sentence the last token came.   explanations: of the tokens; the last one's is added
+    behind the step that took it.
+    """
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     total: float = 0.0
+    row: int = 0
+    explanations: list[Explanation] = field(default_factory=list)
 
-    def then(self, token: int, logprob: float) -> "Beam":
-        return Beam([*self.tokens, token], [*self.logprobs, logprob], self.total + logprob)
+    def then(self, token: int, logprob: float, row: int) -> "Beam":
+        logprobs = [*self.logprobs, logprob]
+        return Beam([*self.tokens, token], logprobs, self.total + logprob, row, list(self.explanations))
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,7 @@ class Rules:
     beams: int
     length_penalty: float
     stops: frozenset[int]
+    explaining: bool = False
 
     def score(self, total: float, length: int) -> float:
         return total / length**self.length_penalty
@@ -59,7 +71,10 @@ class Rules:
 
 @dataclass
 class Sentence:
-    """A sentence in flight: the beam in each of its rows (None: no beam), and what is finished, best first."""
+    """A sentence in flight: the beam in each of its rows (None: no beam), and what is finished, best first.
+
+    taken: what the last step's tokens led to, running or finished.
+    """
 
     index: int
     limit: int
@@ -67,6 +82,7 @@ class Sentence:
     unread: list[list[int]]
     beams: list[Beam | None]
     finished: list[Hypothesis] = field(default_factory=list)
+    taken: list[Beam] = field(default_factory=list)
 
     def extend(self, candidates: Sequence[Sequence[tuple[int, float]]], rules: Rules) -> list[int | None]:
         """Go on with the best candidates, given for each row; says which row each row goes on from (None: no beam).
@@ -81,18 +97,21 @@ class Sentence:
             for token, logprob in candidates[row]
         )
         going: list[tuple[int, Beam]] = []
+        self.taken = []
         for rank, (_, row, token, logprob) in enumerate(found):
             beam = self.beams[row]
             assert beam is not None
             if token not in rules.stops and length < self.limit:
-                going.append((row, beam.then(token, logprob)))
+                going.append((row, beam.then(token, logprob, row)))
             elif rank < rules.beams:
-                self._finish(beam, token, logprob, rules)
+                self.taken.append(beam.then(token, logprob, row))
+                self._finish(self.taken[-1], rules)
         del going[rules.beams :]
         self.beams = [None] * rules.beams
         sources: list[int | None] = [None] * rules.beams
         if self._over([beam for _, beam in going], rules):
             return sources
+        self.taken += [beam for _, beam in going]
         further = []
         for row, beam in going:
             if sources[row] is None:
@@ -104,12 +123,12 @@ class Sentence:
             sources[target], self.beams[target] = row, beam
         return sources
 
-    def _finish(self, beam: Beam, token: int, logprob: float, rules: Rules) -> None:
-        whole = beam.then(token, logprob)
+    def _finish(self, whole: Beam, rules: Rules) -> None:
         score = rules.score(whole.total, len(whole.tokens))
-        stopped = token in rules.stops
-        tokens = beam.tokens if stopped else whole.tokens
-        self.finished.append(Hypothesis(tokens, whole.logprobs, "stop" if stopped else "length", score))
+        stopped = whole.tokens[-1] in rules.stops
+        tokens = whole.tokens[:-1] if stopped else whole.tokens
+        reason = "stop" if stopped else "length"
+        self.finished.append(Hypothesis(tokens, whole.logprobs, reason, score, whole.explanations))
         self.finished.sort(key=lambda hypothesis: -hypothesis.score)  # stable: the earlier one first on ties
         del self.finished[rules.beams :]
 
@@ -241,6 +260,23 @@ def _step(ensemble: Ensemble, rows: Rows, active: Sequence[Sentence], rules: Rul
             for target, source in enumerate(sources):
                 if source is not None and source != target:
                     rows.branch(first + source, first + target, _equal(rows, sentence, before, source, target))
+    if rules.explaining:
+        _explain(ensemble, logits, wanted, active, rules)
+
+
+def _explain(
+    ensemble: Ensemble, logits: Sequence[Tensor], wanted: Sequence[int], active: Sequence[Sentence], rules: Rules
+) -> None:
+    """Why this step's tokens were taken; `wanted` says which rows have logits."""
+    asked = [slot for slot in range(len(active)) if any(wanted[slot * rules.beams : (slot + 1) * rules.beams])]
+    taken = [(sum(wanted[: slot * rules.beams + beam.row]), beam) for slot in asked for beam in active[slot].taken]
+    if not taken:  # the searches were over without a further token
+        return
+    index_R = torch.tensor([row for row, _ in taken], device=logits[0].device)
+    tokens, logprobs = [beam.tokens[-1] for _, beam in taken], [beam.logprobs[-1] for _, beam in taken]
+    found = explain([of_member[index_R] for of_member in logits], ensemble.weights_N, tokens, logprobs)
+    for (_, beam), explanation in zip(taken, found):
+        beam.explanations.append(explanation)
 
 
 def _equal(rows: Rows, sentence: Sentence, before: Sequence[Beam | None], source: int, target: int) -> list[int]:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from decode.explain_page import Explained, PageWriter
+from decode.explain_text import TextWriter
 from decode.expression import spell
 from decode.fingerprint import fingerprint
 from decode.journal import journal_path, remove
@@ -164,9 +166,10 @@ def _translate(job: Job, session: Session | None, started: float) -> tuple[Resul
         kept = " (--resume goes on from there)"
     total = None if work is None else work.prepared.count
     files = job.arguments.output, job.arguments.details, nbest_path(job.arguments)
-    with Results(*files, total, job.references is not None) as results:
+    with Results(*files, total, job.references is not None, _explain_writer(job)) as results:
         try:
             if work is not None:
+                results.sentences = work.prepared
                 work.translate(session, results, started)
                 skipped, truncated = TooLong(), TooLong()
                 skipped.add(work.prepared.skipped)
@@ -185,6 +188,13 @@ def _translate(job: Job, session: Session | None, started: float) -> tuple[Resul
     return results, done, session.lines, {"skipped": session.skipped, "truncated": session.truncated}
 
 
+def _explain_writer(job: Job) -> PageWriter | TextWriter | None:
+    if job.arguments.explain is None:
+        return None
+    explained = Explained(job.weights, job.options, job.readers[0].tokenizer.pieces(), job.references or ())
+    return TextWriter(explained) if job.arguments.explain == "-" else PageWriter(job.arguments.explain, explained)
+
+
 def _help_rank_0(job: Job, ranks: Ranks, session: Session | None, started: float) -> int:
     assert job.work is not None
     part = job.work.part
@@ -200,6 +210,7 @@ def _help_rank_0(job: Job, ranks: Ranks, session: Session | None, started: float
 def _stream(session: Session, results: Results) -> None:
     """Standard input in groups of the lines that are there; lines before one that is refused are still translated."""
     for prepared in _arriving(session):
+        results.sentences = prepared
         for line, text, translation in session.translate(prepared):
             if translation is None:
                 results.put_empty(line)

@@ -32,7 +32,8 @@ SYNC_SECONDS = 2.0
 class Record:
     """One finished sentence; `line` counts from 0. `finished`: "stop" or "length".
 
-    nbest: what was listed for it, best first: text, log-probability in nats, score.
+    nbest: what was listed for it, best first: text, log-probability in nats, score.   explanations: the fields of each
+    token's `decode.explain.Explanation`, that of the stop token behind them.
     """
 
     line: int
@@ -41,13 +42,12 @@ class Record:
     logprobs: list[float]
     finished: str
     nbest: Sequence[Sequence[Any]] = ()
+    explanations: Sequence[Sequence[Any]] = ()
 
     def entry(self) -> dict[str, Any]:
         """The record as a JSON object. Python writes floats so that they read back as the same bits."""
         entry = {**vars(self), "line": self.line + 1}
-        if not self.nbest:
-            del entry["nbest"]
-        return entry
+        return {name: value for name, value in entry.items() if value or name not in ("nbest", "explanations")}
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> "Record":

@@ -26,7 +26,7 @@ TOO_LONG = ("error", "truncate", "skip")
 
 @dataclass(frozen=True)
 class Options(SearchOptions):
-    """How sentences are read and decoded. Languages are codes such as `ja`."""
+    """How sentences are read and decoded. Languages are codes such as `ja`. explain: say why each token was chosen."""
 
     source: str
     target: str
@@ -34,6 +34,7 @@ class Options(SearchOptions):
     batch_size: int = 16
     too_long: str = "error"
     speculate: str = "off"
+    explain: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Reader:
 class Sentences:
     """A group of `count` lines, ready to decode: prompts and their 0-based lines; `empty` lines have none.
 
-    A skipped line is too long and empty, a truncated one too long and shortened.
+    A skipped line is too long and empty, a truncated one too long and shortened. `texts` are all of the group as they
+    were given, the first of them that of line `first`.
     """
 
     count: int
@@ -69,6 +71,11 @@ class Sentences:
     empty: list[int]
     skipped: list[int]
     truncated: list[int]
+    texts: Sequence[str] = ()
+    first: int = 0
+
+    def text(self, line: int) -> str:
+        return self.texts[line - self.first]
 
     def waiting(self, done: Set[int]) -> tuple[list[int], list[tuple[list[int], ...]]]:
         """Lines and prompts of what is not done yet."""
@@ -146,7 +153,7 @@ def encode_sentences(
     sentences: Sequence[str], readers: Sequence[Reader], options: Options, where: str, first_line: int = 0
 ) -> Sentences:
     """Prompts of every sentence that is not blank; raises InputError naming the line of one that fits no context."""
-    found = Sentences(len(sentences), [], [], [], [], [])
+    found = Sentences(len(sentences), [], [], [], [], [], sentences, first_line)
     for line, sentence in enumerate(sentences, first_line):
         if not sentence.strip():
             found.empty.append(line)

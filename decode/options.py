@@ -107,6 +107,12 @@ def _texts(group: argparse._ArgumentGroup) -> None:
         help="JSON lines in the input's order: text, tokens, their log-probabilities in nats, why it ended",
     )
     add(
+        "--explain",
+        metavar="FILE",
+        help="why each token was chosen: one HTML page with what every member said of it; -: as text on standard "
+        "output, in the place of translations that would go there",
+    )
+    add(
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=None,
@@ -161,6 +167,7 @@ def _decoding(group: argparse._ArgumentGroup) -> None:
 def decoding_options(arguments: argparse.Namespace) -> Options:
     language_name(arguments.source), language_name(arguments.target)
     values = {field.name: getattr(arguments, field.name) for field in fields(Options)}
+    values["explain"] = arguments.explain is not None
     if values["batch_size"] is None:
         values["batch_size"] = DEFAULT_ROWS
     for name in ("batch_size", "max_new_tokens"):
@@ -195,7 +202,8 @@ def check_files(arguments: argparse.Namespace, processes: int) -> None:
             raise InputError(f"--{option} -: give a file; standard output is for translations")
     check_writable(arguments.output, inputs)
     taken = [*inputs, arguments.output]
-    for file in (arguments.report, arguments.details, nbest_path(arguments)):
+    explain = None if arguments.explain == "-" else arguments.explain
+    for file in (arguments.report, arguments.details, nbest_path(arguments), explain):
         if file:
             check_writable(file, taken)
             taken.append(file)

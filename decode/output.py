@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -75,7 +76,8 @@ class OrderedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.stream.seekable() and self.path != "-":  # safe on the disk before a journal goes
+        # Safe on the disk before a journal goes.
+        if self.path != "-" and stat.S_ISREG(os.fstat(self.stream.fileno()).st_mode):
             self.stream.flush()
             os.fsync(self.stream.fileno())
         self.stream.close()

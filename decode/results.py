@@ -4,10 +4,14 @@ It keeps what waits for an earlier line, and texts only where references will be
 """
 
 import json
+import os
 from contextlib import ExitStack
 from types import TracebackType
 
+from decode.explain_page import PageWriter
+from decode.explain_text import TextWriter
 from decode.journal import Record
+from decode.members import Sentences
 from decode.nbest import NBestWriter
 from decode.output import OrderedWriter
 from decode.progress import DecodeProgress
@@ -17,12 +21,25 @@ class Results:
     """A context. `put` takes each line once; what comes again (two journals may hold a sentence) is dropped."""
 
     def __init__(
-        self, output: str, details: str | None, nbest: str | None, total: int | None, keep_texts: bool
+        self,
+        output: str,
+        details: str | None,
+        nbest: str | None,
+        total: int | None,
+        keep_texts: bool,
+        explain: PageWriter | TextWriter | None = None,
     ) -> None:
-        """total: lines to come, where that is known. details: a file for records as JSON lines. nbest: for lists."""
+        """total: lines to come, where that is known. details: a file for records as JSON lines. nbest: for lists.
+
+        explain: where explanations go, beside the translations or, on standard output, in their place.
+        """
         self.output = output
         self.total = total
-        self.writer = OrderedWriter(output)
+        self.explain = explain
+        # The lines that are being translated, for their source texts.
+        self.sentences: Sentences | None = None
+        in_place = isinstance(explain, TextWriter) and output == "-"
+        self.writer = OrderedWriter(os.devnull if in_place else output)
         self.details = OrderedWriter(details) if details else None
         self.nbest = NBestWriter(nbest)
         self.texts: dict[int, str] | None = {} if keep_texts else None
@@ -35,6 +52,8 @@ class Results:
         if self.details:
             self.open.enter_context(self.details)
         self.open.enter_context(self.nbest)
+        if self.explain:
+            self.open.enter_context(self.explain)
         return self
 
     def __exit__(
@@ -42,7 +61,7 @@ class Results:
     ) -> None:
         if self.progress is not None:
             self.progress.stop()
-        self.open.close()
+        self.open.__exit__(kind, error, trace)
 
     def put_empty(self, line: int) -> None:
         self._write(line, "", None)
@@ -64,6 +83,8 @@ class Results:
         """After an interruption: write lines behind unfinished ones too, those empty; says in words what is kept."""
         gaps = self.writer.write_finished()
         self.nbest.write_finished()
+        if self.explain:
+            self.explain.write_finished()
         of = f" of {self.total:,}" if self.total is not None else ""
         where = "on standard output" if self.output == "-" else f"in {self.output}"
         empty = f"; {gaps:,} empty lines between them stand for sentences that were not" if gaps else ""
@@ -75,6 +96,8 @@ class Results:
             entry = record.entry() if record else {"line": line + 1, "text": "", "tokens": [], "logprobs": []}
             self.details.put(line, json.dumps(entry, ensure_ascii=False))
         self.nbest.put(line, record)
+        if self.explain:
+            self.explain.put_sentence(line, self.sentences.text(line) if self.sentences else "", record)
         if self.texts is not None:
             self.texts[line] = text
 

@@ -29,10 +29,11 @@ def search(
         draws = None
         if options.sample:
             draws = Draws(options.seed, options.temperature, options.top_k, options.top_p, lines)
-        yield from decode(ensemble, prompts, max_new_tokens, batch_size, stops, counters, options.speculate, draws)
+        how = options.speculate, draws, options.explain
+        yield from decode(ensemble, prompts, max_new_tokens, batch_size, stops, counters, *how)
         return
-    rules = beam.Rules(options.beam, options.length_penalty, stops)
+    rules = beam.Rules(options.beam, options.length_penalty, stops, options.explain)
     for index, found in beam.search(ensemble, prompts, max_new_tokens, batch_size, rules, counters):
         best = found[0]
         translation = Translation(best.tokens, best.logprobs[: len(best.tokens)], best.finished)
-        yield index, replace(translation, nbest=found[: options.nbest])
+        yield index, replace(translation, nbest=found[: options.nbest], explanations=best.explanations)

@@ -98,4 +98,5 @@ class Session:
 
     def record(self, line: int, text: str, translation: Translation) -> Record:
         nbest = [[self.text(found.tokens), sum(found.logprobs), found.score] for found in translation.nbest]
-        return Record(line, text, translation.tokens, translation.logprobs, translation.finished, nbest)
+        explanations = [list(explanation) for explanation in translation.explanations]
+        return Record(line, text, translation.tokens, translation.logprobs, translation.finished, nbest, explanations)

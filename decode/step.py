@@ -9,6 +9,7 @@ long one does not keep the others waiting; members whose prompt is shorter wait 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from decode.draws import Draws
 from decode.ensemble import Choice, Ensemble
+from decode.explain import Explanation, explain
 from decode.rows import Rows
 from decode.speculate import CHOICE, LOOKUP, STEP, Draft, Speculation, lookup
 from kernels import Sampling
@@ -34,6 +36,7 @@ class InFlight:
     unread: list[list[int]]
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    explanations: list[Explanation] = field(default_factory=list)
 
 
 class Work(Protocol):
@@ -51,10 +54,11 @@ def step(
     speculation: Speculation,
     draws: Draws | None,
     work: Work,
+    explaining: bool = False,
 ) -> list[list[tuple[int, float]]]:
     """Advance every row; returns for each the tokens it gained, with log-probabilities: none while its prompt is read.
 
-    The last token gained is in no cache yet; all before it are.
+    The last token gained is in no cache yet; all before it are. explaining: an explanation of each goes to the row.
     """
     parts = prompt_parts(active)
     decoding = [row for row, inflight in enumerate(active) if inflight.tokens]
@@ -68,7 +72,7 @@ def step(
         if not any(drafts):
             plan = None
     if plan is None and rows.graphs is not None and len(decoding) == len(active):
-        return _one_token_each(ensemble, rows, active, speculation, draws, work)
+        return _one_token_each(ensemble, rows, active, speculation, draws, work, explaining)
     of_drafter = None
     if plan is not None and plan.drafter != LOOKUP:
         of_drafter = _draft(ensemble, rows, active, parts, plan, speculation, draws, drafts)
@@ -105,6 +109,8 @@ def step(
             rows.forget(row, len(draft) - kept)
             speculation.drafted(plan.drafter, len(draft), kept)
             work.add_draft(speculation.name(plan.drafter, ensemble.names), len(draft), kept)
+    if explaining:
+        _explain(ensemble, known, active, chosen_at, gained)
     return gained
 
 
@@ -123,6 +129,7 @@ def _one_token_each(
     speculation: Speculation,
     draws: Draws | None,
     work: Work,
+    explaining: bool,
 ) -> list[list[tuple[int, float]]]:
     """A step in which every row decodes and nobody drafts, as one graph."""
     started = time.perf_counter()
@@ -135,7 +142,10 @@ def _one_token_each(
     if speculation.watches():
         every = range(len(active))
         _watch(speculation, chosen.logits, choice, active, every, [(row, 0) for row in every])
-    return [[pair] for pair in zip(choice.tokens, choice.logprobs)]
+    gained = [[pair] for pair in zip(choice.tokens, choice.logprobs)]
+    if explaining:
+        _explain(ensemble, chosen.logits, active, [1] * len(active), gained)
+    return gained
 
 
 class Reading(Protocol):
@@ -218,6 +228,25 @@ def _choose(
         position = torch.tensor([len(active[row].tokens) + at for row, at in places], device=device)
         sample = Sampling(draws.seed, key, position, draws.temperature, draws.top_k, draws.top_p)
     return ensemble.choose(logits, sample, weights)
+
+
+def _explain(
+    ensemble: Ensemble,
+    logits: Sequence[Tensor],
+    active: Sequence[InFlight],
+    chosen_at: Sequence[int],
+    gained: Sequence[Sequence[tuple[int, float]]],
+) -> None:
+    """Why each row gained its tokens; logits of places behind them, where a draft was wrong, are left out."""
+    first = [sum(chosen_at[:row]) for row in range(len(active))]
+    kept = [at for start, pairs in zip(first, gained) for at in range(start, start + len(pairs))]
+    if len(kept) < len(logits[0]):
+        index_R = torch.tensor(kept, device=logits[0].device)
+        logits = [of_member[index_R] for of_member in logits]
+    tokens, logprobs = zip(*(pair for pairs in gained for pair in pairs))
+    found = iter(explain(logits, ensemble.weights_N, tokens, logprobs))
+    for row, pairs in zip(active, gained):
+        row.explanations += islice(found, len(pairs))
 
 
 def _timed(

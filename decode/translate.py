@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from decode.draws import Draws
 from decode.ensemble import Ensemble
+from decode.explain import Explanation
 from decode.rows import Rows
 from decode.speculate import Speculation
 from decode.step import InFlight, step
@@ -25,13 +26,15 @@ class Hypothesis:
     """An entry of an n-best list: see decode/beam.py.
 
     logprobs: in nats, of the tokens and, where `finished` is "stop", behind them of the stop token, which is not in
-    `tokens`.   score: their sum, divided by their number to the power of the length penalty.
+    `tokens`.   score: their sum, divided by their number to the power of the length penalty.   explanations: where they
+    were asked for, one for each of `logprobs`.
     """
 
     tokens: list[int]
     logprobs: list[float]
     finished: str
     score: float
+    explanations: list[Explanation] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,14 @@ class Translation:
     """`finished` says why it ended: "stop" (a stop token, not included) or "length".
 
     nbest: what beam search found, best first; the translation is the first of them.
+    explanations: where they were asked for, one for each token and, behind a "stop", one for the stop token.
     """
 
     tokens: list[int]
     logprobs: list[float]
     finished: str
     nbest: Sequence[Hypothesis] = ()
+    explanations: Sequence[Explanation] = ()
 
 
 @dataclass
@@ -69,12 +74,16 @@ class Counters:
 
 @dataclass
 class Translations:
-    """In the order of the prompts: new tokens (prompt and stop token not included), their log-probabilities in nats."""
+    """In the order of the prompts: new tokens (prompt and stop token not included), their log-probabilities in nats.
+
+    explanations: see `Translation`.
+    """
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
     finished: list[str]
     counters: Counters
+    explanations: list[Sequence[Explanation]] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
@@ -90,12 +99,14 @@ def translate(
     on_finished: Callable[[int, Translation], None] | None = None,
     speculate: str | int = "off",
     draws: Draws | None = None,
+    explaining: bool = False,
 ) -> Translations:
     """Decode all prompts; `on_finished(index, translation)` is called as each one ends.
 
     prompts: token ids, a list per sentence, or {"L": [...], "S": [...]} with a list per member. With ignore_eos stop
     tokens are ordinary ones and every result has max_new_tokens, as far as the context reaches. speculate: "off",
     "auto" or the number of tokens to draft; the tokens are the same. draws: sample instead of taking the best token.
+    explaining: say of every token why it was chosen (decode/explain.py).
     Raises InputError for prompts that do not fit a member's context, FloatingPointError when a member's logits are NaN
     or infinite.
     """
@@ -104,7 +115,7 @@ def translate(
     results: list[Translation | None] = [None] * len(rows)
     stops = frozenset() if ignore_eos else ensemble.stop_tokens
     limits = max_new_tokens, batch_size
-    for index, translation in decode(ensemble, rows, *limits, stops, counters, speculate, draws):
+    for index, translation in decode(ensemble, rows, *limits, stops, counters, speculate, draws, explaining):
         results[index] = translation
         if on_finished is not None:
             on_finished(index, translation)
@@ -114,6 +125,7 @@ def translate(
         [result.logprobs for result in done],
         [result.finished for result in done],
         counters,
+        [result.explanations for result in done],
     )
 
 
@@ -144,6 +156,7 @@ def decode(
     counters: Counters,
     speculate: str | int = "off",
     draws: Draws | None = None,
+    explaining: bool = False,
 ) -> Iterator[tuple[int, Translation]]:
     """Yield (index, translation) as sentences end, longest prompts started first."""
     if max_new_tokens < 1 or batch_size < 1:
@@ -165,7 +178,7 @@ def decode(
             rows.start()
             unread = [prompt[len(read) :] for prompt, read in zip(prompts[index], prefix)]
             active.append(InFlight(index, limits[index], prompts[index], unread))
-        gained = step(ensemble, rows, active, speculation, draws, counters)
+        gained = step(ensemble, rows, active, speculation, draws, counters, explaining)
         ended = []
         for number, (row, tokens) in enumerate(zip(active, gained)):
             for token, logprob in tokens:
@@ -183,7 +196,8 @@ def decode(
             active[target] = active[source]
         del active[len(rows) :]
         for row, reason in finished:
-            yield row.index, Translation(row.tokens, row.logprobs, reason)
+            explanations = row.explanations[: len(row.tokens) + (reason == "stop")]
+            yield row.index, Translation(row.tokens, row.logprobs, reason, explanations=explanations)
 
 
 def limits_of(ensemble: Ensemble, prompts: Sequence[tuple[list[int], ...]], max_new_tokens: int) -> list[int]:

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from minillama.errors import InputError
 
@@ -82,18 +83,26 @@ def _is_weights(name: str) -> bool:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; raises OSError where it cannot be written.
+    """Write a text file whole or not at all: see `open_whole`."""
+    with open_whole(path) as stream:
+        stream.write(text)
+
+
+@contextmanager
+def open_whole(path: Path) -> Iterator[TextIO]:
+    """A text file to write, which takes its name when the block ends well; raises OSError where it cannot be written.
 
     A symbolic link stays one, and what is no regular file (/dev/stdout, a pipe) is simply written to.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
+        with open(path, "w", encoding="utf-8", newline="\n") as stream:
+            yield stream
         return
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
+            yield stream
         os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, path)
     except BaseException:

@@ -83,6 +83,10 @@ class Tokenizer:
         """Id of a control token such as `<|eot_id|>`, or None."""
         return self.specials.get(name)
 
+    def pieces(self) -> dict[int, bytes]:
+        """The bytes that every id stands for, perhaps no whole characters; a control token's are its name."""
+        return self._backend.pieces()
+
     def __len__(self) -> int:
         """One more than the largest id."""
         return self._size
