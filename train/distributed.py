@@ -77,10 +77,12 @@ class World:
 def started(device: str) -> Iterator[World]:
     """The world of this process. `device`: as in pick_device; of many ranks each takes its local rank's GPU."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield World(device=pick_device(device))
-        return
     chosen = pick_device(device)
+    if chosen.type == "cuda":
+        _same_bits_every_time()
+    if size == 1:
+        yield World(device=chosen)
+        return
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
@@ -91,6 +93,13 @@ def started(device: str) -> Iterator[World]:
         dist.barrier(group=files)  # nobody leaves while another still talks to him
     finally:
         dist.destroy_process_group()
+
+
+def _same_bits_every_time() -> None:
+    """Have a GPU add in a fixed order, as a CPU does: a resumed run is to come to the bits of the unbroken one."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 class Loss(nn.Module):

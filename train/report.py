@@ -23,7 +23,10 @@ LINE_EVERY = 30.0
 
 
 class Lines:
-    """A file of JSON lines of which the first `keep` bytes are kept. Raises InputError where it cannot be written."""
+    """A file of JSON lines of which the first `keep` bytes are kept. Raises InputError where it cannot be written.
+
+    Every line is given to the system at once, so whoever follows the file sees the last step.
+    """
 
     def __init__(self, path: Path, keep: int) -> None:
         self.path = path
@@ -40,6 +43,7 @@ class Lines:
     def write(self, record: dict[str, Any]) -> None:
         try:
             self.stream.write((json.dumps(record) + "\n").encode())
+            self.stream.flush()
         except OSError as error:
             raise self._refusal(error) from None
 
@@ -70,7 +74,8 @@ class Timing:
 
     def __init__(self, output: Path, resumed: bool, device: torch.device) -> None:
         path = output / "timing.jsonl"
-        self.lines = Lines(path, path.stat().st_size if resumed and path.exists() else 0)
+        # A killed process may have left half a line behind.
+        self.lines = Lines(path, path.read_bytes().rfind(b"\n") + 1 if resumed and path.exists() else 0)
         self.device = device
         self.last = time.monotonic()
 

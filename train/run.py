@@ -120,6 +120,7 @@ def train_and_save(
         "settings": settings.as_dict(),
         "data": notes,
         "sha256": checksums(arguments),
+        "examples_digest": trainer.fingerprint["examples"],
         "examples": len(examples),
         "tokens": tokens,
         "targets": targets,

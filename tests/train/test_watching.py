@@ -3,13 +3,14 @@
 import json
 
 import pytest
+import torch
 from random_examples import examples_of
 from tiny import tiny_model
 
 from minillama import InputError
 from train import plot
 from train.loop import Trainer
-from train.report import Lines, Reporter
+from train.report import Lines, Reporter, Timing
 from train.settings import Settings
 
 
@@ -33,6 +34,24 @@ def test_clocks_and_memory_stand_beside_the_metrics_not_in_them(run):
         assert clock["tokens_per_second"] == pytest.approx(record["tokens"] / clock["seconds"], rel=0.01)
         assert clock["peak_bytes"] > 50 << 20
         assert record.keys() == {"step", "loss", "grad_norm", "lr", "tokens", "targets"}
+
+
+def test_each_step_can_be_read_as_soon_as_it_is_done(tmp_path):
+    class Reading(Reporter):
+        def step(self, step, loss, tokens, targets):
+            for name in ("metrics.jsonl", "timing.jsonl"):
+                assert records(tmp_path / name)[-1]["step"] == step
+
+    trainer = Trainer(tiny_model(1), examples_of(8), [], Settings(epochs=2), tmp_path)
+    trainer.run(False, Reading(silent=True))
+
+
+def test_a_line_that_a_kill_cut_off_is_taken_back(tmp_path):
+    (tmp_path / "timing.jsonl").write_text('{"step": 1}\n{"st')
+    timing = Timing(tmp_path, True, torch.device("cpu"))
+    timing.step(2, 10, 5)
+    timing.lines.close()
+    assert [record["step"] for record in records(tmp_path / "timing.jsonl")] == [1, 2]
 
 
 def test_the_curves_of_several_runs_are_one_picture(run, tmp_path):
