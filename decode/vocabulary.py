@@ -16,5 +16,5 @@ def check_shared(tokenizers: Mapping[str, Tokenizer]) -> None:
             more = f" and {len(differences) - SHOWN:,} more" if len(differences) > SHOWN else ""
             raise InputError(
                 f"{first_name} ({len(first):,} entries) and {name} ({len(tokenizer):,}) do not share one vocabulary: "
-                f"{len(differences):,} ids differ, {'; '.join(differences[:SHOWN])}{more}"
+                f"{len(differences):,} ids differ, {'; '.join(differences[:SHOWN])}{more}; members need the same table"
             )

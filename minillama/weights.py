@@ -71,7 +71,9 @@ def resolve_folder(name: str | Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{name}: no such folder, and the hub does not give a model of that name ({reason})") from None
+        answered = isinstance(error, HFValidationError) or getattr(error, "response", None) is not None
+        hub = "the hub does not give a model of that name" if answered else "the hub cannot be reached"
+        raise InputError(f"{name}: no such folder, and {hub} ({reason}); give a model's folder or hub id") from None
 
 
 def open_folder(folder: Path) -> Checkpoint:
