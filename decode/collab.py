@@ -21,8 +21,8 @@ from decode.journal import journal_path, remove
 from decode.members import Options, Reader, Sentences, encode_sentences, load_ensemble, open_readers
 from decode.memory import Budget, capacities
 from decode.options import check_files, decoding_options, named_folders, not_aligned, parser, read_texts
-from decode.places import Place, listed, per_member, places
-from decode.ranks import RankLost, Ranks
+from decode.places import Place, listed, per_member, places, splits
+from decode.ranks import Ranks
 from decode.report import describe_run, device_name, scores, summary, write_report
 from decode.results import Results
 from decode.search_options import nbest_path
@@ -32,6 +32,7 @@ from decode.weights_file import combination
 from decode.work import Done, Work
 from minillama import InputError
 from minillama.errors import Interrupted, exit_code
+from minillama.parallel import PeerLost, check_divides
 
 # Batches of standard input that are taken together at most: a large window keeps rows busy, a small one streams.
 WINDOW_BATCHES = 16
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run(arguments, ranks, started)
         finally:
             ranks.leave()
-    except RankLost as lost:
+    except PeerLost as lost:
         print(f"error: {lost}; finished sentences are kept, --resume does the rest", file=sys.stderr)
         return 1
 
@@ -70,14 +71,19 @@ class Job:
     references: list[str] | None
     work: Work | None
 
-    def session(self) -> tuple[Session, float]:
-        """Load the weights; also returns the seconds that took."""
+    def session(self, ranks: Ranks) -> tuple[Session, float]:
+        """Load the weights; also returns the seconds that took. Processes that share a member agree on the rows."""
         first = self.places[self.readers[0].name].device
         if first.type == "cuda":
             torch.cuda.set_device(first)
-        ensemble, seconds = load_ensemble(self.readers, self.weights, self.places, self.arguments.invariant)
+        part = ranks.join_group(any(place.device.type == "cuda" for place in self.places.values()))
+        budget, options = self.budget.least(part), self.options
+        if part is not None:
+            rows = int(part.least(torch.tensor(options.batch_size)))
+            options = replace(options, batch_size=rows)
+        ensemble, seconds = load_ensemble(self.readers, self.weights, self.places, self.arguments.invariant, part)
         may_lower = self.arguments.batch_size is None
-        return Session(ensemble, self.readers, self.options, self.budget, may_lower), seconds
+        return Session(ensemble, self.readers, options, budget, may_lower), seconds
 
 
 def prepare(arguments: argparse.Namespace, ranks: Ranks, opened: ExitStack) -> Job:
@@ -85,13 +91,17 @@ def prepare(arguments: argparse.Namespace, ranks: Ranks, opened: ExitStack) -> J
     folders = named_folders(arguments.model)
     weights = combination(arguments, list(folders))
     options = decoding_options(arguments)
-    everywhere = places(arguments.device, arguments.dtype, list(folders), options.batch_size)
+    split = splits(arguments.tensor_parallel, list(folders))
+    everywhere = places(arguments.device, arguments.dtype, list(folders), options.batch_size, split)
     where = {name: everywhere[name] for name in weights}
+    ranks.group_by(max(place.parts for place in where.values()))
     sentences, references = read_texts(arguments)
-    check_files(arguments, ranks.world)
+    check_files(arguments, ranks.processes)
     prompts = per_member(arguments.prompt, list(folders), "--prompt")
     chats = per_member(arguments.chat, list(folders), "--chat")
     readers = open_readers({name: folders[name] for name in weights}, prompts, chats)
+    for reader in readers:
+        check_divides(reader.checkpoint.config, where[reader.name].parts, reader.name)
     budget = Budget.of(readers, where, arguments.memory, ranks.local_world)
     fits = ""
     work = None
@@ -118,18 +128,20 @@ def run(arguments: argparse.Namespace, ranks: Ranks, started: float) -> int:
             job = prepare(arguments, ranks, opened)
         session, load_seconds = None, 0.0
         if job.work is None or job.work.left:
-            session, load_seconds = job.session()
+            session, load_seconds = job.session(ranks)
             ranks.tell(f"loaded in {load_seconds:.1f} s")
         if not ranks.first:
             return _help_rank_0(job, ranks, session, started)
         results, done, lines, too_long = _translate(job, session, started)
+        ranks.leave_group()
         report = describe_run(results, done, lines, job.options, job.readers, job.places, too_long)
         report |= {
             "load_seconds": round(load_seconds, 4),
             "combine": arguments.combine or spell(job.weights),
             "weights": job.weights,
             "models": {name: job.folders[name] for name in job.weights},
-            "processes": ranks.world,
+            "processes": ranks.processes,
+            "tensor_parallel": ranks.size,
         }
         references = job.references
         if references and results.texts is not None and len(references) == lines:
@@ -163,10 +175,10 @@ def _translate(job: Job, session: Session | None, started: float) -> tuple[Resul
             assert session is not None
             _stream(session, results)
         except KeyboardInterrupt:
-            several = " (by a signal, or because another process died)" if work and work.ranks.world > 1 else ""
+            several = " (by a signal, or because another process died)" if work and work.ranks.processes > 1 else ""
             raise Interrupted(f"interrupted{several}: {results.put_what_is_finished(kept)}") from None
-        except RankLost as lost:
-            raise RankLost(f"{lost}: {results.put_what_is_finished(kept)}") from None
+        except PeerLost as lost:
+            raise PeerLost(f"{lost}: {results.put_what_is_finished(kept)}") from None
     done = Done()
     first = session.counters.first_token
     done.add(session.seconds, session.counters.steps, first and first - started)
@@ -175,13 +187,13 @@ def _translate(job: Job, session: Session | None, started: float) -> tuple[Resul
 
 def _help_rank_0(job: Job, ranks: Ranks, session: Session | None, started: float) -> int:
     assert job.work is not None
-    assert job.work.part is not None
+    part = job.work.part
     try:
         job.work.translate(session, None, started)
     except KeyboardInterrupt:
-        raise Interrupted(
-            f"rank {ranks.rank}: interrupted; what it finished is in {job.work.part.path}, --resume goes on from there"
-        ) from None
+        where = f"in {part.path}, --resume goes on from there" if part else "in its group's journal"
+        raise Interrupted(f"rank {ranks.process}: interrupted; what it finished is {where}") from None
+    ranks.leave_group()
     return 0
 
 
@@ -221,7 +233,8 @@ def _announce(job: Job, ranks: Ranks, fits: str) -> None:
     if work is not None and work.done:
         count += f", {len(work.done):,} of them finished by an earlier run"
     where = listed({name: f"{p.storage}, {device_name(p.device)}" for name, p in job.places.items()})
-    several = f", {ranks.world} processes" if ranks.world > 1 else ""
+    several = f", {ranks.processes} processes" if ranks.processes > 1 else ""
+    several += f" in groups of {ranks.size}" if ranks.size > 1 else ""
     ranks.tell(
         f"{spell(job.weights)} ({sizes}): {count}, {options.source} to {options.target}, "
         f"batches of {options.batch_size}{fits}, {where}{several}"

@@ -81,7 +81,9 @@ class Ensemble:
         devices = {member.model.device for member in self.members}
         if graphs is None:
             graphs = self.device.type == "cuda" and graphs_wanted()
-        self.graphs = graphs and len(devices) == 1
+        # The processes that hold the parts of members which are split; all choose what the first of them chooses.
+        self.part = next((member.model.part for member in self.members if member.model.part is not None), None)
+        self.graphs = graphs and len(devices) == 1 and self.part is None
         # What the last call decoded with, for the next one: graphs are bound to their caches (decode/rows.py).
         self.step_graphs: StepGraphs | None = None
 
@@ -120,22 +122,25 @@ class Ensemble:
         Raises FloatingPointError for NaN or infinite logits and for a row without a token.
         """
         chosen = fused_logits(logits, self.weights_N if weights is None else weights, sample=sample)
-        self.check(chosen.flag.tolist())
+        token_R, logprob_R = chosen.token, chosen.logprob
         if chosen.sample_token is not None and chosen.sample_logprob is not None:
-            return Choice(chosen.sample_token.tolist(), chosen.sample_logprob.tolist())
-        return Choice(chosen.token.tolist(), chosen.logprob.tolist())
+            token_R, logprob_R = chosen.sample_token, chosen.sample_logprob
+        flag_R, token_R, logprob_R = self._agreed(chosen.flag, token_R, logprob_R)
+        self.check(flag_R.tolist())
+        return Choice(token_R.tolist(), logprob_R.tolist())
 
     def best(self, logits: Sequence[Tensor], count: int) -> list[list[tuple[int, float]]]:
         """For every row of logits the `count` best tokens (fewer where the others are masked), log-probabilities in
         nats; raises as `choose` does.
         """
         found = fused_logits(logits, self.weights_N, top_k=count)
-        self.check(found.flag.tolist())
         assert found.top_token is not None
         assert found.top_logprob is not None
+        flag_R, token_RK, logprob_RK = self._agreed(found.flag, found.top_token, found.top_logprob)
+        self.check(flag_R.tolist())
         return [
             [(token, logprob) for token, logprob in zip(tokens, logprobs) if token >= 0]
-            for tokens, logprobs in zip(found.top_token.tolist(), found.top_logprob.tolist())
+            for tokens, logprobs in zip(token_RK.tolist(), logprob_RK.tolist())
         ]
 
     def logprobs(self, logits: Sequence[Tensor], given_RG: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,6 +154,19 @@ class Ensemble:
         self.check(found[0].flag.tolist())
         combined_RG, *own = [result.given_logprob for result in found if result.given_logprob is not None]
         return combined_RG.cpu(), torch.stack(own).cpu()
+
+    def agree(self, numbers: Sequence[int]) -> list[int]:
+        """Numbers that all processes of a split member go on with: those of the first."""
+        if self.part is None:
+            return list(numbers)
+        return self.part.agreed(torch.tensor(numbers, device=self.device)).tolist()
+
+    def _agreed(self, *results: Tensor) -> Sequence[Tensor]:
+        if self.part is None:
+            return results
+        flat = self.part.agreed(torch.cat([result.flatten().double() for result in results]))  # loses no bit
+        parts = flat.split([result.numel() for result in results])
+        return [part.view(result.shape).to(result.dtype) for part, result in zip(parts, results)]
 
     def check(self, flags: Sequence[int]) -> None:
         """Raises FloatingPointError for the first row with a flag, naming the member at fault."""

@@ -40,6 +40,8 @@ def fingerprint(
             f"dtype of {name}": place.storage,
             f"device of {name}": place.device.type,
         }
+        if place.parts > 1:
+            found[f"processes that share {name}"] = place.parts
     return found
 
 

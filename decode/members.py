@@ -17,6 +17,7 @@ from decode.search_options import SearchOptions
 from decode.vocabulary import check_shared
 from minillama import InputError, Llama, Tokenizer
 from minillama.chat import ChatFormat, chat_format, render, stop_tokens
+from minillama.parallel import Part, load_part
 from minillama.weights import Checkpoint, open_folder, resolve_folder
 
 PROMPT_FILE = "prompt.toml"
@@ -109,10 +110,12 @@ def load_ensemble(
     weights: Mapping[str, float],
     places: Mapping[str, Place],
     invariant: bool | None = None,
+    part: Part | None = None,
 ) -> tuple[Ensemble, float]:
     """Load the weights of all members at once and pack them as they come; returns the ensemble and the seconds.
 
     A folder named twice is read once, unless its members stand in different places. invariant: see `Ensemble`.
+    part: what this process holds of the members whose places say that several processes share them.
     """
     started = time.monotonic()
     wanted = {reader.name: (reader.folder, places[reader.name]) for reader in readers}
@@ -120,7 +123,11 @@ def load_ensemble(
 
     def load(one: tuple[Path, Place]) -> PreparedLlama:
         folder, place = one
-        model = Llama.from_pretrained(folder, place.dtype, place.device)
+        if place.parts == 1:
+            model = Llama.from_pretrained(folder, place.dtype, place.device)
+        else:
+            assert part is not None
+            model = load_part(folder, part, place.dtype, place.device)
         steady = place.device.type == "cpu" if invariant is None else invariant
         return PreparedLlama(model, place.packed, steady, consume=True)
 

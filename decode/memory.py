@@ -6,7 +6,7 @@ The budget is each device's: what `--memory` says, or what the device has free n
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from decode.members import Reader
 from decode.places import Place
 from decode.prepare import cache_positions
 from minillama import InputError, KVCache
+from minillama.parallel import Part
 
 # Rows beside those of the sentences: what all prompts begin with stands in one.
 SHARED_ROWS = 1
@@ -77,11 +78,19 @@ class Budget:
             if (reader.folder, place) not in read:  # a folder named twice is held once
                 read.add((reader.folder, place))
                 config = reader.checkpoint.config
-                on_device[reader.name] = reader.checkpoint.parameters * place.weight_bytes
+                weight_bytes = reader.checkpoint.parameters * place.weight_bytes
                 if config.tie_word_embeddings and place.device.type == "cpu":  # the output layer's packed copy
-                    on_device[reader.name] += config.vocab_size * config.hidden_size * place.dtype.itemsize
+                    weight_bytes += config.vocab_size * config.hidden_size * place.dtype.itemsize
+                on_device[reader.name] = weight_bytes // place.parts
         limits = {d: parse_size(memory) if memory else available(d, processes) for d in weights}
         return cls(readers, places, weights, limits, memory)
+
+    def least(self, part: Part | None) -> "Budget":
+        """What fits in every process that holds a part of a member: they decode the same rows."""
+        if part is None:
+            return self
+        limits = part.least(torch.tensor(list(self.limits.values()))).tolist()
+        return replace(self, limits=dict(zip(self.limits, limits)))
 
     def rows(self, capacities: Sequence[int], wanted: int, may_lower: bool) -> int:
         """Rows of the given positions (one count per member) to decode together, at most `wanted`.
@@ -108,6 +117,7 @@ class Budget:
         return sum(
             cache_positions(capacity)
             * KVCache.bytes_per_position(reader.checkpoint.config, self.places[reader.name].cache_dtype)
+            // self.places[reader.name].parts
             for reader, capacity in zip(self.readers, capacities)
             if self.places[reader.name].device == device
         )

@@ -131,6 +131,13 @@ def _decoding(group: argparse._ArgumentGroup) -> None:
         "fit is refused before it starts",
     )
     add(
+        "--tensor-parallel",
+        default="1",
+        metavar="[NAME=]N,…",
+        help="processes that hold a member together, for all members or by name (L=2), for one too large for a GPU; "
+        "torchrun starts a multiple of N, and every N of them translate the same sentences (default 1)",
+    )
+    add(
         "--too-long",
         default="error",
         choices=TOO_LONG,

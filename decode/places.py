@@ -1,4 +1,6 @@
-"""Where each member stands: its device and how its weights are held there, from `--device` and `--dtype`."""
+"""Where each member stands: its device, how its weights are held there and over how many processes, from `--device`,
+`--dtype` and `--tensor-parallel`.
+"""
 
 import os
 import re
@@ -17,10 +19,11 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 @dataclass(frozen=True)
 class Place:
-    """storage: one of DTYPES but auto, how the weights of linear layers are held."""
+    """storage: one of DTYPES but auto, how the weights of linear layers are held.   parts: processes that share it."""
 
     device: torch.device
     storage: str
+    parts: int = 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -41,11 +44,14 @@ class Place:
         return torch.float32 if self.device.type == "cpu" else self.dtype
 
 
-def places(device: str, dtype: str | None, names: Sequence[str], rows: int = 1) -> dict[str, Place]:
+def places(
+    device: str, dtype: str | None, names: Sequence[str], rows: int = 1, split: Mapping[str, int] | None = None
+) -> dict[str, Place]:
     """`cuda:1` for all members, or `L=cuda:0,S=cpu` by name; members that are not named take the value without a name.
 
     auto: the first GPU, else the CPU; under torchrun the GPU of this process's LOCAL_RANK. dtype None: float32 on a
-    CPU, bfloat16 on a GPU; auto: the fastest for that many rows. Raises InputError for unknown names and devices.
+    CPU, bfloat16 on a GPU; auto: the fastest for that many rows. split: what `splits` found. Raises InputError for
+    unknown names and devices, and for a device by its number where several processes share a member.
     """
     given = per_member(device.split(","), names, "--device", separator=",")
     found = {}
@@ -57,7 +63,27 @@ def places(device: str, dtype: str | None, names: Sequence[str], rows: int = 1) 
             storage = fastest_storage(rows) if on_cpu else "bfloat16"
         if storage == "int8" and not on_cpu:
             raise InputError(f"--dtype int8: only on a CPU, and {name} is on {where}; use bfloat16")
-        found[name] = Place(where, storage)
+        parts = split[name] if split else 1
+        if parts > 1 and re.fullmatch(r"cuda:\d+", given[name] or ""):
+            raise InputError(
+                f"--device {device}: {parts} processes share {name}, each with a GPU of its own; use auto or cuda"
+            )
+        found[name] = Place(where, storage, parts)
+    return found
+
+
+def splits(text: str, names: Sequence[str]) -> dict[str, int]:
+    """`--tensor-parallel 2` for all members, `L=2` for one: how many processes share each; 1 where nothing is said.
+
+    Raises InputError for what is no number of processes, and for two different ones: a run's groups have one size.
+    """
+    found = {}
+    for name, given in per_member(text.split(","), names, "--tensor-parallel", separator=",").items():
+        if given is not None and not re.fullmatch(r"[1-9]\d*", given):
+            raise InputError(f"--tensor-parallel {text}: {given or 'nothing'} is no number of processes")
+        found[name] = int(given or 1)
+    if len(sizes := {size for size in found.values() if size > 1}) > 1:
+        raise InputError(f"--tensor-parallel {text}: a run's groups have one size; give one number, not {len(sizes)}")
     return found
 
 

@@ -34,6 +34,7 @@ from kernels import PackedLinear
 from kernels.packed_linear import EXPECTED_ROWS, has_bfloat16_instructions
 from minillama import KVCache, Llama, LlamaConfig
 from minillama.model import Layer, RMSNorm, rope_frequencies
+from minillama.parallel import LlamaPart
 
 KEYS_MULTIPLE = 64
 # Floats behind each row of the residual stream: the first makes its length that of RMSNorm, the others align the rows.
@@ -99,7 +100,7 @@ class Pass:
 
 
 class PreparedLlama:
-    """`PreparedLlama(model)` decodes what `model` would.
+    """`PreparedLlama(model)` decodes what `model` would. Of a LlamaPart all processes make every pass together.
 
     storage: how the CPU holds the weights of linear layers, see `PackedLinear`; "plain" leaves them where they are,
     which costs no memory.   invariant: see the head of this file; without it products take the library's fastest way.
@@ -111,6 +112,7 @@ class PreparedLlama:
         self.device = model.device
         self.stop_tokens = model.stop_tokens
         self.invariant = invariant
+        self.part = model.part if isinstance(model, LlamaPart) else None
         on_cpu = self.device.type == "cpu"
         if storage == "auto":
             storage = "bfloat16" if model.dtype == torch.bfloat16 and has_bfloat16_instructions() else "float32"
@@ -156,7 +158,10 @@ class PreparedLlama:
         Keys and values go to the positions' places in the cache, whose `lengths_B` are neither read nor set: whoever
         makes the passes knows how long its rows are.
         """
-        embedded_RD = F.embedding(tokens_R, self.embedding_VD).float()
+        if self.part is None:
+            embedded_RD = F.embedding(tokens_R, self.embedding_VD).float()
+        else:
+            embedded_RD = self.part.embedded(tokens_R, self.embedding_VD)
         stream_RE = torch.cat((embedded_RD, self.tail_E.expand(len(tokens_R), -1)), dim=1)
         entries_LPJ = cache.entries_LBSEKC.flatten(3).flatten(1, 2)
         for number, (layer, entries_PJ) in enumerate(zip(self.layers, entries_LPJ.unbind())):
@@ -168,7 +173,8 @@ class PreparedLlama:
 
         The combined choice adds in float32 whatever it is given, so what is written and read again is not made wider.
         """
-        return self.head.product(hidden_RD) if isinstance(self.head, PlainLinear) else self.head(hidden_RD)
+        logits_RV = self.head.product(hidden_RD) if isinstance(self.head, PlainLinear) else self.head(hidden_RD)
+        return logits_RV if self.part is None else self.part.logits(logits_RV, self.config.vocab_size)
 
     def output_matrix(self) -> Tensor:
         """(V, D) by which `logits` multiplies what `hidden` returns, in the dtype that the product's inputs are brought
@@ -187,6 +193,7 @@ class PreparedLlama:
 class PreparedLayer:
     def __init__(self, layer: Layer, model: PreparedLlama) -> None:
         attention, mlp = layer.self_attn, layer.mlp
+        self.part, self.ordered = model.part, model.invariant
         self.kv_heads, self.head_dim = attention.kv_heads, attention.head_dim
         self.groups = attention.heads // attention.kv_heads
         self.queries = attention.heads * self.head_dim
@@ -218,9 +225,11 @@ class PreparedLayer:
         turn(qkv_RO[:, : self.turned].view(len(qkv_RO), -1, self.head_dim // 2, 2), positions.turn_RHC)
         entries_PJ.index_copy_(0, positions.slot_R, qkv_RO[:, self.queries :].to(entries_PJ.dtype))
         q_RGKC = qkv_RO[:, : self.queries].view(-1, self.groups, self.kv_heads, self.head_dim).to(entries_PJ.dtype)
-        x_RD += self.output(self.attend(q_RGKC.transpose(1, 2), positions, number))
+        attended_RD = self.output(self.attend(q_RGKC.transpose(1, 2), positions, number))
+        x_RD += attended_RD if self.part is None else self.part.summed(attended_RD, self.ordered)
         h_RD = self.post_norm(stream_RE)
-        x_RD += self.down(self.up(h_RD, multiply=self.gate(h_RD, silu=True)))
+        fed_RD = self.down(self.up(h_RD, multiply=self.gate(h_RD, silu=True)))
+        x_RD += fed_RD if self.part is None else self.part.summed(fed_RD, self.ordered)
 
     def attend(self, q_RKGC: Tensor, positions: Pass, number: int) -> Tensor:
         """(R, H*C) in the order (G, K, C): every position's G queries of a key head against its row's keys."""

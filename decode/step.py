@@ -58,7 +58,7 @@ def step(
     """
     parts = prompt_parts(active)
     decoding = [row for row, inflight in enumerate(active) if inflight.tokens]
-    plan = speculation.plan(len(decoding))
+    plan = _agreed(ensemble, speculation.plan(len(decoding)), speculation)
     drafts: list[list[int]] = [[] for _ in active]
     if plan is not None and plan.drafter == LOOKUP:
         for row in decoding:
@@ -106,6 +106,14 @@ def step(
             speculation.drafted(plan.drafter, len(draft), kept)
             work.add_draft(speculation.name(plan.drafter, ensemble.names), len(draft), kept)
     return gained
+
+
+def _agreed(ensemble: Ensemble, plan: Draft | None, speculation: Speculation) -> Draft | None:
+    """The processes of a split member draft alike, though each has a clock of its own."""
+    if ensemble.part is None or speculation.mode == "off":
+        return plan
+    drafter, length = ensemble.agree((0, 0) if plan is None else (plan.drafter, plan.length))
+    return Draft(drafter, length) if length else None
 
 
 def _one_token_each(

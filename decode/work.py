@@ -58,6 +58,8 @@ class Work:
             ranks.publish_plan(zlib.compress(json.dumps(sorted(done)).encode()))
             return cls(prepared, ranks, part, done)
         done = set(json.loads(zlib.decompress(ranks.plan())))
+        if not ranks.leads:  # its leader writes for it
+            return cls(prepared, ranks, None, done)
         part = Part(part_path(journal, ranks.rank))
         part.restart(run)
         return cls(prepared, ranks, part, done)

@@ -85,13 +85,25 @@ def open_folder(folder: Path) -> Checkpoint:
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device) -> None:
     """Fill a model built on the meta device; raises InputError naming every tensor that does not fit."""
+    check_shapes(model, checkpoint)
+    fill(model, checkpoint, dtype, device)
+
+
+def fill(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    part: Callable[[str, Tensor], Tensor] | None = None,
+) -> None:
+    """`load_weights` without its check. part: what of each tensor, given with its name, the model has."""
     parameters = dict(model.named_parameters())
-    _check_shapes({name: tuple(p.shape) for name, p in parameters.items()}, checkpoint)
     filled: set[str] = set()
     for name, tensor in checkpoint.tensors():
         if name in parameters:
             owner, _, leaf = name.rpartition(".")
-            tensor = tensor.to(device=device, dtype=dtype or checkpoint.dtype, copy=checkpoint.copy)
+            tensor = tensor if part is None else part(name, tensor)
+            tensor = tensor.to(device=device, dtype=dtype or checkpoint.dtype, copy=checkpoint.copy or part is not None)
             setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=True))
             filled.add(name)
     assert filled == parameters.keys()
@@ -123,7 +135,9 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _check_shapes(expected: dict[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:
+def check_shapes(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raises InputError naming every tensor of the checkpoint that the model has not, lacks or has otherwise."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found = {name: shape for name, shape in checkpoint.shapes.items() if not _is_ignored(name, checkpoint.config)}
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())

@@ -20,13 +20,17 @@ def start(argv, log: Path | None = None, **environment):
 
 def start_ranks(argv, world, folder: Path, **environment):
     """What torchrun starts, without torchrun: rank 0 keeps the store. Returns the processes; logs are rank0.log …"""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared = {"WORLD_SIZE": str(world), **address, **environment}
     return [
         start(argv, folder / f"rank{rank}.log", RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(world)
     ]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def code_of(process, seconds=60):

@@ -1,0 +1,66 @@
+"""One process of a group that holds parts of models, for test_split_models.py: decodes in several ways."""
+
+import torch
+
+from decode import Ensemble, translate
+from decode.beam import beam_search
+from decode.draws import Draws
+from decode.prepare import PreparedLlama
+from minillama import KVCache, Llama
+from minillama.parallel import Part, load_part
+
+TOKENS = [[5, 7, 11, 2, 9], [3, 3, 8, 6, 4]]
+WAYS = {
+    "greedy": {},
+    "drafting": {"speculate": 3},
+    "drafting when it pays": {"speculate": "auto"},
+    "sampling": {"draws": Draws(3, 0.8, 50, 0.95)},
+}
+
+
+def logits_of(model):
+    """Of two rows, read at once and then one token more from the cache."""
+    tokens = torch.tensor(TOKENS)
+    cache = KVCache(model.config, 2, 8)
+    with torch.inference_mode():
+        whole = model(tokens)
+        model(tokens[:, :4], cache)
+        return [whole.tolist(), model(tokens[:, 4:], cache).tolist()]
+
+
+def decoded(models, prompts):
+    """Results of every way by its name, JSON-like, and whether a sentence alone has the same bits."""
+    found = {}
+    ensemble = Ensemble(models, "L + 0.5*S")
+    for name, way in WAYS.items():
+        result = translate(ensemble, prompts, 15, 3, ignore_eos=True, **way)
+        found[name] = [result.tokens, result.logprobs]
+    found["beam"] = [
+        [[found.tokens for found in nbest], [found.score for found in nbest]]
+        for nbest in beam_search(ensemble, prompts, 3, 12, batch_size=9)
+    ]
+    alone = [translate(ensemble, [prompt], 15, ignore_eos=True).logprobs[0] for prompt in prompts]
+    found["alone"] = alone == found["greedy"][1]
+    return found
+
+
+def run(rank, world, port, folders, prompts, results):
+    """`results` is a queue for (rank, what was found)."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, world, rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    part = Part(rank, world)
+    found = {}
+    for name, folder in folders.items():
+        own = load_part(folder, part)
+        found[name] = {"logits": logits_of(own), "bytes": sum(p.nbytes for p in own.parameters())}
+        prepared = PreparedLlama(own)
+        found[name] |= {"prepared bytes": prepared.nbytes, "cache bytes": prepared.cache(1, 64).nbytes}
+    split, whole = load_part(folders["L"], part), Llama.from_pretrained(folders["S"])
+    found["one split"] = decoded({"L": split, "S": whole}, prompts)
+    found["both split"] = decoded({"L": split, "S": load_part(folders["S"], part)}, prompts)
+    results.put((rank, found))
+    dist.barrier()
+    dist.destroy_process_group()
