@@ -20,8 +20,8 @@ WAYS = {
 
 def logits_of(model):
     """Of two rows, read at once and then one token more from the cache."""
-    tokens = torch.tensor(TOKENS)
-    cache = KVCache(model.config, 2, 8)
+    tokens = torch.tensor(TOKENS, device=model.device)
+    cache = KVCache(model.config, 2, 8, device=model.device)
     with torch.inference_mode():
         whole = model(tokens)
         model(tokens[:, :4], cache)
@@ -40,27 +40,30 @@ def decoded(models, prompts):
         for nbest in beam_search(ensemble, prompts, 3, 12, batch_size=9)
     ]
     alone = [translate(ensemble, [prompt], 15, ignore_eos=True).logprobs[0] for prompt in prompts]
-    found["alone"] = alone == found["greedy"][1]
+    found["alone"] = alone == found["greedy"][1]  # to the bit where that is the default, on a CPU
     return found
 
 
-def run(rank, world, port, folders, prompts, results):
+def run(rank, world, port, folders, prompts, results, on_gpu=False):
     """`results` is a queue for (rank, what was found)."""
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, world, rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    device = f"cuda:{rank}" if on_gpu else "cpu"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world)
     part = Part(rank, world)
     found = {}
     for name, folder in folders.items():
-        own = load_part(folder, part)
+        own = load_part(folder, part, device=device)
         found[name] = {"logits": logits_of(own), "bytes": sum(p.nbytes for p in own.parameters())}
         prepared = PreparedLlama(own)
         found[name] |= {"prepared bytes": prepared.nbytes, "cache bytes": prepared.cache(1, 64).nbytes}
-    split, whole = load_part(folders["L"], part), Llama.from_pretrained(folders["S"])
+    split, whole = load_part(folders["L"], part, device=device), Llama.from_pretrained(folders["S"], device=device)
     found["one split"] = decoded({"L": split, "S": whole}, prompts)
-    found["both split"] = decoded({"L": split, "S": load_part(folders["S"], part)}, prompts)
+    found["both split"] = decoded({"L": split, "S": load_part(folders["S"], part, device=device)}, prompts)
     results.put((rank, found))
     dist.barrier()
     dist.destroy_process_group()

@@ -53,9 +53,13 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def group(folders, prompts):
+    return found_by_two(folders, prompts)
+
+
+def found_by_two(folders, prompts, on_gpu=False):
     """What each of two processes found."""
     queue, port = CONTEXT.Queue(), free_port()
-    given = (2, port, folders, prompts, queue)
+    given = (2, port, folders, prompts, queue, on_gpu)
     processes = [CONTEXT.Process(target=parallel_worker.run, args=(rank, *given)) for rank in range(2)]
     for process in processes:
         process.start()
@@ -99,6 +103,22 @@ def test_every_way_of_decoding_gives_the_tokens_of_one_process(folders, prompts,
         assert found[way][0] == tokens
         for ours, theirs in zip(found[way][1], logprobs):
             assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.gpu
+def test_two_gpus_decode_what_one_process_does(folders, prompts):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    models = {name: Llama.from_pretrained(folder) for name, folder in folders.items()}
+    expected = parallel_worker.decoded(models, prompts)
+    group = found_by_two(folders, prompts, on_gpu=True)
+    assert group[0]["both split"] == group[1]["both split"]
+    for members in ("one split", "both split"):
+        for way in parallel_worker.WAYS:
+            tokens, logprobs = group[0][members][way]
+            assert tokens == expected[way][0]
+            for ours, theirs in zip(logprobs, expected[way][1]):
+                assert ours == pytest.approx(theirs, abs=1e-3)
 
 
 @pytest.mark.parametrize(("split", "world"), [("2", 2), ("A=2", 2), ("2", 4)])
