@@ -108,7 +108,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     combinations = options.combine or [None]
     given = prepare(options.model, most, work)
     models = given.combined(combinations[0])
-    bench = Bench(options.threads, options.rounds, options.device, work, options.turns)
+    bench = Bench(options.threads, options.rounds, options.device, work, options.turns, clock=options.clock)
     before = machine(options.device, options.quick)
     ours = [System("ours", dtype) for dtype in options.dtype if "ours" in options.systems]
     peers = [System(name, dtype) for name in options.systems if name != "ours" for dtype in options.peer_dtype]
@@ -117,6 +117,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": processor_name() if options.device == "cpu" else device_name(),
         "threads": options.threads,
+        "clock": options.clock,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "versions": all_versions(),
         "models": {"shape": models.shape, "combine": models.combine, "names": list(models.folders)},
@@ -188,6 +189,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--prompt", type=int, default=32, help="tokens of the prompts of a step (default 32)")
     add("--rounds", type=int, default=5, help="times that every system takes its turn (default 5)")
     add("--threads", type=int, default=2)
+    add(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: the processor's seconds of one thread, for a machine that has other work (with --threads 1)",
+    )
     add("--device", default="auto", help="cpu, cuda, or auto: a GPU where there is one")
     add("--turns", choices=["auto", "together", "alone"], default="auto", help="all systems loaded at once, or one")
     add("--no-steps", action="store_true", help="leave the steps out, for the sections below alone")
@@ -227,6 +234,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         unknown = [word for word in given if word not in known]
         if unknown:
             raise InputError(f"{name} {unknown[0]}: expected some of {', '.join(known)}")
+    if options.clock == "cpu" and options.threads != 1:
+        raise InputError(f"--clock cpu counts what one thread needs: give --threads 1, not {options.threads}")
     if options.speculation and "ours" not in options.systems:
         raise InputError("--speculation measures ours: name it among --systems")
     return options

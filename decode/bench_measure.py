@@ -76,6 +76,7 @@ class Bench:
     work: Path  # where converted models are kept
     turns: str  # "together": all systems stay loaded; "alone": one at a time; "auto": together if they fit
     notes: list[str] = field(default_factory=list)
+    clock: str = "wall"
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -87,7 +88,7 @@ class Bench:
             return None
         if system.name == "ctranslate2" and not self._converted(models):
             return None
-        worker = Worker(system.name, self.threads)
+        worker = Worker(system.name, self.threads, self.clock)
         try:
             arguments: dict[str, Any] = {"folders": models.folders, "combine": models.combine, "stops": stops}
             if system.name in PEERS:

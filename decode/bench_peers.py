@@ -11,7 +11,6 @@ optimum-intel, whose pins differ from this project's, so it wants an environment
 
 import json
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from decode.bench_systems import Prompts
+from decode.bench_systems import Prompts, now
 from minillama import InputError
 
 OPENVINO_MODEL = "openvino_model.xml"
@@ -51,7 +50,7 @@ class CTranslate2:
 
     def generate(self, prompts: Prompts, new_tokens: int, batch: int, ignore_eos: bool = True) -> dict[str, Any]:
         (rows,) = prompts.values()
-        start = time.perf_counter()
+        start = now()
         results = self.generator.generate_batch(
             [[self.words[token] for token in row] for row in rows],
             max_batch_size=batch,
@@ -63,7 +62,7 @@ class CTranslate2:
             include_prompt_in_result=False,
         )
         tokens = [list(result.sequences_ids[0]) for result in results]
-        return {"tokens": tokens, "seconds": time.perf_counter() - start, "steps": new_tokens, "reported": {}}
+        return {"tokens": tokens, "seconds": now() - start, "steps": new_tokens, "reported": {}}
 
 
 def convert_for_ctranslate2(source: Path, work: Path) -> Path:
@@ -110,7 +109,7 @@ class OpenVINO:
         (rows,) = prompts.values()
         if len({len(row) for row in rows}) > 1 or len(rows) > batch:
             raise InputError("OpenVINO is measured on one batch of prompts of one length")
-        start = time.perf_counter()
+        start = now()
         self.request.reset_state()
         found: list[list[int]] = []
         ids_BT, filled = np.array(rows, dtype=np.int64), 0
@@ -126,7 +125,7 @@ class OpenVINO:
             ids_BT = logits_BTV[:, -1].argmax(-1)[:, None].astype(np.int64)
             found.append(ids_BT[:, 0].tolist())
         tokens = [list(row) for row in zip(*found)]
-        return {"tokens": tokens, "seconds": time.perf_counter() - start, "steps": new_tokens, "reported": {}}
+        return {"tokens": tokens, "seconds": now() - start, "steps": new_tokens, "reported": {}}
 
 
 def export_folder(source: Path, dtype: str, work: Path) -> Path:

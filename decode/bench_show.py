@@ -5,7 +5,8 @@ from typing import Any
 
 def show(result: dict[str, Any]) -> None:
     machine = result["machine"]
-    print(f"{result['device']}, {result['threads']} threads, {result['capability']}")
+    clock = ", the processor's seconds" if result["clock"] == "cpu" else ""
+    print(f"{result['device']}, {result['threads']} threads, {result['capability']}{clock}")
     print(", ".join(f"{name} {version}" for name, version in result["versions"].items()))
     products = ", ".join(f"{name} {speed:,.0f} GFLOP/s" for name, speed in machine["matmul_gigaflops"].items())
     print(f"reads {machine['read_gigabytes_per_second']} GB/s, products {products}")

@@ -24,9 +24,10 @@ class Refused(Exception):
 class Worker:
     """The parent's end. `load` first; a fault in the process raises RuntimeError with the end of what it said."""
 
-    def __init__(self, system: str, threads: int) -> None:
+    def __init__(self, system: str, threads: int, clock: str = "wall") -> None:
         self.system = system
         environment = os.environ | {
+            "DECODE_BENCH_CLOCK": clock,
             "OMP_NUM_THREADS": str(threads),
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             "HF_HUB_OFFLINE": "1",

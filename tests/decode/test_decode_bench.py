@@ -134,6 +134,8 @@ def test_operations_are_counted_where_they_belong():
 
 
 def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path):
+    with pytest.raises(InputError, match="--clock cpu counts what one thread needs"):
+        bench.main(["--clock", "cpu", "--threads", "2"])
     with pytest.raises(InputError, match="--systems vllm"):
         bench.main(["--systems", "vllm"])
     with pytest.raises(InputError, match="no results to draw"):
