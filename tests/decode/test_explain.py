@@ -101,7 +101,7 @@ def test_every_figure_is_that_of_float64_logits(models, ensemble, prompts, way):
             compare(explanation, logits_NTV[:, place], list(WEIGHTS.values()))
             if "drawn" not in way:
                 assert explanation.margin >= 0
-    assert 0 < ends
+    assert ends > 0
 
 
 @pytest.mark.parametrize("way", WAYS)
