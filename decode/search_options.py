@@ -8,7 +8,7 @@ from decode.beam import MOST_BEAMS
 from minillama import InputError
 
 LARGEST_SEED = 2**63 - 1
-TOO_SURE = "A plain sum of logits is far too sure of itself; weights that decode.tune fits are not (docs/tuning.md)."
+TOO_SURE = "A plain sum of logits is far too sure of its choice, weights fitted by decode.tune are not: docs/tuning.md"
 
 
 @dataclass(frozen=True, kw_only=True)
