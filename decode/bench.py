@@ -26,12 +26,13 @@ from decode.bench_peers import export_for_openvino
 from decode.bench_plot import plot
 from decode.bench_shapes import SHAPES, Models, prepare, sentence_prompts
 from decode.bench_show import show
+from decode.speculate import check_mode
 from kernels.bench import device_name, processor_name, save, versions
 from kernels.bench_cpu import alternate, read_speed
 from minillama import InputError
 from minillama.errors import exit_code
 
-SPECULATE: tuple[str | int, ...] = ("off", "auto", 2, 4, 7)
+SPECULATE = ["off", "auto", "2", "4", "7"]
 RESULTS = Path(__file__).parent / "results"
 SYSTEMS = ("ours", "transformers", "ctranslate2", "openvino")
 PEERS = ("transformers", "ctranslate2", "openvino", "sacrebleu", "numpy")
@@ -154,7 +155,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
             row
             for part in (given.combined(combine) if combine else largest for combine in combinations)
             for batch in options.batch
-            for row in sections.speculation_rows(bench, ours[0], part, text_of(options, part), batch, SPECULATE)
+            for row in sections.speculation_rows(bench, ours[0], part, text_of(options, part), batch, options.speculate)
         ]
     result["machine"] = better(before, machine(options.device, options.quick))
     for section in ("rows", "member_sweep", "context_sweep"):
@@ -210,6 +211,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--limit", type=int, help="only so many sentences")
     add("--max-new-tokens", type=int, default=128, help="of a sentence (default 128)")
     add("--speculation", action="store_true", help="off and on, tokens compared")
+    add("--speculate", type=words, default=SPECULATE, help=f"settings, plain first (default {','.join(SPECULATE)})")
     add("--openvino-python", type=Path, help="interpreter of an environment with optimum-intel, for the export")
     add("--work", type=Path, help="where random and converted models are kept for the next run (default: nowhere)")
     add("--quick", action="store_true", help="a tiny shape and few rounds: to see that it runs")
@@ -236,6 +238,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             raise InputError(f"{name} {unknown[0]}: expected some of {', '.join(known)}")
     if options.clock == "cpu" and options.threads != 1:
         raise InputError(f"--clock cpu counts what one thread needs: give --threads 1, not {options.threads}")
+    options.speculate = [check_mode(setting) for setting in options.speculate]
+    if options.speculate[0] != "off":
+        raise InputError(
+            f"--speculate {options.speculate[0]}: the first must be off, which the others are compared with"
+        )
     if options.speculation and "ours" not in options.systems:
         raise InputError("--speculation measures ours: name it among --systems")
     return options
