@@ -8,7 +8,7 @@ import time
 import parallel_worker
 import pytest
 import torch
-from runs import CONTEXT, code_of, free_port, start_ranks
+from processes import CONTEXT, code_of, free_port, start_ranks
 from test_resume import LINES, arguments, outcome, source, unbroken  # noqa: F401 (a fixture)
 from tiny import TINY, tiny_model
 
