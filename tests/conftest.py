@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from real import smollm2_in
 from tiny import TINY, tiny_model
 
@@ -18,9 +19,17 @@ from minillama.weights import write_model
 from train.bpe import train_bpe
 
 
-@pytest.fixture(autouse=True)
+# How long an example takes is the machine's affair: it may have other work.
+settings.register_profile("no clock", deadline=None)
+settings.load_profile("no clock")
+
+
+@pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """The models here are so small that a second thread only costs, above all on a machine that has other work."""
+    """The models here are so small that a second thread only costs, above all on a machine that has other work.
+
+    For the whole session, so that what a module's fixtures compute is computed as its tests do.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
