@@ -18,7 +18,6 @@ from minillama.files import atomic_folder
 from minillama.weights import write_model
 from train.bpe import train_bpe
 
-
 # How long an example takes is the machine's affair: it may have other work.
 settings.register_profile("no clock", deadline=None)
 settings.load_profile("no clock")
