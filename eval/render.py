@@ -1,7 +1,7 @@
 """A document (eval.document) as Markdown and as LaTeX; the HTML page is eval.render_html.
 
-The LaTeX compiles with pdfLaTeX, XeLaTeX and LuaLaTeX and needs booktabs, float, graphicx and iftex. pdfLaTeX shows
-Japanese where CJKutf8 and its `min` fonts are installed; what it has no character for it names by its code point.
+The LaTeX compiles with pdfLaTeX, XeLaTeX and LuaLaTeX and needs booktabs, caption, float, graphicx and iftex. pdfLaTeX
+shows Japanese where CJKutf8 and its `min` fonts are installed; what it has no character for it names by its code point.
 """
 
 import re
@@ -60,13 +60,14 @@ def _one_line(text: str) -> str:
 
 TEX_HEAD = r"""\documentclass[a4paper,landscape,10pt]{article}
 \usepackage[margin=18mm]{geometry}
-\usepackage{iftex,booktabs,float,graphicx}
+\usepackage{iftex,booktabs,caption,float,graphicx}
 \ifPDFTeX
   \usepackage[T1]{fontenc}
   \usepackage[utf8]{inputenc}
   \usepackage{textcomp}
-  \IfFileExists{c70min.fd}{\usepackage{CJKutf8}
-    \newcommand{\cjk}[1]{\begin{CJK}{UTF8}{min}#1\end{CJK}}}{\newcommand{\cjk}[1]{[CJK]}}
+  \newif\ifhascjk
+  \IfFileExists{c70min.fd}{\hascjktrue\usepackage{CJKutf8}}{}
+  \ifhascjk\newcommand{\cjk}[1]{\begin{CJK}{UTF8}{min}#1\end{CJK}}\else\newcommand{\cjk}[1]{[CJK]}\fi
   \newcommand{\otherchar}[2]{{\scriptsize[U+#2]}}
 \else
   \usepackage{fontspec}
@@ -106,6 +107,7 @@ TEX_SPECIAL = {
     **{character: f"\\{character}" for character in "#$%&_"},
 }
 TEX_PLAIN = set("–—‘’‚“”„…•€™")
+LONG = 0.75  # of the line's width, for all columns of long text together
 CJK = re.compile(r"[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef]+")
 
 
@@ -132,11 +134,10 @@ def latex_block(block: Block) -> str:
 
 def latex_table(table: Table) -> str:
     """A booktabs table; groups of columns with a rule below their name."""
-    lines = ["\\begin{table}[H]\\centering", f"\\caption{{{tex_escape(table.title)}}}\\label{{tab:{table.name}}}"]
-    lines += [
-        f"\\fitted{{\\begin{{tabular}}{{{''.join(_tex_column(column) for column in table.columns)}}}",
-        "\\toprule",
-    ]
+    lines = ["\\begin{table}[H]\\centering", f"\\caption*{{{tex_escape(table.title)}}}\\label{{tab:{table.name}}}"]
+    width = LONG / max(1, sum(column.kind == "long" for column in table.columns))
+    kinds = "".join(_tex_column(column, width) for column in table.columns)
+    lines += [rf"\fitted{{\begin{{tabular}}{{{kinds}}}", "\\toprule"]
     groups = table.groups()
     if groups:
         lines.append(" & ".join(_tex_group(name, width) for name, width in groups) + r" \\")
@@ -183,8 +184,8 @@ def _tex_span(span: Span) -> str:
     return {"plain": text, "code": rf"\texttt{{{text}}}", "strong": rf"\textbf{{{text}}}"}[span.kind]
 
 
-def _tex_column(column: Column) -> str:
-    return {"text": "l", "number": "r", "long": r"p{0.7\linewidth}"}[column.kind]
+def _tex_column(column: Column, width: float) -> str:
+    return {"text": "l", "number": "r", "long": rf"p{{{width:.2f}\linewidth}}"}[column.kind]
 
 
 def _tex_group(name: str, width: int) -> str:

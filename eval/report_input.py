@@ -67,6 +67,14 @@ class Study:
     def score(self, row: str, direction: str, key: str) -> float | None:
         return self.metrics(row, direction).get(key, {}).get("score")
 
+    def own_bleu(self, direction: str) -> tuple[str, str] | None:
+        """(key, tokenizer) of BLEU with the target language's own tokenizer, where the study has it."""
+        for row in self.rows:
+            for key, metric in self.metrics(row, direction).items():
+                if key.startswith("bleu_"):
+                    return key, metric["label"].removeprefix("BLEU ")
+        return None
+
     def p_value(self, row: str, direction: str, against: str, key: str) -> float | None:
         """Paired bootstrap against `proxy` or `large` (L's Original) of the same L."""
         return self.cell(row, direction).get("p", {}).get(against, {}).get(key)

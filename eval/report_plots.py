@@ -59,7 +59,6 @@ def _drawn(
         figure, grid = pyplot.subplots(rows, abreast, figsize=size, layout="constrained", squeeze=False)
         for place, (axes, direction) in enumerate(zip(grid.flat, directions)):
             draw(axes, direction, place % abreast == 0)
-            axes.set_title(direction)
             axes.spines[["top", "right"]].set_visible(False)
         for axes in grid.flat[len(directions) :]:
             axes.set_visible(False)
@@ -73,12 +72,23 @@ def _drawn(
     return Plot(name, png.getvalue(), svg.getvalue(), description)
 
 
+def _key(study: Study, direction: str) -> str:
+    """The BLEU that is drawn: beside the paper 13a, which it has; else the target language's own where there is one."""
+    own = study.own_bleu(direction)
+    return own[0] if own and not study.compares else "bleu"
+
+
+def _title(study: Study, direction: str) -> str:
+    own = study.own_bleu(direction)
+    return f"{direction}, BLEU {own[1]}" if own and not study.compares else f"{direction}, BLEU 13a"
+
+
 def _colour(place: int) -> str:
     return COLOURS[place % len(COLOURS)]
 
 
 def _scored(study: Study, direction: str) -> bool:
-    return any(study.score(name, direction, "bleu") is not None for name in study.rows)
+    return any(study.score(name, direction, _key(study, direction)) is not None for name in study.rows)
 
 
 def _bars(study: Study) -> list[tuple[str, str]]:
@@ -100,7 +110,7 @@ def _expressions(study: Study, axes: Any, direction: str, labelled: bool) -> Non
     bars, larges = _bars(study), study.larges
     thickness = 0.8 / max(1, len(larges))
     for place, large in enumerate(larges):
-        scores = [study.score(f"{large}.{suffix}", direction, "bleu") for suffix, _ in bars]
+        scores = [study.score(f"{large}.{suffix}", direction, _key(study, direction)) for suffix, _ in bars]
         at = [row + (place - (len(larges) - 1) / 2) * thickness for row in range(len(bars))]
         shown = [(y, score) for y, score in zip(at, scores) if score is not None]
         drawn = axes.barh(
@@ -109,7 +119,7 @@ def _expressions(study: Study, axes: Any, direction: str, labelled: bool) -> Non
         axes.bar_label(drawn, fmt="%.1f", padding=2, fontsize=SMALL - 1)
     axes.set_yticks(range(len(bars)), [label if labelled else "" for _, label in bars], fontsize=SMALL)
     axes.set_ylim(len(bars) - 0.5, -0.5)
-    axes.set_xlabel("BLEU")
+    axes.set_title(_title(study, direction))
     axes.margins(x=0.12)
 
 
@@ -118,7 +128,7 @@ def _has_weights(study: Study, direction: str) -> bool:
 
 
 def _line(study: Study, large: str, direction: str) -> list[tuple[float, float]]:
-    points = [(weight, study.score(f"{large}.{suffix}", direction, "bleu")) for suffix, weight in ALONG]
+    points = [(weight, study.score(f"{large}.{suffix}", direction, _key(study, direction))) for suffix, weight in ALONG]
     return [(weight, score) for weight, score in points if score is not None]
 
 
@@ -127,7 +137,7 @@ def _fitted_points(study: Study, large: str, direction: str) -> list[tuple[float
     points = []
     for name in study.fitted(large):
         weights = study.cell(name, direction).get("weights") or {}
-        score = study.score(name, direction, "bleu")
+        score = study.score(name, direction, _key(study, direction))
         if score is not None and weights.get("L", 0) > 0 and set(weights) <= {"L", *EXPERTS}:
             mean = sum(weights.get(expert, 0.0) for expert in EXPERTS) / len(EXPERTS)
             points.append((mean / weights["L"], score))
@@ -148,10 +158,11 @@ def _weights(study: Study, axes: Any, direction: str, labelled: bool) -> None:
                 markersize=12,
                 label=f"{large}, fitted",
             )
-        proxy = study.score(f"{large}.proxy", direction, "bleu")
+        proxy = study.score(f"{large}.proxy", direction, _key(study, direction))
         if proxy is not None:
             label = f"{large}, Proxy-tuning"
             axes.axhline(proxy, color=_colour(place), linewidth=0.8, linestyle=":", label=label)
+    axes.set_title(_title(study, direction))
     axes.set_xlabel("experts' weight over L's")
     if labelled:
         axes.set_ylabel("BLEU")

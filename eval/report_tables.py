@@ -50,13 +50,17 @@ def _arranged(
         columns.append(Column("ours" if study.compares else measure, "number", direction))
         if study.compares:
             columns += [Column("paper", "number", direction), Column("difference", "number", direction)]
+        if own := study.own_bleu(direction):
+            columns.append(Column(f"BLEU {own[1]}", "number", direction))
     rows = []
     for block in blocks:
         best = {direction: _best(study, block, direction) for direction in directions}
         for place, name in enumerate(block):
             cells: list[Inline] = [study.large_of(name), row_label(study, name, by_method=table == 2)]
             for direction in directions:
-                cells += _scores(study, name, direction, with_bert, table, name == best[direction])
+                cells += _scores(study, name, direction, with_bert, table, best[direction])
+                if own := study.own_bleu(direction):
+                    cells.append(number(study.score(name, direction, own[0])))
             rows.append(Row(tuple(cells), rule=place == 0))
     notes: list[Inline] = [f"{measure}; bold: the best of an L's rows. {MARKS}"]
     if study.compares:
@@ -76,8 +80,9 @@ def row_label(study: Study, name: str, by_method: bool = False) -> Inline:
 
 
 def _best(study: Study, block: Sequence[str], direction: str) -> str | None:
-    scored = [(score, name) for name in block if (score := study.score(name, direction, "bleu")) is not None]
-    return max(scored, key=lambda pair: pair[0])[1] if len(scored) > 1 else None
+    """The best BLEU of a block as it is printed; None where all are printed alike."""
+    scores = [score for name in block if (score := study.score(name, direction, "bleu")) is not None]
+    return number(max(scores)) if len({number(score) for score in scores}) > 1 else None
 
 
 def _marks(study: Study, name: str, direction: str) -> str:
@@ -89,12 +94,12 @@ def _marks(study: Study, name: str, direction: str) -> str:
     return marks
 
 
-def _scores(study: Study, name: str, direction: str, with_bert: bool, table: int, best: bool) -> list[Inline]:
+def _scores(study: Study, name: str, direction: str, with_bert: bool, table: int, best: str | None) -> list[Inline]:
     """Ours, and with a comparison the paper's and the difference."""
     bleu = study.score(name, direction, "bleu")
     text = _pair(bleu, study.score(name, direction, "bertscore") if with_bert else None)
     marks = _marks(study, name, direction)
-    shown: Inline = text if bleu is None else (strong(text), marks) if best else text + marks
+    shown: Inline = text if bleu is None else (strong(text), marks) if number(bleu) == best else text + marks
     if not study.compares:
         return [shown]
     paper = paper_rows().get(name)

@@ -11,7 +11,7 @@ from made_study import made_study
 from sacrebleu.metrics import CHRF
 
 from eval import report
-from eval.document import MISSING
+from eval.document import MISSING, Span
 from eval.expressions import EXPRESSIONS, FINETUNING, ORIGINAL, tables
 from eval.paper_figures import paper_rows
 from eval.report import build, main, write
@@ -101,6 +101,10 @@ def test_both_tokenizers_chrf_and_bertscore_stand_beside_each_other(study):
     for head in ("BLEU 13a score", "BLEU ja-mecab score", "chrF2 score", "BERTScore F1 score", "BERTScore F1 paper"):
         assert head in heads
     assert "BLEU ja-mecab score" not in [column.full_label for column in score_table(study, "ja-en").columns]
+    for table in paper_tables(study):
+        heads = [column.full_label for column in table.columns]
+        assert "en-ja BLEU ja-mecab" in heads
+        assert "ja-en BLEU ja-mecab" not in heads
     signatures = [text_of(row.cells[1]) for row in signature_table(study).rows]
     assert Counter(signatures).most_common(1)[0][1] == 1
 
@@ -114,6 +118,22 @@ def test_fits_have_errors_certificate_and_what_fixed_expressions_cost(study):
     nats = by_label(likelihood_table(study), 1)
     assert nats["L + S_srcMT + S_tgtMT",]["3B ja-en"] == "3.891"
     assert nats["fitted: likelihood",]["8B en-ja"] == "2.183"
+
+
+def test_no_row_is_the_best_where_all_are_printed_alike(tmp_path):
+    path = made_study(tmp_path, ("ja-en",), ("3B",), compare=False)
+    data = json.loads(path.read_text())
+    for row in data["rows"]:
+        row["cells"]["ja-en"]["metrics"][0]["score"] = 0.001 if row["large"] == "1B" else 5.0
+    data["rows"][3]["cells"]["ja-en"]["metrics"][0]["score"] = 6.001
+    data["rows"][4]["cells"]["ja-en"]["metrics"][0]["score"] = 6.002
+    path.write_text(json.dumps(data))
+    strong = [
+        text_of(row.cells[1])
+        for row in paper_tables(load(path))[-1].rows
+        if any(isinstance(part, Span) and part.kind == "strong" for part in row.cells[2])
+    ]
+    assert strong == ["Fine-tuning", "L + (S_MT - S_all)"]  # a tie in the second model's rows, none in the first's
 
 
 def test_speed_and_memory_of_each_row(study):
@@ -222,7 +242,7 @@ def test_the_page_is_one_file_with_plots_and_addresses_of_its_own(tmp_path):
         else:
             drawn = "".join(ElementTree.fromstring(path.read_text(encoding="utf-8")).itertext())
             assert "ja-en" in drawn
-            assert "BLEU" in drawn
+            assert "BLEU 13a" in drawn
 
 
 def test_without_matplotlib_the_report_says_what_it_lacks(tmp_path, monkeypatch):
