@@ -42,6 +42,9 @@ INT8_ROWS, INT8_VECTOR = 16, 16
 # With AVX-512 oneDNN reads a packed weight faster for 4 rows than for 1 to 3 (the products of a SmolLM2 step, one core:
 # 31 ms against 38, 45 and 43 in float32, 19 against 21 and 24 in bf16), so fewer are padded. With AVX2 it does not.
 AVX512_LEAST_ROWS = 4
+# oneDNN keeps a compiled product for every number of rows that it has seen, some 0.2 MB each, so beyond so many rows
+# their number is a multiple of ROWS_MULTIPLE.
+EVERY_ROWS, ROWS_MULTIPLE = 16, 4
 # Without bf16 instructions PyTorch's bf16 product is emulated: it wins while reading the weight is all that counts.
 PLAIN_BFLOAT16_ROWS = 2
 # Numbers of rows that are tried for `invariant`; a larger product is made in parts of the last, large enough to be
@@ -160,14 +163,17 @@ class PackedLinear(nn.Module):
         other_RO = None if multiply is None else multiply.reshape(-1, self.out_features)
         if self._fits(x_RD.shape[0]):
             y_RO = self._product(x_RD, silu, other_RO)
-        elif x_RD.shape[0] <= self._most_rows:
+        elif x_RD.shape[0] <= self._most_rows or not self.invariant:
             y_RO = self._padded(x_RD, other_RO, silu)
         else:
             y_RO = torch.cat([self._padded(*part, silu) for part in self._parts(x_RD, other_RO)])
         return y_RO.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _fits(self, rows: int) -> bool:
-        return self._least_rows <= rows and (rows <= self._most_rows or not self.invariant)
+        """Whether a product of so many rows is made as it is."""
+        if self.invariant and rows > self._most_rows:
+            return False
+        return rows >= self._least_rows and (self._own is None or rows <= EVERY_ROWS or rows % ROWS_MULTIPLE == 0)
 
     def _parts(self, x_RD: Tensor, other_RO: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
         for start in range(0, x_RD.shape[0], self._most_rows):
@@ -175,10 +181,11 @@ class PackedLinear(nn.Module):
             yield x_RD[part], None if other_RO is None else other_RO[part]
 
     def _padded(self, x_RD: Tensor, other_RO: Tensor | None, silu: bool) -> Tensor:
-        """The product with as many rows of zeros behind as it takes to have `_least_rows`."""
+        """The product with as many rows of zeros behind as it takes to fit."""
         rows = x_RD.shape[0]
-        if (missing := self._least_rows - rows) <= 0:
+        if self._fits(rows):
             return self._product(x_RD, silu, other_RO)
+        missing = max(self._least_rows - rows, 0) or -rows % ROWS_MULTIPLE
         other_RO = None if other_RO is None else F.pad(other_RO, (0, 0, 0, missing))
         zeros_RD = self._zeros_RD[:missing]
         if x_RD.dtype != zeros_RD.dtype:
