@@ -31,7 +31,7 @@ exit codes: 0 done, 2 bad arguments or input, 130 interrupted (what was finished
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m decode.collab",
-        description="Translate with a weighted sum of the logits of several Llamas.",
+        description="Translate with a weighted sum of the logits of several Llamas. Without arguments: the built-in demo.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
