@@ -13,6 +13,7 @@ from decode.places import DTYPES
 from decode.search_options import add_search_options, nbest_path
 from decode.speculate import MOST_DRAFTED, check_mode
 from minillama import InputError
+from minillama.command import Parser
 
 DEFAULT_ROWS = 16
 EXAMPLES = """examples:
@@ -29,11 +30,10 @@ exit codes: 0 done, 2 bad arguments or input, 130 interrupted (what was finished
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m decode.collab",
-        description="Translate with a weighted sum of the logits of several Llamas.",
+        description="Translate with a weighted sum of the logits of several Llamas. No arguments: the built-in demo.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_options(result)
     _texts(result.add_argument_group("texts"))

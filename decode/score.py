@@ -30,6 +30,7 @@ from decode.report import device_name, finite
 from decode.stream import windows
 from decode.weights_file import combination
 from minillama import InputError
+from minillama.command import Parser
 from minillama.errors import Interrupted, exit_code
 
 EXAMPLES = """examples:
@@ -48,11 +49,10 @@ COLUMNS = ("line", "tokens", "logprob", "per_token", "perplexity")
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m decode.score",
         description="Log-probabilities of given translations under a weighted sum of the logits of several Llamas.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_options(result)
     add = result.add_argument

@@ -20,6 +20,7 @@ from decode.teacher_forced import Array
 from decode.tuning import rounded, spell_weights
 from decode.weights_file import combination
 from minillama import InputError
+from minillama.command import Parser
 
 EXAMPLES = """examples:
   python -m decode.tune --model L=demo/L --model S_src=demo/S_src --model S_tgt=demo/S_tgt --source ja --target en \\
@@ -34,11 +35,10 @@ BEAMS, ROUNDS, LONGEST = 4, 6, 256
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m decode.tune",
         description="Fit the weights of a sum of logits to translated text, by likelihood.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_options(result)
     add = result.add_argument_group("texts").add_argument

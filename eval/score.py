@@ -16,6 +16,7 @@ from corpora.languages import language_name
 from corpora.metrics import bleu_tokenizers, text_metrics
 from corpora.text import display_name, read_lines
 from eval.significance import SAMPLES, SEED, compare, compare_means
+from minillama.command import Parser
 from minillama.errors import InputError, exit_code
 from minillama.files import write_whole
 
@@ -172,11 +173,10 @@ def _announce(arguments: argparse.Namespace, names: Sequence[str], sentences: in
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.score",
         description="Score translations against references: BLEU, chrF, TER (sacrebleu) and BERTScore.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--hypothesis", required=True, metavar="FILE", help="translations, one a line ('-' is standard input)")

@@ -1,10 +1,10 @@
 """The weighted sum of logits on a CPU: tiles of the vocabulary that stay in cache, whole-tensor operations inside a
 tile.
 
-Mathematics and corners are those of reference.py; the layout of the work is that of the Triton kernel: (maximum, sum of
-exponentials) per split of 4,096 entries, joined in a fixed order. A tile is as many splits as fit the cache, so its
-width follows the batch while the bits of a row do not. Products are formed and added one after the other, never as a
-fused multiply-add: the sum has the same bits as the Triton kernel's.
+Mathematics and corners are those of reference.py; the layout of the work is that of the Triton kernel: (maximum, log of
+the sum of exponentials about it) per split of 4,096 entries, joined in a fixed order. A tile is as many splits as fit
+the cache, so its width follows the batch while the bits of a row do not. Products are formed and added one after the
+other, never as a fused multiply-add: the sum has the same bits as the Triton kernel's.
 
 Bytes: every logit is read once from memory (`members` again from cache); a truncated sample (top-k, top-p) sorts the
 rows it draws from, a few megabytes at a time.
@@ -14,6 +14,7 @@ rows it draws from, a few megabytes at a time.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -25,8 +26,8 @@ from kernels.request import EMPTY, INFINITE, NAN, RANGE, SPLIT, FusedLogits, Req
 
 TILE_ELEMENTS = 1 << 17  # float32 entries of one tile: half a megabyte, inside the L2 of two cores
 SORTED_ELEMENTS = 1 << 18
-BUNDLE = 64  # entries whose maximum stands for them in the search for the k best
-_LOWEST = torch.finfo(torch.float32).min
+BUNDLE = 64  # entries whose maximum stands for them in the search for the best
+BUNDLES = SPLIT // BUNDLE
 _FAR = -1e4  # a shift below which exp is 0; keeps 0 * -inf out of the moments
 
 
@@ -34,58 +35,58 @@ def run(request: Request) -> FusedLogits:
     """Every result of the request, in one pass over the logits."""
     rows, vocabulary, sample = request.rows, request.vocabulary, request.sample
     splits = -(-vocabulary // SPLIT)
-    peak_RS, total_RS, moment_RS, score_RS = (torch.empty(rows, splits) for _ in range(4))
+    log_total_RS, entropy_RS, score_RS = torch.empty(3, rows, splits)
     drawn_RS = torch.empty(rows, splits, dtype=torch.int64)
-    bundle_RU = torch.empty(rows, -(-vocabulary // BUNDLE))
+    bundle_RU = torch.full((rows, splits * BUNDLES), -torch.inf)
     flag_R = torch.zeros(rows, dtype=torch.int32)
+    all_fine = True
     threshold_R1 = _threshold(request, sample)[:, None] if sample is not None and sample.truncated else None
     per_tile = max(1, TILE_ELEMENTS // (rows * SPLIT)) * SPLIT
     for start in range(0, vocabulary, per_tile):
         stop = min(vocabulary, start + per_tile)
         x_RC, tile_flag_R = combined_tile(request, start, stop)
         if tile_flag_R is not None:
-            flag_R = torch.maximum(flag_R, tile_flag_R)
-        if request.top_k:
-            for (at, width), size in _runs(start, stop, BUNDLE):
-                x_RUC = x_RC[:, at - start : at - start + width].unflatten(1, (-1, size))
-                bundle_RU[:, at // BUNDLE : -(-(at + width) // BUNDLE)] = x_RUC.amax(dim=2)
+            flag_R, all_fine = torch.maximum(flag_R, tile_flag_R), False
+        for (at, width), size in _runs(start, stop, BUNDLE):
+            x_RUC = x_RC[:, at - start : at - start + width].unflatten(1, (-1, size))
+            bundle_RU[:, at // BUNDLE : -(-(at + width) // BUNDLE)] = x_RUC.amax(dim=2)
         if sample is not None:
             score_RC = _scores(x_RC, sample, start, stop, threshold_R1)
         for (at, width), size in _runs(start, stop, SPLIT):
-            x_RSC = x_RC[:, at - start : at - start + width].unflatten(1, (-1, size))
             here = slice(at // SPLIT, -(-(at + width) // SPLIT))
-            peak_RS[:, here] = x_RSC.amax(dim=2)
-            x_RSC.sub_(peak_RS[:, here, None].clamp_min(_LOWEST))  # whatever needs x itself has read this tile above
+            # one operation that reads a split once: x - its peak - log of its sum of exponentials
+            within_RSC = x_RC[:, at - start : at - start + width].unflatten(1, (-1, size)).log_softmax(dim=2)
+            log_total_RS[:, here] = within_RSC.amax(dim=2).neg_()
             if request.entropy:
-                exp_RSC = x_RSC.exp()
-                moment_RS[:, here] = x_RSC.clamp_min_(_FAR).mul_(exp_RSC).sum(dim=2)
-            else:
-                exp_RSC = x_RSC.exp_()
-            total_RS[:, here] = exp_RSC.sum(dim=2)
+                entropy_RS[:, here] = within_RSC.exp().mul_(within_RSC.clamp_min_(_FAR)).sum(dim=2).neg_()
             if sample is not None:
                 score_RSC = score_RC[:, at - start : at - start + width].unflatten(1, (-1, size))
                 score_RS[:, here], index_RS = score_RSC.max(dim=2)
                 drawn_RS[:, here] = index_RS + torch.arange(at, at + width, size)
 
+    peak_RS = bundle_RU.view(rows, splits, BUNDLES).amax(dim=2)
     peak_R = peak_RS.amax(dim=1)
-    flag_R = torch.where((peak_R == -torch.inf) & (flag_R == 0), EMPTY * 16, flag_R)
+    if not all_fine:
+        flag_R = torch.where((peak_R == -torch.inf) & (flag_R == 0), EMPTY * 16, flag_R)
+        peak_R = torch.where(flag_R == 0, peak_R, 0.0)
+        for within_RS in (log_total_RS, entropy_RS):  # of a split whose tokens are all masked
+            within_RS.masked_fill_(peak_RS == -torch.inf, 0.0)
     fine_R = flag_R == 0
     nan_R = torch.where(fine_R, 0.0, torch.nan)
-    peak_R = torch.where(fine_R, peak_R, 0.0)
-    shift_RS = torch.where(fine_R[:, None], peak_RS, 0.0) - peak_R[:, None]
-    scale_RS = shift_RS.exp()
-    total_R = (total_RS * scale_RS).sum(dim=1)
+    log_share_RS = log_total_RS.add_(peak_RS - peak_R[:, None])  # in this order the largest split's stays as it is
+    share_RS = log_share_RS.exp()
+    total_R = share_RS.sum(dim=1)
     log_total_R = total_R.log()
-    token_R = _first_at_peak(request, peak_RS, peak_R)
+    token_R = _first_at_peak(request, bundle_RU, peak_R)
 
     def logprob_at(token_RG: Tensor) -> Tensor:
         return combined_at(request, token_RG) - peak_R[:, None] - log_total_R[:, None] + nan_R[:, None]
 
     result = FusedLogits(token=torch.where(fine_R, token_R, -1), logprob=nan_R - log_total_R, flag=flag_R)
     if request.entropy:
-        # H = log Z - sum p (x - peak), and a split's moment was taken about its own peak
-        about_RS = (moment_RS + total_RS * shift_RS.clamp_min(_FAR)) * scale_RS
-        result = replace(result, entropy=log_total_R - about_RS.sum(dim=1) / total_R + nan_R)
+        # entropy of the choice of a split, and the mean of those within the splits
+        about_RS = (entropy_RS - log_share_RS.clamp_min(_FAR)) * share_RS
+        result = replace(result, entropy=log_total_R + about_RS.sum(dim=1) / total_R + nan_R)
     if request.members:
         own = [_own_logprob(logits_RV, token_R) for logits_RV in request.logits]
         result = replace(result, member_logprob=torch.stack(own) + nan_R)
@@ -116,10 +117,7 @@ def combined_tile(request: Request, start: int, stop: int) -> tuple[Tensor, Tens
     parts = [logits_RV[:, start:stop] for logits_RV in request.logits]
     weights_NR = request.weights_NR()
     x_RC = _sum(parts, weights_NR)
-    low, high = (
-        x_RC.aminmax()
-    )  # both carry NaN, which no comparison passes: one more reading sees all that is not finite
-    if low > -torch.inf and high < torch.inf:
+    if math.isfinite(x_RC.sum()):  # infinities and NaN stay in it; finite numbers that overflow it only cost time
         return x_RC, None
     return _with_corners(parts, weights_NR)
 
@@ -131,9 +129,10 @@ def combined_at(request: Request, token_RG: Tensor) -> Tensor:
 
 def _sum(parts: list[Tensor], weights_NR: Tensor) -> Tensor:
     """The sum before any corner is looked at."""
-    x_RC = parts[0] * weights_NR[0][:, None]
-    for part_RC, weights_R in zip(parts[1:], weights_NR[1:], strict=True):
-        x_RC += part_RC * weights_R[:, None]
+    first_R1, *others_R1 = weights_NR[:, :, None].unbind()
+    x_RC = parts[0] * first_R1
+    for part_RC, weights_R1 in zip(parts[1:], others_R1, strict=True):
+        x_RC += part_RC * weights_R1
     return x_RC
 
 
@@ -164,16 +163,13 @@ def _runs(start: int, stop: int, size: int) -> list[tuple[tuple[int, int], int]]
     return [((at, width), piece) for at, width, piece in ((start, whole, size), (start + whole, rest, rest)) if width]
 
 
-def _first_at_peak(request: Request, peak_RS: Tensor, peak_R: Tensor) -> Tensor:
-    """The lowest index whose sum equals the peak: looked up again in the first split that reaches it."""
-    split_R = (peak_RS == peak_R[:, None]).to(torch.uint8).argmax(dim=1)
-    column_RC = split_R[:, None] * SPLIT + torch.arange(min(SPLIT, request.vocabulary))
-    inside_RC = column_RC < request.vocabulary
-    column_RC = column_RC.clamp_max(request.vocabulary - 1)
+def _first_at_peak(request: Request, bundle_RU: Tensor, peak_R: Tensor) -> Tensor:
+    """The lowest index whose sum equals the peak: looked up again in the first bundle that reaches it."""
+    first_R1 = (bundle_RU == peak_R[:, None]).view(torch.uint8).argmax(dim=1, keepdim=True) * BUNDLE
+    column_RC = (first_R1 + torch.arange(BUNDLE)).clamp_max_(request.vocabulary - 1)  # the last one again does no harm
     # a masked entry needs no care here: its sum is infinite or NaN, and the peak is finite
     x_RC = _sum([logits_RV.gather(1, column_RC) for logits_RV in request.logits], request.weights_NR())
-    here_RC = (x_RC == peak_R[:, None]) & inside_RC
-    return split_R * SPLIT + here_RC.to(torch.uint8).argmax(dim=1)
+    return first_R1[:, 0] + (x_RC == peak_R[:, None]).view(torch.uint8).argmax(dim=1)
 
 
 def _own_logprob(logits_RV: Tensor, token_R: Tensor) -> Tensor:

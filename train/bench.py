@@ -28,12 +28,12 @@ from corpora import Pairs, Prompt, read_pairs, sample
 from kernels.bench import device_name, processor_name, save, versions
 from minillama import InputError, Llama, LlamaConfig, Tokenizer
 from minillama.chat import chat_format
+from minillama.command import Parser
 from minillama.config import read_config
 from minillama.device import pick_device
 from minillama.errors import exit_code
 from minillama.weights import resolve_folder
 from train.bench_parts import WIDE, both, full_sequences, large_vocabulary, sentence_pairs, what_each_brings
-from train.config import Parser
 from train.data import Example, responses
 from train.plan import SHAPES
 

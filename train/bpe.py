@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from corpora import read_texts
+from minillama.command import Parser
 from minillama.errors import InputError, exit_code
 from minillama.files import atomic_folder
 from minillama.tokenizer import LLAMA3_PATTERN
-from train.config import Parser
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 # A word named with --whole is counted this often, so that its merges are always learned.

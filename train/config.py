@@ -5,33 +5,14 @@ argparse alone knows types, choices and what is required. What it refuses become
 """
 
 import argparse
-import difflib
 import json
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from minillama.command import Parser, nearest
 from minillama.errors import InputError
-
-
-class Parser(argparse.ArgumentParser):
-    """Help shows the docstring's layout; a wrong command line is an InputError of one line, not a page of usage."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, rest = self.parse_known_args(args, namespace)
-        if rest:
-            known = [option for action in self._actions for option in action.option_strings]
-            word = rest[0].split("=")[0]
-            hint = f"; did you mean {_nearest(word, known)}?" if word.startswith("-") else ""
-            self.error(f"unknown argument {word}{hint}")
-        return found
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} ({self.prog} --help shows the options)")
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
@@ -79,12 +60,8 @@ def _action(parser: argparse.ArgumentParser, key: str, path: str) -> argparse.Ac
     known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     if (action := known.get(key.replace("-", "_"))) is not None:
         return action
-    near = _nearest(key.replace("-", "_"), known).replace("_", "-")
+    near = nearest(key.replace("-", "_"), known).replace("_", "-")
     raise InputError(f"--config {path}: unknown key {key!r}; did you mean {near!r}?")
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    return difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)[0]
 
 
 def _words(action: argparse.Action, key: str, value: Any, path: str) -> list[str]:

@@ -5,8 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from corpora import read_texts
+from minillama.command import Parser
 from minillama.errors import exit_code
-from train.config import Parser, parse
+from train.config import parse
 from train.data import documents
 from train.distributed import World, started
 from train.run import load_start, prepare, train_and_save

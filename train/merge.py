@@ -6,10 +6,10 @@ from pathlib import Path
 
 from corpora import Prompt
 from minillama import InputError, Llama, Tokenizer
+from minillama.command import Parser
 from minillama.errors import exit_code
 from minillama.files import atomic_folder
 from minillama.weights import resolve_folder, write_model
-from train.config import Parser
 from train.lora import CONFIG, load_adapter, merge
 from train.settings import DTYPES, check_output
 

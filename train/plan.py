@@ -15,9 +15,10 @@ from typing import Any
 from rich.console import Console
 
 from minillama import InputError, LlamaConfig
+from minillama.command import Parser
 from minillama.config import read_config, read_json
 from minillama.errors import exit_code
-from train.config import Parser, parse
+from train.config import parse
 from train.memory import GIB, Memory, memory_of
 from train.settings import Settings, add_settings, flag, settings_from
 

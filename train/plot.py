@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minillama import InputError
+from minillama.command import Parser
 from minillama.errors import exit_code
-from train.config import Parser
 
 EXAMPLES = """examples:
   python -m train.plot runs/S_src runs/S_tgt --output loss.png

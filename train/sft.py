@@ -11,8 +11,9 @@ from dataclasses import replace
 from corpora import Pairs, Prompt, language_name, read_pairs
 from minillama import InputError
 from minillama.chat import chat_format
+from minillama.command import Parser
 from minillama.errors import exit_code
-from train.config import Parser, parse
+from train.config import parse
 from train.data import Example, responses
 from train.distributed import World, started
 from train.run import load_start, prepare, shorter_than, train_and_save

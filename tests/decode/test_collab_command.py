@@ -198,6 +198,9 @@ def test_bad_texts_are_refused_and_nothing_is_written(model_folders, texts, caps
         (("--prompt", "X=plain"), "X is no model"),
         (("--batch-size", "0"), "--batch-size 0"),
         (("--source", "xx-unknown"), "xx-unknown"),
+        (("--batch-size", "many"), "--batch-size: invalid int value: 'many'"),
+        (("--too-long", "drop"), "choose from"),
+        (("--btach-size", "4"), "did you mean --batch-size?"),
     ],
 )
 def test_bad_options_are_refused(model_folders, texts, capsys, extra, named, monkeypatch):

@@ -33,5 +33,7 @@ def path(request, monkeypatch):
 
 def pytest_terminal_summary(terminalreporter):
     if CASES_RUN:
-        counts = ", ".join(f"{name} {count:,}" for name, count in sorted(CASES_RUN.items()))
-        terminalreporter.write_line(f"generated kernel cases compared with float64: {counts}")
+        terminalreporter.write_line("cases of the kernels' properties:")
+    for what, counts in sorted(CASES_RUN.items()):
+        ran = ", ".join(f"{number:,} {path}" for path, number in sorted(counts.items()))
+        terminalreporter.write_line(f"  {what:45} {ran}")

@@ -6,6 +6,7 @@ The comparison allows what DESIGN.md allows: 1e-5 plus a few float32 roundings o
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from kernels import reference
 from kernels.request import FusedLogits, Request
 
-CASES_RUN: Counter[str] = Counter()
+# property -> path -> how many; conftest.py prints it
+CASES_RUN: dict[str, Counter[str]] = {}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CORNERS = ("none", "ties", "mask one member", "mask all members", "mask a row", "nan", "+inf", "3e38", "equal rows")
 FEW_ROUNDINGS = 4 * 2.0**-23
@@ -23,6 +25,13 @@ FEW_ROUNDINGS = 4 * 2.0**-23
 
 def device(path: str) -> str:
     return "cuda" if path == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def count(what: str, number: int = 1) -> None:
+    """Cases of a property that the path under test has passed or is about to."""
+    path = os.environ.get("COLLAB_KERNELS", "cpu")
+    shown = {"cpu": "CPU path", "triton": "GPU" if torch.cuda.is_available() else "interpreter"}.get(path, path)
+    CASES_RUN.setdefault(what, Counter())[shown] += number
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,8 @@ def tolerance_R(request: Request) -> torch.Tensor:
 
 def assert_means_the_same(request: Request, result: FusedLogits) -> None:
     """Every result that is there against the definition in float64."""
-    CASES_RUN[f"V={request.vocabulary:,}" if request.vocabulary > 10_000 else "V<=10,000"] += 1
+    large = request.vocabulary > 10_000
+    count(f"requests against float64, V = {request.vocabulary:,}" if large else "requests against float64, V <= 10,000")
     truth = reference.fused_logits(request, torch.float64)
     x_RV, flag_R = reference.combine(request, torch.float64)
     assert torch.equal(result.flag, flag_R)

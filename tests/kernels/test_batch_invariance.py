@@ -1,9 +1,10 @@
 """A row's results are the same bits alone, in any batch, at any place and at any alignment."""
 
+import pytest
 import torch
-from kernel_cases import CASES_RUN, Case, device
+from kernel_cases import Case, count, device
 
-from kernels import Sampling, fused_head, fused_logits
+from kernels import Sampling, fused_head, fused_logits, verify
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RESULTS = ("token", "logprob", "flag", "member_logprob", "top_token", "top_logprob", "entropy", "given_logprob")
@@ -22,29 +23,60 @@ def everything(logits, weights_NB, given_RG, row_id_R):
     return fused_logits(logits, weights_NB, **asked)
 
 
-def test_a_row_alone_and_in_fifty_batches(path):
-    rows, vocabulary = 12, (20_000 if path == "cpu" or device(path) == "cuda" else 4_200)
+TRUNCATED = ("token", "logprob", "flag", "sample_token", "sample_logprob")
+VERIFIED = ("accepted", "token", "logprob", "flag")
+
+
+@pytest.mark.parametrize(
+    ("names", "interpreted_batches"),
+    [
+        pytest.param(RESULTS, 50, id="all results of one pass"),
+        pytest.param(VERIFIED, 50, id="verification"),
+        # ten launches a draw: interpreted, a third of a second for each row
+        pytest.param(TRUNCATED, 6, id="truncated sample"),
+        pytest.param(TRUNCATED, 50, id="truncated sample, longer", marks=pytest.mark.slow),
+    ],
+)
+def test_a_row_alone_and_in_fifty_batches(path, names, interpreted_batches):
+    interpreted = path == "triton" and device(path) == "cpu"
+    rows, positions = 12, 4 if names == VERIFIED else 1
+    vocabulary = 4_200 if interpreted else 20_000
     weights = (1.0, -0.3, 0.7)
-    case = Case(rows, vocabulary, DTYPES, (0, 3, 8), weights, True, "mask one member", 4.0, seed=11)
+    case = Case(rows * positions, vocabulary, DTYPES, (0, 3, 8), weights, True, "mask one member", 4.0, seed=11)
     request = case.request(device(path))
     request.logits[0][3, 5] = torch.nan
-    given_RG = torch.randint(0, vocabulary, (rows, 2), generator=torch.Generator().manual_seed(1)).to(device(path))
+    generator = torch.Generator().manual_seed(1)
+    given_RG = torch.randint(0, vocabulary, (rows, 2), generator=generator).to(device(path))
     row_id_R = torch.arange(100, 100 + rows, device=device(path))
+    weights_NR = request.weights[:, :rows]
+    best_R = fused_logits(request.logits, weights_NR.repeat_interleave(positions, dim=1)).token
+    draft_RT = best_R.view(rows, positions)[:, :-1].clone()
+    for row in range(rows):  # drafts that agree for 0 to 3 positions
+        draft_RT[row, row % positions :] += 1
 
     def some(rows_I):
-        logits = [l_RV[rows_I] for l_RV in request.logits]
-        return everything(logits, request.weights[:, rows_I].contiguous(), given_RG[rows_I], row_id_R[rows_I])
+        logits = [l_RV.unflatten(0, (rows, positions))[rows_I] for l_RV in request.logits]
+        weights_NI = weights_NR[:, rows_I].contiguous()
+        if names == VERIFIED:
+            return verify(logits, weights_NI, draft_RT[rows_I])
+        logits = [l_ITV[:, 0] for l_ITV in logits]
+        if names == RESULTS:
+            return everything(logits, weights_NI, given_RG[rows_I], row_id_R[rows_I])
+        sample = Sampling(9, row_id_R[rows_I], row_id_R[rows_I] * 3, temperature=0.8, top_k=40, top_p=0.9)
+        return fused_logits(logits, weights_NI, sample=sample)
 
     alone = [some(torch.tensor([row])) for row in range(rows)]
-    generator = torch.Generator().manual_seed(2)
-    for _ in range(50):
-        size = int(torch.randint(1, 4 if path == "triton" else rows + 1, (), generator=generator))
+    if names == VERIFIED:
+        assert {int(result.accepted) for result in alone} == {0, 1, 2, 3}
+    for _ in range(interpreted_batches if interpreted else 50):
+        size = int(torch.randint(1, 4 if interpreted else rows + 1, (), generator=generator))
         rows_I = torch.randperm(rows, generator=generator)[:size]
         result = some(rows_I)
         for place, row in enumerate(rows_I.tolist()):
-            for name in RESULTS:
+            for name in names:
                 assert torch.equal(bits(result, name, [place]), bits(alone[row], name, [0])), name
-            CASES_RUN["rows compared bit for bit"] += 1
+        kind = {RESULTS: "one pass", VERIFIED: "verification"}.get(names, "truncated sample")
+        count(f"rows bit for bit in random batches, {kind}", size)
 
 
 def test_large_batches_on_the_cpu():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import CASES_RUN, cases, device
+from kernel_cases import cases, count, device
 from scipy.stats import chisquare
 
 from kernels import Sampling, fused_logits, reference
@@ -22,12 +22,12 @@ def logits_of_two(where="cpu"):
     return first_V.to(where), second_V.to(where)
 
 
-def draws(logits, count=DRAWS, seed=77, **truncation):
-    """`count` draws from one distribution: rows that share their memory, positions that differ."""
+def draws(logits, number=DRAWS, seed=77, **truncation):
+    """`number` draws from one distribution: rows that share their memory, positions that differ."""
     where = logits[0].device
     tokens = []
-    for start in range(0, count, ROWS):
-        rows = min(ROWS, count - start)
+    for start in range(0, number, ROWS):
+        rows = min(ROWS, number - start)
         position = torch.arange(start, start + rows, device=where)
         sample = Sampling(seed, torch.full_like(position, 5), position, **truncation)
         tokens.append(fused_logits([l_V.expand(rows, -1) for l_V in logits], [1.0, -0.5], sample=sample).sample_token)
@@ -50,23 +50,37 @@ def exact_V(logits, temperature=1.0, top_k=0, top_p=1.0):
     return q_V / q_V.sum()
 
 
+PLAIN, SHARP = (1.0, 0, 1.0), (0.7, 0, 1.0)
+TRUNCATED = (1.0, 20, 1.0), (1.0, 0, 0.6), (1.5, 300, 0.8)
+
+
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 20, 1.0), (1.0, 0, 0.6), (1.5, 300, 0.8)]
+    ("temperature", "top_k", "top_p", "number"),
+    [
+        (*PLAIN, DRAWS),
+        (*SHARP, DRAWS),
+        *((*options, DRAWS // 5) for options in TRUNCATED),
+        *(pytest.param(*options, DRAWS, marks=pytest.mark.slow) for options in TRUNCATED),
+    ],
 )
-def test_draws_follow_the_exact_distribution(temperature, top_k, top_p):
+def test_draws_follow_the_exact_distribution(temperature, top_k, top_p, number):
     logits = logits_of_two()
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    count = DRAWS if (top_k, top_p) == (0, 1.0) else 20_000  # a truncated row is sorted for every draw on the CPU
     p_V = exact_V(logits, **options)
-    counts_V = torch.bincount(draws(logits, count, **options), minlength=VOCABULARY).double()
+    counts_V = torch.bincount(draws(logits, number, **options), minlength=VOCABULARY).double()
     assert counts_V[p_V == 0].sum() == 0
     # cells below five expected draws are joined, as the test's approximation wants
-    large_V = p_V * count >= 5
+    large_V = p_V * number >= 5
     observed = torch.cat([counts_V[large_V], counts_V[~large_V].sum()[None]])
-    expected = torch.cat([p_V[large_V], p_V[~large_V].sum()[None]]) * count
+    expected = torch.cat([p_V[large_V], p_V[~large_V].sum()[None]]) * number
     some = expected > 0
-    outcome = chisquare(observed[some].numpy(), (expected / expected.sum() * count)[some].numpy())
-    CASES_RUN["draws in chi-square tests"] += count
+    outcome = chisquare(observed[some].numpy(), (expected / expected.sum() * number)[some].numpy())
+    count("draws in chi-square tests", number)
+    kept, cells = int((p_V > 0).sum()), int(some.sum())
+    print(
+        f"\n{number:,} draws at temperature {temperature}, top_k {top_k}, top_p {top_p}: {kept} tokens kept, no other "
+        f"drawn; chi-square {outcome.statistic:.1f} over {cells} cells, p = {outcome.pvalue:.3f}"
+    )
     assert outcome.pvalue > 1e-3, outcome
 
 
@@ -130,7 +144,7 @@ def test_a_draw_is_one_of_the_kept_tokens(path, case, data):
         size = max(1e-5, float(x_V[x_V > -torch.inf].abs().max()) * 1e-5)
         assert x_V[token] > -torch.inf
         assert x_V[token] >= lowest - size
-        CASES_RUN["rows drawn from"] += 1
+        count("draws that must be of the kept tokens")
 
 
 def test_equal_tokens_are_kept_or_dropped_together():
