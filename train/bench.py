@@ -33,14 +33,22 @@ from minillama.config import read_config
 from minillama.device import pick_device
 from minillama.errors import exit_code
 from minillama.weights import resolve_folder
-from train.bench_parts import WIDE, both, full_sequences, large_vocabulary, sentence_pairs, what_each_brings
+from train.bench_parts import (
+    WIDE,
+    both,
+    full_sequences,
+    large_vocabulary,
+    loss_curves,
+    sentence_pairs,
+    what_each_brings,
+)
 from train.data import Example, responses
 from train.plan import SHAPES
 
 DEMO_TOKENIZER = Path(__file__).resolve().parent.parent / "demo" / "L"
 RESULTS = Path(__file__).parent / "results"
 EXAMPLES = """examples:
-  python -m train.bench                                     SmolLM2-135M's shape, built-in pairs; about half an hour
+  python -m train.bench                                     SmolLM2-135M's shape, built-in pairs; about 20 minutes
   python -m train.bench --steps 10 --rounds 2 --json        some minutes
   python -m train.bench --model DIR --pairs train.de.gz train.en.gz --source de --target en
   python -m train.bench --shape llama-3.2-1b --dtype bfloat16 --sequences 8 --length 2048       on a GPU
@@ -53,13 +61,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         folder, config = _model(options, Path(temporary))
         examples = _examples(options, config, folder)
         with both(options, folder) as workers:
-            # before the steps at random tokens: those would move the weights
             pairs = sentence_pairs(workers, examples, options)
             brings = what_each_brings(workers[0], examples, options)
             full = full_sequences(workers, config, options)
         wide = Path(temporary) / "wide"
         Llama(WIDE).init_weights(options.seed).save_pretrained(wide)
         memory = large_vocabulary(str(wide), options)
+        curves = loss_curves(folder, examples, options)
     on_cpu = options.device == "cpu"
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -71,11 +79,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_second_ratio": full["ratio"],
         "target_tokens_per_second_ratio": pairs["ratio"],
         "peak_memory_ratio": memory["ours_bytes"] / memory["theirs_bytes"],
-        "loss_difference": pairs["loss_difference"],
+        "loss_difference": curves["difference"],
         "full_sequences": full,
         "sentence_pairs": pairs,
         "what_each_brings": brings,
         "large_vocabulary": memory,
+        "loss_curves": curves,
     }
 
 
@@ -99,7 +108,7 @@ def _examples(options: argparse.Namespace, config: LlamaConfig, folder: str) -> 
     if len(tokenizer) > config.vocab_size:
         raise InputError(f"the tokenizer has {len(tokenizer)} entries, the model only {config.vocab_size}")
     pairs = read_pairs(options.pairs, options.source, options.target) if options.pairs else sample()
-    most = max(options.steps, options.rounds) * options.batch_size
+    most = max(options.steps * options.curve_batch_size, (options.rounds + 1) * options.batch_size)
     pairs = Pairs(pairs.source[:most], pairs.target[:most], 0, pairs.origin)
     languages = (options.source, options.target) if options.pairs else ("ja", "en")
     prompt, chat = Prompt.load(options.prompt), chat_format("auto", tokenizer)
@@ -120,7 +129,8 @@ def show(result: dict[str, Any]) -> None:
     print(f"{'':16}{ours:10.2f}{theirs:10.2f} {'GiB at the peak':18}{ours / theirs:7.2f}")
     ours, theirs = memory["ours_bytes"] / 2**30, memory["theirs_bytes"] / 2**30
     print(f"{'V = 128,256':16}{ours:10.2f}{theirs:10.2f} {'GiB at the peak':18}{result['peak_memory_ratio']:7.2f}")
-    print(f"{'loss curves':16}differ by at most {result['loss_difference']:.1e} over {pairs['steps']} steps")
+    steps = result["loss_curves"]["steps"]
+    print(f"{'loss curves':16}differ by at most {result['loss_difference']:.1e} over {steps} steps")
     for row in result["what_each_brings"]:
         print(f"  {row['layout']:20}{row['seconds']:8.2f} s a step, {row['times_the_one_before']:.2f} times faster")
 
@@ -141,9 +151,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", default="en", help="language code of the target side (en)")
     parser.add_argument("--prompt", default="paper", help="a built-in prompt's name or a TOML file (paper)")
     for name, default, text in (
-        ("steps", 100, "optimizer steps on pairs"),
-        ("batch-size", 16, "pairs of a step"),
-        ("rounds", 5, "steps on full sequences, and batches on which each measure is timed"),
+        ("rounds", 7, "steps of each kind that are timed"),
+        ("batch-size", 16, "pairs of a timed step"),
+        ("steps", 100, "steps of the loss curves"),
+        ("curve-batch-size", 4, "pairs of a step of the loss curves"),
         ("sequences", 4, "full sequences of a step"),
         ("length", 256, "tokens of a full sequence"),
         ("threads", 0, "of a system on the CPU; 0: PyTorch's choice"),
@@ -155,14 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: the first GPU, else the CPU")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (train/results)")
     options = parser.parse_args(argv)
-    for name, least in (
-        ("steps", 1),
-        ("batch_size", 1),
-        ("rounds", 1),
-        ("sequences", 1),
-        ("length", 1),
-        ("threads", 0),
-    ):
+    for name in ("rounds", "batch_size", "steps", "curve_batch_size", "sequences", "length", "threads"):
+        least = 0 if name == "threads" else 1
         if getattr(options, name) < least:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}")
     options.device = str(pick_device(options.device))

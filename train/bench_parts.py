@@ -144,40 +144,44 @@ def products_per_second(options: argparse.Namespace) -> float:
 def sentence_pairs(
     workers: tuple[Worker, Worker], examples: Sequence[Example], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Speed in target tokens, and the two loss curves."""
-    generator = np.random.default_rng(options.seed)
-    epochs = -(-options.steps * options.batch_size // len(examples))
-    order = np.concatenate([generator.permutation(len(examples)) for _ in range(epochs)])
-    seconds, targets, ours, theirs = [], [], [], []
-    for step in range(options.steps):
-        batch = [examples[i] for i in order[step * options.batch_size : (step + 1) * options.batch_size]]
-        (our_seconds, our_loss), (their_seconds, their_loss) = (worker.step(batch) for worker in workers)
-        ours.append(our_loss)
-        theirs.append(their_loss)
-        if step or options.steps == 1:
-            seconds.append((our_seconds, their_seconds))
+    """Speed in target tokens."""
+    seconds, targets = [], []
+    for number, batch in enumerate(_batches(examples, options.batch_size, options.rounds + 1, options.seed)):
+        one, other = (worker.step(batch)[0] for worker in workers)
+        if number:  # the first step warms up
+            seconds.append((one, other))
             targets.append(sum(example.targets for example in batch))
-        losses, times = f"{our_loss:.5f} and {their_loss:.5f}", f"{our_seconds:.2f} s and {their_seconds:.2f} s"
-        _say(f"pairs: step {step + 1} of {options.steps}, loss {losses}, {times}")
-    difference = max(abs(one - other) for one, other in zip(ours, theirs))
+            _say(f"pairs: step {number} of {options.rounds}, {one:.2f} s and {other:.2f} s")
     return {
         "batch_size": options.batch_size,
-        "steps": options.steps,
+        "steps": options.rounds,
         "tokens_per_example": statistics.mean(len(example.tokens) for example in examples),
         "targets_per_example": statistics.mean(example.targets for example in examples),
-        "loss_difference": difference,
-        "losses_ours": ours,
-        "losses_theirs": theirs,
         **_speeds(seconds, targets),
+    }
+
+
+def loss_curves(folder: str, examples: Sequence[Example], options: argparse.Namespace) -> dict[str, Any]:
+    """The losses of the same steps from the same weights; their time does not count, so the batches are small."""
+    losses: list[tuple[float, float]] = []
+    with both(options, folder) as workers:
+        for batch in _batches(examples, options.curve_batch_size, options.steps, options.seed):
+            ours, theirs = (worker.step(batch)[1] for worker in workers)
+            losses.append((ours, theirs))
+            _say(f"curves: step {len(losses)} of {options.steps}, {ours:.6f} and {theirs:.6f}")
+    return {
+        "batch_size": options.curve_batch_size,
+        "steps": options.steps,
+        "difference": max(abs(one - other) for one, other in losses),
+        "ours": [one for one, _ in losses],
+        "theirs": [other for _, other in losses],
     }
 
 
 def what_each_brings(worker: Worker, examples: Sequence[Example], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Our step on the same batches, one measure more each time; speed over the measure before."""
-    generator = np.random.default_rng(options.seed)
     seconds: list[list[float]] = []
-    for _ in range(options.rounds):
-        batch = [examples[i] for i in generator.permutation(len(examples))[: options.batch_size]]
+    for batch in _batches(examples, options.batch_size, options.rounds, options.seed):
         seconds.append([worker.step(batch, layout)[0] for layout in LAYOUTS])
         _say("what each brings: " + ", ".join(f"{name} {s:.2f} s" for name, s in zip(LAYOUTS, seconds[-1])))
     columns = list(zip(*seconds))
@@ -196,12 +200,22 @@ def large_vocabulary(folder: str, options: argparse.Namespace) -> dict[str, Any]
             for examples in _random_rows(WIDE, options, 2):
                 worker.step(examples)
             peaks.append(worker.peak())
+    _say(f"large vocabulary: {peaks[0]:,} and {peaks[1]:,} bytes")
     return {
         "vocabulary": WIDE.vocab_size,
         "tokens": options.sequences * options.length,
         "ours_bytes": peaks[0],
         "theirs_bytes": peaks[1],
     }
+
+
+def _batches(examples: Sequence[Example], size: int, count: int, seed: int) -> Iterator[list[Example]]:
+    """Drawn at random, each example once before any comes twice."""
+    generator = np.random.default_rng(seed)
+    epochs = -(-count * size // len(examples))
+    order = np.concatenate([generator.permutation(len(examples)) for _ in range(epochs)])
+    for start in range(0, count * size, size):
+        yield [examples[index] for index in order[start : start + size]]
 
 
 def _random_rows(config: LlamaConfig, options: argparse.Namespace, steps: int) -> Iterator[list[Example]]:

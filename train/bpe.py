@@ -17,6 +17,9 @@ BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 # A word named with --whole is counted this often, so that its merges are always learned.
 WHOLE_COUNT = 10_000
 FEWEST = 256 + 2
+EXAMPLES = """examples:
+  python -m train.bpe --text train.ja train.en --vocab-size 8000 --whole Japanese English --output runs/tokenizer
+"""
 
 
 def train_bpe(texts: Sequence[str], vocab_size: int, whole: Sequence[str], output: Path) -> int:
@@ -43,13 +46,13 @@ def train_bpe(texts: Sequence[str], vocab_size: int, whole: Sequence[str], outpu
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m train.bpe", description="Train a byte-level BPE tokenizer.")
+    parser = Parser(prog="python -m train.bpe", description="Train a byte-level BPE tokenizer.", epilog=EXAMPLES)
     parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text files, one document a line")
     parser.add_argument(
         "--vocab-size", type=int, default=8000, help="entries, with 256 bytes and 2 control tokens (8000)"
     )
     parser.add_argument("--whole", nargs="*", default=[], metavar="WORD", help="words that shall be one token each")
-    parser.add_argument("--output", required=True, metavar="DIR")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder that tokenizer.json is put into")
     arguments = parser.parse_args(argv)
     if arguments.vocab_size < FEWEST:
         raise InputError(f"--vocab-size is {arguments.vocab_size}; it must be at least {FEWEST}")

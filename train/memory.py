@@ -82,10 +82,12 @@ def memory_of(
     standing = table if settings.release_gradients else gradients
     ends = standing + max(layer + passing, table if config.tie_word_embeddings else 0)
     step = standing + WORKING.get(settings.optimizer_state, 0) * 4 * min(CHUNK, trained)
-    whole = _gathered(counts, config, settings, ranks)
-    if ranks > 1:  # the outer weights' gradients are cut last, from a copy that the ranks exchange
-        ends = standing + max(layer + passing + table, 2 * counts.outside_trained * size)
-    peak = weights + optimizer + max(whole + begins, whole + ends, step) + RESERVE[device]
+    if ranks > 1:
+        gathered = _Gathered(counts, config, size)
+        begins += gathered.outer + 2 * gathered.layer
+        ends = standing - gathered.outer_gradients // ranks + gathered.at_lowest_layer + layer + passing + table
+        step = max(step, standing + gathered.exchanged(ranks, device))
+    peak = weights + optimizer + _autocast_copies(counts, settings) + max(begins, ends, step) + RESERVE[device]
     if settings.checkpoint_activations:
         activations += layer
     return Memory(
@@ -115,15 +117,27 @@ def _head(config: LlamaConfig, settings: Settings, targets: int, device: str) ->
     return _Head(chunk, table + targets * config.hidden_size * _stream(settings))
 
 
-def _gathered(counts: "_Counts", config: LlamaConfig, settings: Settings, ranks: int) -> int:
-    """Copies of weights: autocast's until the step ends, and what is whole of a model in shards."""
-    size, found = BYTES[settings.dtype], 0
-    if _compute(settings) != size:
-        found += counts.matrices * _compute(settings)
-    if ranks > 1:  # the layer at work and the next, what stands outside layers, a layer's gradients and their copy
-        layer = (counts.base - counts.outside) // config.num_hidden_layers
-        found += (counts.outside + (2 if counts.adapters else 4) * layer) * size
-    return found
+def _autocast_copies(counts: "_Counts", settings: Settings) -> int:
+    """Of the weights in the type of the products, which autocast keeps until the step ends."""
+    return counts.matrices * _compute(settings) if _compute(settings) != BYTES[settings.dtype] else 0
+
+
+class _Gathered:
+    """What is whole of a model in shards, in bytes: weights while they are at work, gradients until they are cut.
+
+    What stands outside the layers is gathered from the first layer to the last; of the layers there is the one at work
+    and the next, and going backward the gradients of one and the copy of them that the ranks exchange.
+    """
+
+    def __init__(self, counts: "_Counts", config: LlamaConfig, size: int) -> None:
+        self.outer = counts.outside * size
+        self.outer_gradients = 0 if counts.adapters else self.outer
+        self.layer = (counts.base - counts.outside) // config.num_hidden_layers * size
+        self.at_lowest_layer = self.outer + (2 if counts.adapters else 4) * self.layer
+
+    def exchanged(self, ranks: int, device: str) -> int:
+        """At the end of backward: the outer gradients and their copy; gloo receives into one more part."""
+        return 2 * self.outer_gradients + (self.outer_gradients // ranks if device == "cpu" else 0)
 
 
 @dataclass(frozen=True)
@@ -134,10 +148,6 @@ class _Counts:
     vectors: int
     matrices: int
     outside: int
-
-    @property
-    def outside_trained(self) -> int:
-        return 0 if self.adapters else self.outside
 
 
 def linears(config: LlamaConfig) -> dict[str, tuple[int, int]]:

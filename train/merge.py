@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="the adapter's base: a folder or hub id")
     parser.add_argument("--adapter", required=True, metavar="DIR", help="folder with adapter_config.json")
-    parser.add_argument("--output", required=True, metavar="DIR")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the merged model")
     parser.add_argument("--save-dtype", default="", choices=list(DTYPES), help="of the file, when not the model's")
     arguments = parser.parse_args(argv)
     adapter, output = Path(arguments.adapter), Path(arguments.output)

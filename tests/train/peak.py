@@ -1,37 +1,26 @@
 """The peak memory of two training steps, measured: `python tests/train/peak.py '{"hidden_size": 512, …}' '{…}' N`.
 
-Prints, in bytes, the highest resident memory of the process over what it held before the model was made, after a small
-model had been trained to load what PyTorch loads on first use. N: positions of a forward pass. The C library is told by
-the environment to give freed blocks back, so that what is measured is what is held.
+Each rank prints, in bytes, the highest resident memory of its process over what it held before the model was made,
+after a small model had been trained to load what PyTorch loads on first use. N: positions of a forward pass. The C
+library is told by the environment to give freed blocks back, so that what is measured is what is held.
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
+from ranks import finish, start
 
 
-def measured_peak(config: dict, settings: dict, positions: int) -> int:
-    """Bytes, in a process of its own."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "2",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "0",
-    }
-    argv = [sys.executable, __file__, json.dumps(config), json.dumps(settings), str(positions)]
-    done = subprocess.run(argv, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+def measured_peak(config: dict, settings: dict, positions: int, ranks: int = 1) -> int:
+    """Bytes of the rank that held the most, each in a process of its own."""
+    argv = [__file__, json.dumps(config), json.dumps(settings), str(positions)]
+    give_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    return max(map(int, finish(start(ranks, argv, OMP_NUM_THREADS=str(2 // ranks), **give_back))))
 
 
-def train(config: dict, settings: dict, positions: int) -> None:
+def train(config: dict, settings: dict, positions: int, world) -> None:
     import torch
 
     from minillama import Llama, LlamaConfig
@@ -45,12 +34,12 @@ def train(config: dict, settings: dict, positions: int) -> None:
     model = Llama(LlamaConfig(**config)).init_weights(0).to(getattr(torch, chosen.dtype))
     if chosen.lora_rank:
         add_adapters(model, chosen)
-    forwards = -(-chosen.batch_size // (chosen.micro_batch_size or chosen.batch_size))
-    length = positions * forwards // chosen.batch_size
+    share = -(-chosen.batch_size // world.size)
+    length = positions // min(chosen.micro_batch_size or share, share)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config["vocab_size"], (chosen.batch_size, length + 1), generator=generator).tolist()
     with tempfile.TemporaryDirectory() as output:
-        trainer = Trainer(model, [Example(row, 1) for row in tokens], [], chosen, Path(output))
+        trainer = Trainer(model, [Example(row, 1) for row in tokens], [], chosen, Path(output), world)
         trainer.checkpoints.save = lambda *arguments: None  # the steps alone are measured
         trainer.run(False, Reporter(silent=True))
 
@@ -63,13 +52,16 @@ def memory(field: str) -> int:
 
 
 def main() -> None:
+    from train.distributed import started
+
     config, settings = json.loads(sys.argv[1]), json.loads(sys.argv[2])
     small = {**config, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 100, "num_hidden_layers": 1}
-    train(small, settings, 32)
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts again from here
-    before = memory("VmRSS")
-    train(config, settings, int(sys.argv[3]))
-    print(memory("VmHWM") - before)
+    with started("cpu") as world:
+        train(small, settings, 32, world)
+        Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts again from here
+        before = memory("VmRSS")
+        train(config, settings, int(sys.argv[3]), world)
+        print(memory("VmHWM") - before)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import tomllib
 import pytest
 
 from minillama.errors import exit_code
-from train import cpt, sft
+from train import bench, bpe, cpt, merge, plan, plot, sft
 
 
 def written(tmp_path, text):
@@ -83,6 +83,41 @@ def test_a_wrong_configuration_is_refused_in_one_line_before_any_work(tmp_path, 
     assert error.count("\n") == 1
     assert text in error
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("--epochs", "abc"), "argument --epochs: invalid int value: 'abc'"),
+        (("--packing", "none"), "argument --packing: invalid choice: 'none'"),
+        (("--bach-size=3",), "unknown argument --bach-size; did you mean --batch-size?"),
+        (("more",), "unknown argument more"),
+        (("--init", "config.json"), "argument --init: not allowed with argument --model"),
+        (("--config",), "argument --config: expected one argument"),
+        (("--lora-rank", "4", "--lora-targets", "q_proj,head"), "--lora-targets: unknown head"),
+        (("--lora-rank", "4", "--lora-layers", "7"), "--lora-layers 7: the model has the layers 0-1"),
+        (("--valid", "empty.tsv"), "--valid empty.tsv: no example in it"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_in_one_line(
+    tmp_path, pairs_tsv, model_folders, capsys, monkeypatch, words, text
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.tsv").write_text("")
+    argv = ["--model", str(model_folders["A"]), "--train", str(pairs_tsv / "train.tsv"), "--device", "cpu"]
+    assert exit_code(lambda: sft.main([*argv, "--output", "out", *words])) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert text in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module", [sft, cpt, plan, plot, merge, bench, bpe])
+def test_help_has_examples(module, capsys):
+    with pytest.raises(SystemExit) as end:
+        module.main(["--help"])
+    assert end.value.code == 0
+    assert f"examples:\n  python -m {module.__name__} " in capsys.readouterr().out
 
 
 def test_init_on_the_command_line_takes_the_place_of_the_files_model(tmp_path, config, model_folders, tokenizer_folder):

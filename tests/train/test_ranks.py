@@ -1,51 +1,14 @@
 """Two ranks are one: the same gradients, the same losses, checkpoints that either goes on from. gloo, on the CPU."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from ranks import HERE, finish, start
 
 from minillama import Llama
-
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-
-
-def start(ranks, arguments):
-    """The processes of a run, one a rank, as torchrun would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE.parent, HERE))),
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(ranks),
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        for rank in range(ranks)
-    ]
-
-
-def finish(processes):
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(errors)
 
 
 def run(ranks, *arguments):

@@ -16,13 +16,13 @@ def test_every_figure_comes_out_and_the_curves_are_one(tmp_path, model_folders, 
         monkeypatch.setattr(module, "WIDE", replace(bench.WIDE, vocab_size=2000))
     monkeypatch.setitem(bench_parts.ROOF_WIDTH, "cpu", 256)
     arguments = ["--model", str(model_folders["A"]), "--prompt", "plain", "--steps", "4", "--rounds", "1", "--json"]
-    arguments += ["--batch-size", "8", "--sequences", "2", "--length", "16", "--device", "cpu", "--threads", "1"]
+    arguments += ["--curve-batch-size", "8", "--sequences", "2", "--length", "16", "--device", "cpu", "--threads", "1"]
     assert bench.main([*arguments, "--lr", "1e-3", "--output", str(tmp_path / "results")]) == 0
     result = json.loads(capsys.readouterr().out)
     (saved,) = (tmp_path / "results").iterdir()
     assert json.loads(saved.read_text()) == result
     assert result["loss_difference"] < 1e-5
-    losses = result["sentence_pairs"]["losses_ours"]
+    losses = result["loss_curves"]["ours"]
     assert len(losses) == 4
     assert losses[-1] < losses[0]
     for name in ("tokens_per_second_ratio", "target_tokens_per_second_ratio", "peak_memory_ratio"):

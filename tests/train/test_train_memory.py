@@ -1,6 +1,7 @@
 """What train.plan says of memory: against what autograd keeps, and against measured peaks."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from train import plan
 from train.data import Example
 from train.lora import add_adapters
 from train.loss import target_loss
-from train.memory import linears, memory_of
+from train.memory import GIB, linears, memory_of
 from train.packing import pack
 from train.settings import Settings
 
@@ -87,19 +88,25 @@ def test_activations_are_what_autograd_keeps(given):
 
 
 @pytest.mark.parametrize(
-    ("shape", "given", "positions"),
+    ("shape", "given", "positions", "ranks"),
     [
-        ({}, {}, 512),
-        slow({"vocab_size": 48000, "num_hidden_layers": 3, "tie_word_embeddings": False}, {"batch_size": 2}, 128),
-        slow({"head_dim": 96}, {"release_gradients": True, "clip": 0.0, "optimizer_state": "int8"}, 384),
-        slow({"num_hidden_layers": 6}, {"lora_rank": 8, "checkpoint_activations": True}, 512),
+        ({}, {}, 512, 1),
+        slow({"vocab_size": 48000, "num_hidden_layers": 3, "tie_word_embeddings": False}, {"batch_size": 2}, 128, 1),
+        slow({"head_dim": 96}, {"release_gradients": True, "clip": 0.0, "optimizer_state": "int8"}, 384, 1),
+        slow({"num_hidden_layers": 6}, {"lora_rank": 8, "checkpoint_activations": True}, 512, 1),
+        slow({"num_hidden_layers": 8}, {"batch_size": 4}, 192, 4),
+        slow({"num_hidden_layers": 6, "head_dim": 96}, {"batch_size": 4, "checkpoint_activations": True}, 768, 2),
+        slow({"vocab_size": 48000, "num_hidden_layers": 3, "tie_word_embeddings": False}, {"batch_size": 2}, 64, 2),
     ],
 )
-def test_predicted_peaks_are_measured_within_a_tenth(shape, given, positions):
+def test_predicted_peaks_are_measured_within_a_tenth(shape, given, positions, ranks):
     config = {**LARGE, **shape}
-    measured = measured_peak(config, given, positions)
-    predicted = memory_of(LlamaConfig(**config), Settings(epochs=1, **given), positions, positions).peak
-    print(f"\n{given}: measured {measured / 2**20:.0f} MiB, predicted {predicted / 2**20:.0f} MiB")
+    measured = measured_peak(config, given, positions, ranks)
+    predicted = memory_of(LlamaConfig(**config), Settings(epochs=1, **given), positions, positions, ranks).peak
+    print(
+        f"\n{shape} {given} {positions} positions, {ranks} ranks: "
+        f"measured {measured / 2**20:.0f} MiB, predicted {predicted / 2**20:.0f} MiB"
+    )
     assert measured > 120 << 20
     assert predicted == pytest.approx(measured, rel=0.1)
 
@@ -127,6 +134,39 @@ def test_the_known_shapes_have_their_models_numbers_of_parameters():
         with torch.device("meta"):
             model = Llama(plan.shape_of(f"meta-llama/Llama-{name}"))
         assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize(("ranks", "positions"), [(1, 8192), (3, 4096), (8, 2048)])
+def test_each_rank_computes_its_share_of_the_sequences(ranks, positions, capsys):
+    argv = ["--model", "meta-llama/Llama-3.1-8B", "--gpu-memory", "80", "--ranks", str(ranks), "--batch-size", "4"]
+    assert plan.main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["positions"] == positions
+
+
+@pytest.mark.parametrize(
+    ("model", "memory"),
+    [("Llama-3.2-1B", 16), ("Llama-3.2-1B", 24), ("Llama-3.1-8B", 24), ("Llama-3.1-8B", 40), ("Llama-3.1-8B", 80)],
+)
+def test_no_change_is_proposed_that_is_not_needed(model, memory):
+    shape, settings = plan.shape_of(f"meta-llama/{model}"), Settings(epochs=1, packing="epoch")
+    changes = [change for change, _ in plan.changes_that_fit(shape, settings, memory * GIB, None, 1, "cuda")]
+
+    def peak(chosen):
+        changed = replace(settings, **{name: value for change in chosen for name, value in change.items()})
+        size = plan.forward_size(changed, 1)
+        return memory_of(shape, changed, size, size, 1, "cuda").peak
+
+    assert peak(changes) <= memory * GIB < peak([])
+    for number in range(len(changes)):
+        assert peak(changes[:number] + changes[number + 1 :]) > memory * GIB
+
+
+@pytest.mark.parametrize(
+    "words", [("--gpu-memory", "nan"), ("--gpu-memory", "0"), ("--ranks", "0"), ("--lora-targets", "head")]
+)
+def test_a_wrong_plan_is_refused(words):
+    with pytest.raises(InputError, match=words[0]):
+        plan.main(["--model", "meta-llama/Llama-3.2-1B", "--gpu-memory", "24", *words])
 
 
 def test_a_plan_of_a_folder_reads_its_configuration(model_folders, capsys):
