@@ -61,8 +61,10 @@ translate() { # NAME KIND BEAMS SOURCE REFERENCE OPTION…: OUTPUT/NAME.KIND.txt
 }
 
 three="L + S_src + S_tgt" five="L + 0*S_mt + S_src + S_tgt + 0*S_base"
-tune likelihood-3 "$three" --starts 10 --curve 10,20,50,100,200,500,1000
-tune likelihood-5 "$five" --curve 10,20,50,100,200,500,1000
+tune likelihood-3 "$three" --starts 10 --curve 10,20,50,100,200,500
+[ -s "$output/scipy.json" ] || "$python" "$here/tune_check.py" "$fit" "$fit_reference" \
+    "$output/likelihood-3.tune.json" "$output/scipy.json"
+tune likelihood-5 "$five" --curve 10,20,50,100,200,500
 tune bleu-3 "$three" --objective bleu
 tune bleu-5 "$five" --objective bleu
 

@@ -38,10 +38,13 @@ def main(output: str, *names: str) -> None:
             kind: max(by_hand, key=lambda row: row[kind]["bleu"])["name"] for kind in ("hand", "greedy", "beam")
         },
         "fits": {path.name.split(".")[0]: read(path.name) for path in sorted(folder.glob("*.tune.json"))},
+        "scipy": read("scipy.json"),
         "compared": compared,
         "run": {key: read(f"{names[0]}.greedy.json")[key] for key in ("bleu_signature", "chrf_signature", "versions")},
     }
-    write_whole(folder / "tune-demo.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    root = f"{Path(__file__).resolve().parent.parent}/"
+    text = json.dumps(found, indent=1, ensure_ascii=False).replace(root, "")
+    write_whole(folder / "tune-demo.json", text + "\n")
     for row in systems:
         print(f"{row['name']:14} {row['greedy']['bleu']:6.2f} {row['beam']['bleu']:6.2f}  {row['combine']}")
 
