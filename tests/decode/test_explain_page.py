@@ -108,8 +108,8 @@ def test_the_page_stands_by_itself_and_holds_any_text(tmp_path):
     addresses = [value for name, value in page.attributes if name in ("src", "href", "action", "data", "srcset")]
     assert addresses == ["data:,"]
     assert any(value.startswith("default-src 'none'") for name, value in page.attributes if name == "content")
-    text = (tmp_path / "r.html").read_text(encoding="utf-8")
-    assert not re.search(r"https?:|@import|url\(|fetch\(|XMLHttpRequest|innerHTML|@@(?!end@@ 文)", text)
+    text = (tmp_path / "r.html").read_text(encoding="utf-8").replace("@@end@@ 文", "")
+    assert not re.search(r"https?:|@import|url\(|fetch\(|XMLHttpRequest|innerHTML|@@", text)
 
 
 def test_figures_have_four_decimals_and_the_decider_behind_them(tmp_path):
@@ -254,7 +254,7 @@ def test_standard_input_is_explained_as_it_streams(model_folders, tmp_path):
 
 
 def test_an_interrupted_run_leaves_the_page_of_what_was_finished(model_folders, tmp_path):
-    (tmp_path / "src.txt").write_text("\n".join(sorted(sample().source, key=len)[::-1] * 100) + "\n", encoding="utf-8")
+    (tmp_path / "src.txt").write_text("\n".join(sorted(sample().source, key=len)[::-1] * 20) + "\n", encoding="utf-8")
     argv = arguments(model_folders, tmp_path, "--batch-size", "2", "--explain", str(tmp_path / "r.html"))
     with command(*argv) as process:
         process.stderr.readline()  # what it will do
@@ -264,7 +264,7 @@ def test_an_interrupted_run_leaves_the_page_of_what_was_finished(model_folders, 
         process.send_signal(signal.SIGINT)
         error = process.stderr.read().decode()
         assert process.wait(60) == 130
-    count = int(re.search(r"interrupted: ([\d,]+) of 4,000", error)[1].replace(",", ""))
+    count = int(re.search(r"interrupted: ([\d,]+) of 800", error)[1].replace(",", ""))
     page = page_of(tmp_path / "r.html")
     assert len(page.sentences) == count
     assert not page.end["whole"]
@@ -277,7 +277,8 @@ def test_as_text_it_takes_the_place_of_the_translations_on_standard_output(model
     assert main(arguments(model_folders, tmp_path, "--output", "-", "--explain", "-")) == 0
     blocks = capfd.readouterr().out.split("\n\n")
     assert len([block for block in blocks if block.strip()]) == len(SENTENCES) - 1
-    assert blocks[0].split("\n")[:2] == [f"1  {SENTENCES[0]}", f"   {translations[0]}"]
+    shown = re.sub("[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", translations[0])
+    assert blocks[0].split("\n")[:2] == [f"1  {SENTENCES[0]}", f"   {shown}"]
     assert main(arguments(model_folders, tmp_path, "--explain", "-")) == 0
     assert capfd.readouterr().out.startswith(f"1  {SENTENCES[0]}")
     assert (tmp_path / "hyp.txt").read_text(encoding="utf-8").split("\n") == translations
@@ -333,8 +334,9 @@ def test_the_page_in_a_browser_by_keyboard_dark_and_on_a_phone(tmp_path):
         browser.press("/", "9", "9")
         browser.wait("document.querySelectorAll('article').length === 1")
         assert browser.value("document.querySelector('article').id") == "s100"
-        filters = "const f = document.getElementById('{}'); f.value = '{}'; f.dispatchEvent(new Event('{}'));"
-        browser.value("{" + filters.format("text", "", "input") + filters.format("overruled", "0", "change") + "}")
+        for name, value, event in (("text", "", "input"), ("overruled", "0", "change")):
+            browser.value(f"document.getElementById('{name}').value = '{value}'")
+            browser.value(f"document.getElementById('{name}').dispatchEvent(new Event('{event}'))")
         browser.wait("document.querySelectorAll('article').length === 1")
         assert browser.value("document.querySelectorAll('.token:not(.dim)').length") == 1
         light = browser.value("getComputedStyle(document.body).backgroundColor")
