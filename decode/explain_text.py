@@ -128,4 +128,4 @@ def _safe(text: str) -> str:
 
 def _probability(logprob: float) -> str:
     value = math.exp(logprob)
-    return f"{value:.2f}" if value >= 0.095 else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
