@@ -42,7 +42,7 @@ const make = (tag, attributes = {}, ...children) => {
 const minus = (text) => text.replace("-", "\u2212");
 const probability = (logprob) => {
   const p = Math.exp(logprob);
-  if (p >= 0.001) return p > 0.9995 ? "1.00" : p.toFixed(p < 0.1 ? 3 : 2);
+  if (p >= 0.001) return p.toFixed(p < 0.1 ? 3 : 2);
   return logprob < -300 ? "0" : minus(p.toExponential(0));
 };
 const signed = (value) => (value < 0 ? minus(value.toFixed(2)) : "+" + value.toFixed(2));
@@ -143,7 +143,7 @@ function article(s, want) {
   });
   s.tokens.forEach((t, number) => {
     const raw = text(t.id),
-      isEnd = number === s.tokens.length - 1 && /^<\|?.*\|?>$/.test(raw);
+      isEnd = s.finished === "stop" && number === s.tokens.length - 1;
     const over = overruled(t, 0);
     const label =
       `${raw.trim() || "space"}, ${probability(t.logprob)}, decided by ${t.by < 0 ? run.other : names[t.by]}` +

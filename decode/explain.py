@@ -71,31 +71,29 @@ def explain(
 
     tokens, logprobs: the chosen ones, and their log-probabilities in nats under the combined distribution.
     """
-    device = logits[0].device
-    token_R1 = torch.tensor(tokens, device=device)[:, None]
-    x_RV = _combined(logits, weights_N)
+    weights_N = weights_N.double()
+    token_R1 = torch.tensor(tokens, device=logits[0].device)[:, None]
+    logits = [logits_RV.float() for logits_RV in logits]
+    x_RV = _combined(logits, weights_N.float())
     chosen_R1 = x_RV.gather(1, token_R1).double()
     runner_up_R1 = x_RV.scatter_(1, token_R1, -torch.inf).argmax(dim=1, keepdim=True)
-    behind_R = (x_RV.gather(1, runner_up_R1).double() - chosen_R1)[:, 0]
+    behind_R1 = x_RV.gather(1, runner_up_R1).double() - chosen_R1
     both_R2 = torch.cat((token_R1, runner_up_R1), dim=1)
-    rows = [runner_up_R1[:, 0], behind_R]
-    for logits_RV, weight in zip(logits, weights_N):
-        logits_RV = logits_RV.float()
-        own_R2 = logits_RV.gather(1, both_R2)
-        peak_R1 = logits_RV.amax(dim=1, keepdim=True)
-        log_total_R = _sum(torch.sub(logits_RV, peak_R1).exp_()).log()
-        rank_R, best_R = _rank_and_best(logits_RV, token_R1, own_R2[:, :1], peak_R1)
-        own_R2 = own_R2.double()
-        push_R = weight.double() * (own_R2[:, 0] - own_R2[:, 1])
-        own_R = own_R2[:, 0] - peak_R1[:, 0].double() - log_total_R
-        rows += [own_R, rank_R, push_R, best_R, -log_total_R]
-    found = torch.stack([row.double() for row in rows]).round(decimals=DECIMALS).T.tolist()
+    both_NR2 = torch.stack([logits_RV.gather(1, both_R2) for logits_RV in logits])
+    peak_NR = torch.stack([logits_RV.amax(dim=1) for logits_RV in logits])
+    log_total_NR = _log_totals(logits, peak_NR)
+    rank_NR, best_NR = _ranks_and_bests(logits, both_NR2[:, :, 0], peak_NR, token_R1[:, 0])
+    push_NR = weights_N[:, None] * (both_NR2[:, :, 0].double() - both_NR2[:, :, 1].double())
+    own_NR = both_NR2[:, :, 0].double() - peak_NR.double() - log_total_NR
+    parts = [runner_up_R1.T, behind_R1.T, own_NR, rank_NR, push_NR, best_NR, -log_total_NR]
+    found = torch.cat([part.double() for part in parts]).round(decimals=DECIMALS).T.tolist()
     return [_explanation(token, logprob, values) for token, logprob, values in zip(tokens, logprobs, found)]
 
 
 def _explanation(token: int, logprob: float, values: list[float]) -> Explanation:
     runner_up, behind, *of_members = values
-    own, ranks, pushes, bests, best_logprobs = (of_members[start::5] for start in range(5))
+    count = len(of_members) // 5
+    own, ranks, pushes, bests, best_logprobs = (of_members[at * count : (at + 1) * count] for at in range(5))
     alone = behind == -torch.inf
     return Explanation(
         token,
@@ -112,29 +110,39 @@ def _explanation(token: int, logprob: float, values: list[float]) -> Explanation
 
 def _combined(logits: Sequence[Tensor], weights_N: Tensor) -> Tensor:
     """The weighted sum (R, V) in float32 as the kernels form it, -inf where a member masks."""
-    x_RV = logits[0].float() * weights_N[0]
+    x_RV = logits[0] * weights_N[0]
     for logits_RV, weight in zip(logits[1:], weights_N[1:]):
-        x_RV += logits_RV.float() * weight
+        x_RV += logits_RV * weight
     low, high = x_RV.aminmax()
     if low > -torch.inf and high < torch.inf:  # both carry NaN
         return x_RV
     return reference.combine(Request(tuple(logits), weights_N))[0]
 
 
-def _rank_and_best(logits_RV: Tensor, token_R1: Tensor, own_R1: Tensor, peak_R1: Tensor) -> tuple[Tensor, Tensor]:
-    """(R,) 1 + the number of larger logits, and the token with the largest; only rows in which it is another are read.
+def _log_totals(logits: Sequence[Tensor], peak_NR: Tensor) -> Tensor:
+    """(N, R): the log of each member's sum of exponentials about its peak.
 
-    Of equal logits the chosen token's counts as the largest.
+    Added split by split: a single long row would be added in another order than one of several.
     """
-    rank_R, best_R = torch.ones_like(token_R1[:, 0]), token_R1[:, 0].clone()
-    (other_S,) = (own_R1 < peak_R1)[:, 0].nonzero(as_tuple=True)
-    if len(other_S):
-        logits_SV = logits_RV[other_S]
-        rank_R[other_S] += (logits_SV > own_R1[other_S]).sum(dim=1)
-        best_R[other_S] = logits_SV.argmax(dim=1)
-    return rank_R, best_R
+    shifted_NRV = torch.empty(len(logits), *logits[0].shape, device=peak_NR.device)
+    for logits_RV, peak_R, shifted_RV in zip(logits, peak_NR, shifted_NRV):
+        torch.sub(logits_RV, peak_R[:, None], out=shifted_RV)
+    parts = [part_NRC.sum(dim=2) for part_NRC in shifted_NRV.exp_().split(SPLIT, dim=2)]
+    return torch.stack(parts).sum(dim=0).log()
 
 
-def _sum(values_RV: Tensor) -> Tensor:
-    """(R,), split by split: a single long row would be added in another order than one of several."""
-    return torch.stack([part.sum(dim=1) for part in values_RV.split(SPLIT, dim=1)]).sum(dim=0)
+def _ranks_and_bests(
+    logits: Sequence[Tensor], own_NR: Tensor, peak_NR: Tensor, token_R: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(N, R) 1 + the number of larger logits than the token's own, and the token with the largest.
+
+    Rows are read only where that is another token. Of equal logits the chosen token's counts as the largest.
+    """
+    rank_NR, best_NR = torch.ones_like(own_NR, dtype=torch.int64), token_R.repeat(len(logits), 1)
+    elsewhere_NR = own_NR < peak_NR
+    rows = [logits_RV[there_R] for logits_RV, there_R in zip(logits, elsewhere_NR)]
+    rows_SV = torch.cat(rows)
+    if len(rows_SV):
+        rank_NR[elsewhere_NR] += (rows_SV > own_NR[elsewhere_NR][:, None]).sum(dim=1)
+        best_NR[elsewhere_NR] = rows_SV.argmax(dim=1)
+    return rank_NR, best_NR

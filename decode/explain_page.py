@@ -94,6 +94,7 @@ class PageWriter(OrderedWriter):
             "source": source,
             "reference": self.explained.reference(line),
             "text": record.text,
+            "finished": record.finished,
             "tokens": [_figures(explanation) for explanation in explanations],
         }
         return _json(row)

@@ -13,6 +13,7 @@ import math
 import shutil
 import sys
 from collections.abc import Sequence
+from unicodedata import category
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -24,6 +25,8 @@ from decode.explain_page import Explained
 from decode.journal import Record
 from decode.output import OrderedWriter
 
+# Kinds of characters that would not be seen, or would move the cursor: shown as escapes.
+UNSEEN = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"}
 # Of the members in their order, as terminals have them.
 COLOURS = ("blue", "yellow", "green", "magenta", "red", "cyan", "bright_blue", "bright_green")
 
@@ -88,9 +91,9 @@ def _head(explained: Explained, line: int, source: str, record: Record) -> list[
     reference = explained.reference(line)
     indent = " " * (len(number) + 2)
     return [
-        f"{number}  {source}",
-        f"{indent}{record.text}",
-        *([] if reference is None else [f"{indent}reference: {reference}"]),
+        f"{number}  {_safe(source)}",
+        f"{indent}{_safe(record.text)}",
+        *([] if reference is None else [f"{indent}reference: {_safe(reference)}"]),
     ]
 
 
@@ -115,11 +118,14 @@ def _cells(explained: Explained, explanation: Explanation) -> list[str]:
 
 
 def _visible(explained: Explained, token: int) -> str:
-    """Without the space before a word; what else would not be seen, or would move the cursor, as an escape."""
-    text = explained.piece(token).removeprefix(" ")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) or "␣"
+    """Without the space before a word."""
+    return _safe(explained.piece(token).removeprefix(" ")) or "␣"
+
+
+def _safe(text: str) -> str:
+    return "".join(c.encode("unicode_escape").decode() if category(c) in UNSEEN else c for c in text)
 
 
 def _probability(logprob: float) -> str:
     value = math.exp(logprob)
-    return f"{value:.2f}" if value >= 0.095 else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"

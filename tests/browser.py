@@ -140,9 +140,11 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=800)
     parser.add_argument("--scale", type=float, default=1)
     parser.add_argument("--dark", action="store_true")
+    parser.add_argument("--script", default="0", help="JavaScript to run before the picture is taken")
     arguments = parser.parse_args()
     with Browser() as browser:
         browser.open(arguments.page, arguments.width, arguments.height, arguments.scale, arguments.dark)
+        browser.value(arguments.script)
         Path(arguments.output).write_bytes(browser.picture())
         print(browser.value("[innerWidth, document.documentElement.scrollWidth]"), browser.problems)
 
