@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import PackedLinear
+from kernels import PackedLinear, backend
 from kernels.packed_linear import has_bfloat16_instructions
 from minillama import KVCache, Llama, LlamaConfig
 from minillama.model import Layer, RMSNorm, rope_frequencies
@@ -136,11 +136,14 @@ class PreparedLlama:
         self.embedding_VD = model.model.embed_tokens.weight.detach()
         width, eps = self.config.hidden_size, self.config.rms_norm_eps
         self.tail_E = torch.tensor([(width * eps) ** 0.5, *[0.0] * (TAIL - 1)], device=self.device)
+        layer_kind = PreparedLayer
+        if self.storage == "plain" and backend(self.device) == "triton":
+            from decode.gpu_layer import GpuLayer as layer_kind
         self.layers = []
         with torch.no_grad():
             for number, layer in enumerate(model.model.layers):
                 assert isinstance(layer, Layer)
-                self.layers.append(PreparedLayer(layer, self))
+                self.layers.append(layer_kind(layer, self))
                 if consume:
                     model.model.layers[number] = nn.Identity()
             self.norm = Norm(model.model.norm, self.storage)
@@ -233,11 +236,13 @@ class PreparedLayer:
         turn(qkv_RO[:, : self.turned].view(len(qkv_RO), -1, self.head_dim // 2, 2), positions.turn_RHC)
         entries_PJ.index_copy_(0, positions.slot_R, qkv_RO[:, self.queries :].to(entries_PJ.dtype))
         q_RGKC = qkv_RO[:, : self.queries].view(-1, self.groups, self.kv_heads, self.head_dim).to(entries_PJ.dtype)
-        attended_RD = self.output(self.attend(q_RGKC.transpose(1, 2), positions, number))
-        x_RD += attended_RD if self.part is None else self.part.summed(attended_RD, self.ordered)
+        x_RD += self.summed(self.output(self.attend(q_RGKC.transpose(1, 2), positions, number).float()))
         h_RD = self.post_norm(stream_RE)
-        fed_RD = self.down(self.up(h_RD, multiply=self.gate(h_RD, silu=True)))
-        x_RD += fed_RD if self.part is None else self.part.summed(fed_RD, self.ordered)
+        x_RD += self.summed(self.down(self.up(h_RD, multiply=self.gate(h_RD, silu=True))))
+
+    def summed(self, part_RD: Tensor) -> Tensor:
+        """What is added to the residual stream: of a part of a model the sum of all parts', in float32."""
+        return part_RD if self.part is None else self.part.summed(part_RD.float(), self.ordered)
 
     def attend(self, q_RKGC: Tensor, positions: Pass, number: int) -> Tensor:
         """(R, H*C) in the order (G, K, C): every position's G queries of a key head against its row's keys."""
@@ -249,7 +254,7 @@ class PreparedLayer:
             out_RKGC = torch.empty_like(q_RKGC)
             for at, layers, mask in blocks:
                 out_RKGC[at] = F.scaled_dot_product_attention(q_RKGC[at], *layers[number], attn_mask=mask)
-        return out_RKGC.transpose(1, 2).reshape(-1, self.queries).float()
+        return out_RKGC.transpose(1, 2).reshape(-1, self.queries)
 
 
 class Norm:

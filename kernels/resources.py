@@ -93,6 +93,7 @@ def variants() -> Iterator[Variant]:
     for dtype in (torch.bfloat16, torch.float32):
         yield _loss_variant(f"gradient in place {_short(dtype)}", dtype)
     yield _loss_variant("gradient in place bf16, not aligned", torch.bfloat16, vocabulary=50_257)
+    yield from _layer_variants()
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -161,6 +162,26 @@ def _loss_variant(name: str, dtype: torch.dtype, vocabulary: int = 128_256) -> V
     aligned = vocabulary % 16 == 0
     kernel = path._cross_entropy_kernel
     return Variant("linear_cross_entropy", name, kernel, positional, switches, path.LAUNCH_OPTIONS, aligned)
+
+
+def _layer_variants() -> Iterator[Variant]:
+    """Llama-3.2-1B's layer in bf16, four rows."""
+    from kernels import layer_triton as path
+
+    rows, width, queries, keys, channels = 4, 2048, 32, 8, 64
+    stream_RD, scale_D = torch.empty(rows, width + 16)[:, :width], torch.empty(width)
+    x_RD = torch.empty(rows, width, dtype=torch.bfloat16)
+    qkv_RO = torch.empty(rows, (queries + 2 * keys) * channels, dtype=torch.bfloat16)
+    turn_RHC2 = torch.empty(rows, queries + keys, channels // 2, 2)
+    slot_R, entries_PJ = torch.zeros(rows, dtype=torch.int64), torch.empty(256, 2 * keys * channels, dtype=x_RD.dtype)
+    turn = path.turn_arguments(qkv_RO, turn_RHC2, slot_R, x_RD, entries_PJ, queries, keys)
+    for name, function, (positional, switches, options) in (
+        ("norm", path._norm_kernel, path.norm_arguments(stream_RD, scale_D, 1e-5, x_RD, None)),
+        ("add and norm", path._norm_kernel, path.norm_arguments(stream_RD, scale_D, 1e-5, x_RD, x_RD)),
+        ("turn and store", path._turn_kernel, turn),
+        ("silu and multiply", path._silu_kernel, path.silu_arguments(x_RD, x_RD, x_RD)),
+    ):
+        yield Variant("layer", name, function, positional, switches, options)
 
 
 def compile_variant(variant: Variant, target: Target):

@@ -153,6 +153,9 @@ class LlamaPart(Llama):
     def forward(self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
         return self.part.logits(super().forward(tokens, cache, positions), self.config.vocab_size)
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        raise NotImplementedError("a part is no model that could be loaded; save the whole one")
+
 
 class _SummedLinear(Linear):
     def __init__(self, inputs: int, outputs: int, bias: bool, part: Part) -> None:

@@ -88,21 +88,19 @@ def test_each_process_holds_half(folders, group):
             assert found[name]["cache bytes"] == prepared.cache(1, 64).nbytes / 2
 
 
-@pytest.mark.parametrize("members", ["one split", "both split"])
-def test_every_way_of_decoding_gives_the_tokens_of_one_process(folders, prompts, group, members):
+def test_every_way_of_decoding_gives_the_tokens_of_one_process(folders, prompts, group):
     models = {name: Llama.from_pretrained(folder) for name, folder in folders.items()}
     expected = parallel_worker.decoded(models, prompts)
-    assert group[0][members] == group[1][members]  # to the bit
-    found = group[0][members]
-    assert found.pop("alone")
-    assert expected.pop("alone")
-    for (tokens, logprobs), (own_tokens, own_logprobs) in zip(expected.pop("beam"), found.pop("beam")):
+    assert group[0] == group[1]  # to the bit
+    assert group[0]["alone"] == group[0]["both split"]["greedy"][1][0]
+    for members in ("one split", "both split"):
+        for way, (tokens, logprobs) in group[0][members].items():
+            assert tokens == expected[way][0]
+            for ours, theirs in zip(logprobs, expected[way][1]):
+                assert ours == pytest.approx(theirs, abs=1e-5)
+    for (tokens, scores), (own_tokens, own_scores) in zip(parallel_worker.searched(models, prompts), group[0]["beam"]):
         assert own_tokens == tokens
-        assert own_logprobs == pytest.approx(logprobs, abs=1e-5)
-    for way, (tokens, logprobs) in expected.items():
-        assert found[way][0] == tokens
-        for ours, theirs in zip(found[way][1], logprobs):
-            assert ours == pytest.approx(theirs, abs=1e-5)
+        assert own_scores == pytest.approx(scores, abs=1e-5)
 
 
 @pytest.mark.gpu
@@ -114,8 +112,7 @@ def test_two_gpus_decode_what_one_process_does(folders, prompts):
     group = found_by_two(folders, prompts, on_gpu=True)
     assert group[0]["both split"] == group[1]["both split"]
     for members in ("one split", "both split"):
-        for way in parallel_worker.WAYS:
-            tokens, logprobs = group[0][members][way]
+        for way, (tokens, logprobs) in group[0][members].items():
             assert tokens == expected[way][0]
             for ours, theirs in zip(logprobs, expected[way][1]):
                 assert ours == pytest.approx(theirs, abs=1e-3)

@@ -1,0 +1,49 @@
+"""A model whose layers run as they do on a GPU, here through Triton's interpreter, is the model."""
+
+import os
+
+import pytest
+import torch
+from tiny import tiny_model
+
+if not torch.cuda.is_available():  # read when a kernel is defined
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+from decode.gpu_layer import GpuLayer
+from decode.prepare import Pass, PreparedLlama, Span
+
+WHERE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if WHERE == "cuda" else []
+SHAPES = {
+    "grouped": {},
+    "odd head": {"head_dim": 10},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "untied, many groups": {"tie_word_embeddings": False, "num_attention_heads": 6, "num_key_value_heads": 2},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+@torch.inference_mode()
+def test_its_logits_are_the_models_own(monkeypatch, shape, dtype, within):
+    monkeypatch.setenv("COLLAB_KERNELS", "triton")
+    model = tiny_model(7, **SHAPES[shape])
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("norm.weight", "bias")):
+            parameter += torch.randn(parameter.shape, generator=generator) * 0.2
+    model = model.to(WHERE, dtype)
+    prepared = PreparedLlama(model, "plain", invariant=False)
+    assert all(isinstance(layer, GpuLayer) for layer in prepared.layers)
+    tokens = torch.randint(400, (2, 13), generator=generator).to(WHERE)
+    expected_BTV = model.float()(tokens)
+    cache = prepared.cache(3, 13)
+    found = []
+    for first, last in ((0, 8), (8, 9), (9, 13)):  # a prompt, a step, several tokens
+        positions = Pass(prepared.config, [Span(0, 2, last - first)], [first, first], cache)
+        hidden_RD = prepared.hidden(tokens[:, first:last].flatten(), positions, cache)
+        found.append(prepared.logits(hidden_RD).float().view(2, last - first, -1))
+    found_BTV = torch.cat(found, dim=1)
+    assert (found_BTV - expected_BTV).abs().max() < within * expected_BTV.abs().max()
+    assert not cache.entries_LBSEKC[:, 2].any()

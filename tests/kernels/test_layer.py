@@ -1,0 +1,95 @@
+"""What stands between a layer's products on a GPU, against float64."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_cases import CASES_RUN
+
+pytest.importorskip("triton")
+layer = pytest.importorskip("kernels.layer_triton")
+
+WHERE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if WHERE == "cuda" else []
+DTYPES = st.sampled_from((torch.float32, torch.bfloat16))
+HEADS = st.sampled_from(((4, 2), (9, 3), (1, 1)))  # of queries, of keys
+QUICK = settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+
+
+def normal(seed, *shape, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(WHERE, dtype)
+
+
+def close(found, expected, dtype):
+    """Within a few roundings of what was written."""
+    within = {torch.float32: 3e-6, torch.bfloat16: 2**-7}[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=within, atol=within)
+
+
+@QUICK
+@given(st.integers(1, 5), st.sampled_from((1, 16, 33, 576)), DTYPES, st.booleans(), st.integers(0, 10**6))
+def test_a_norm_takes_the_addition_before_it_along(rows, width, dtype, adds, seed):
+    stream_RE, scale_D = normal(seed, rows, width + 16), normal(seed + 1, width)
+    delta_RD = normal(seed + 2, rows, width, dtype=dtype) if adds else None
+    expected_RD = stream_RE[:, :width].double() + (delta_RD.double() if adds else 0.0)
+    tail = stream_RE[:, width:].clone()
+    found_RD = layer.normed(stream_RE[:, :width], scale_D, 1e-5, dtype, delta_RD)
+    close(stream_RE[:, :width], expected_RD, torch.float32)
+    assert torch.equal(stream_RE[:, width:], tail)
+    assert found_RD.dtype == dtype
+    mean_R1 = expected_RD.square().mean(dim=1, keepdim=True)
+    close(found_RD, expected_RD / (mean_R1 + 1e-5).sqrt() * scale_D.double(), dtype)
+    CASES_RUN["layer"] += 1
+
+
+@QUICK
+@given(st.integers(1, 5), HEADS, st.sampled_from((2, 10, 64)), DTYPES, st.integers(0, 10**6))
+def test_queries_and_keys_turn_and_keys_and_values_are_stored(rows, heads, width, dtype, seed):
+    queries, keys = heads
+    qkv_RO = normal(seed, rows, (queries + 2 * keys) * width, dtype=dtype)
+    angle_RC = normal(seed + 1, rows, width // 2) * 30
+    turn_RHC = torch.polar(torch.ones_like(angle_RC), angle_RC)[:, None].expand(-1, queries + keys, -1).contiguous()
+    slot_R = torch.randperm(9, generator=torch.Generator().manual_seed(seed))[:rows].to(WHERE)
+    entries_PJ = normal(seed + 2, 9, 2 * keys * width, dtype=dtype)
+    before_PJ = entries_PJ.clone()
+    query_RQ = layer.turned_and_stored(qkv_RO, turn_RHC, slot_R, entries_PJ, queries, keys)
+    pairs_RHC = torch.view_as_complex(qkv_RO.double().view(rows, -1, width // 2, 2))
+    turned_RHC = pairs_RHC[:, : queries + keys] * turn_RHC.to(torch.complex128)
+    whole_RHC = torch.cat((turned_RHC, pairs_RHC[:, queries + keys :]), dim=1)
+    expected_RO = torch.view_as_real(whole_RHC).flatten(1)
+    assert query_RQ.dtype == dtype
+    close(query_RQ, expected_RO[:, : queries * width], dtype)
+    close(entries_PJ[slot_R], expected_RO[:, queries * width :], dtype)
+    others = [slot for slot in range(9) if slot not in slot_R.tolist()]
+    assert torch.equal(entries_PJ[others], before_PJ[others])
+    CASES_RUN["layer"] += 1
+
+
+@QUICK
+@given(st.integers(1, 5), st.sampled_from((1, 48, 2048, 3001)), DTYPES, st.integers(0, 10**6))
+def test_the_gate_is_multiplied(rows, width, dtype, seed):
+    gate_RF, up_RF = normal(seed, rows, width, dtype=dtype) * 20, normal(seed + 1, rows, width, dtype=dtype)
+    found_RF = layer.silu_multiplied(gate_RF, up_RF)
+    assert found_RF.dtype == dtype
+    close(found_RF, torch.nn.functional.silu(gate_RF.double()) * up_RF.double(), dtype)
+    CASES_RUN["layer"] += 1
+
+
+def test_a_rows_bits_do_not_depend_on_the_others():
+    stream_RD, scale_D = normal(0, 7, 576), normal(1, 576)
+    qkv_RO, gate_RF = normal(2, 7, 5 * 64), normal(3, 7, 300)
+    angle_RC = normal(4, 7, 32)
+    turn_RHC = torch.polar(torch.ones_like(angle_RC), angle_RC)[:, None].expand(-1, 4, -1).contiguous()
+    slot_R = torch.arange(7, device=WHERE)
+
+    def results(rows):
+        entries_PJ = torch.zeros(7, 2 * 64, device=WHERE)
+        query_RQ = layer.turned_and_stored(qkv_RO[rows], turn_RHC[rows], slot_R[rows], entries_PJ, 3, 1)
+        silu_RF = layer.silu_multiplied(gate_RF[rows], gate_RF[rows])
+        return layer.normed(stream_RD[rows], scale_D, 1e-6, torch.float32), query_RQ, entries_PJ[rows], silu_RF
+
+    together = results(slice(None))
+    for row in range(7):
+        for alone, among in zip(results(slice(row, row + 1)), together):
+            assert torch.equal(alone[0], among[row])
