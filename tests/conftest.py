@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 
 from pathlib import Path
 
+import counts
 import pytest
 import torch
 from hypothesis import settings
@@ -21,6 +22,10 @@ from train.bpe import train_bpe
 # How long an example takes is the machine's affair: it may have other work.
 settings.register_profile("no clock", deadline=None)
 settings.load_profile("no clock")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(counts.Totals())
 
 
 @pytest.fixture(autouse=True, scope="session")

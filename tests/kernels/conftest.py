@@ -10,7 +10,6 @@ if not torch.cuda.is_available():
 
 import pytest
 from hypothesis import settings
-from kernel_cases import CASES_RUN
 
 settings.register_profile("kernels", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("kernels")
@@ -29,11 +28,3 @@ def path(request, monkeypatch):
     """An implementation under test; its tensors live on `kernel_cases.device(path)`."""
     monkeypatch.setenv("COLLAB_KERNELS", request.param)
     return request.param
-
-
-def pytest_terminal_summary(terminalreporter):
-    if CASES_RUN:
-        terminalreporter.write_line("cases of the kernels' properties:")
-    for what, counts in sorted(CASES_RUN.items()):
-        ran = ", ".join(f"{number:,} {path}" for path, number in sorted(counts.items()))
-        terminalreporter.write_line(f"  {what:45} {ran}")

@@ -7,17 +7,15 @@ The comparison allows what DESIGN.md allows: 1e-5 plus a few float32 roundings o
 from __future__ import annotations
 
 import os
-from collections import Counter
 from dataclasses import dataclass
 
+import counts
 import torch
 from hypothesis import strategies as st
 
 from kernels import reference
 from kernels.request import FusedLogits, Request
 
-# property -> path -> how many; conftest.py prints it
-CASES_RUN: dict[str, Counter[str]] = {}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CORNERS = ("none", "ties", "mask one member", "mask all members", "mask a row", "nan", "+inf", "3e38", "equal rows")
 FEW_ROUNDINGS = 4 * 2.0**-23
@@ -31,7 +29,7 @@ def count(what: str, number: int = 1) -> None:
     """Cases of a property that the path under test has passed or is about to."""
     path = os.environ.get("COLLAB_KERNELS", "cpu")
     shown = {"cpu": "CPU path", "triton": "GPU" if torch.cuda.is_available() else "interpreter"}.get(path, path)
-    CASES_RUN.setdefault(what, Counter())[shown] += number
+    counts.count(what, shown, number)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from counts import count
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import CASES_RUN
 
 pytest.importorskip("triton")
 layer = pytest.importorskip("kernels.layer_triton")
 
 WHERE = "cuda" if torch.cuda.is_available() else "cpu"
+RAN = "GPU" if WHERE == "cuda" else "interpreter"
 pytestmark = [pytest.mark.gpu] if WHERE == "cuda" else []
 DTYPES = st.sampled_from((torch.float32, torch.bfloat16))
 HEADS = st.sampled_from(((4, 2), (9, 3), (1, 1)))  # of queries, of keys
@@ -40,7 +41,7 @@ def test_a_norm_takes_the_addition_before_it_along(rows, width, dtype, adds, see
     assert found_RD.dtype == dtype
     mean_R1 = expected_RD.square().mean(dim=1, keepdim=True)
     close(found_RD, expected_RD / (mean_R1 + 1e-5).sqrt() * scale_D.double(), dtype)
-    CASES_RUN["layer"] += 1
+    count("layer", RAN)
 
 
 @QUICK
@@ -63,7 +64,7 @@ def test_queries_and_keys_turn_and_keys_and_values_are_stored(rows, heads, width
     close(entries_PJ[slot_R], expected_RO[:, queries * width :], dtype)
     others = [slot for slot in range(9) if slot not in slot_R.tolist()]
     assert torch.equal(entries_PJ[others], before_PJ[others])
-    CASES_RUN["layer"] += 1
+    count("layer", RAN)
 
 
 @QUICK
@@ -73,7 +74,7 @@ def test_the_gate_is_multiplied(rows, width, dtype, seed):
     found_RF = layer.silu_multiplied(gate_RF, up_RF)
     assert found_RF.dtype == dtype
     close(found_RF, torch.nn.functional.silu(gate_RF.double()) * up_RF.double(), dtype)
-    CASES_RUN["layer"] += 1
+    count("layer", RAN)
 
 
 def test_a_rows_bits_do_not_depend_on_the_others():
