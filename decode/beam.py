@@ -238,15 +238,15 @@ def _step(ensemble: Ensemble, rows: Rows, active: Sequence[Sentence], rules: Rul
     for row, sentence in enumerate(active):
         if any(sentence.unread):
             wanted[row * rules.beams] = 0
-    logits = []
-    for number in range(len(ensemble.members)):
+
+    def forward(number: int) -> Tensor | None:
         new = [
             parts[row // rules.beams][number] if reads else [] if beam is None else beam.tokens[-1:]
             for row, (beam, reads) in enumerate(zip(beams, reading))
         ]
-        found = rows.forward(number, new, wanted)
-        if found is not None:
-            logits.append(found)
+        return rows.forward(number, new, wanted)
+
+    logits = [of_member for of_member in rows.each(forward) if of_member is not None]
     if not logits:
         return
     count = min(rules.beams + len(rules.stops), logits[0].shape[1])

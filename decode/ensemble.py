@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from decode.expression import parse, spell
+from decode.lanes import Lanes
 from decode.prepare import PreparedLlama
 from kernels import Sampling, describe_flag, fused_logits
 from kernels.request import MAX_MEMBERS
@@ -50,7 +51,8 @@ class Ensemble:
     on a CPU with room for it packed copies of its weights are made (storage: see `PreparedLlama`).
     invariant: a sentence's result has the same bits whatever it is decoded beside; None: where that costs nothing, on a
     CPU.   graphs: whether plain steps are CUDA graphs (decode/step_graph.py); None: where all members are on one GPU,
-    unless COLLAB_GRAPHS=off; True elsewhere: run what a graph would replay.
+    unless COLLAB_GRAPHS=off; True elsewhere: run what a graph would replay.   lanes: whether members on a CPU with
+    several threads may go side by side (decode/lanes.py).
     Raises InputError for an expression that does not parse and for vocabularies of different sizes (equal tables are
     the caller's to check: see decode.vocabulary).
     """
@@ -62,6 +64,7 @@ class Ensemble:
         storage: str = "auto",
         invariant: bool | None = None,
         graphs: bool | None = None,
+        lanes: bool = True,
     ) -> None:
         if combine is None:
             combine = " + ".join(models)
@@ -84,6 +87,8 @@ class Ensemble:
         # The processes that hold the parts of members which are split; all choose what the first of them chooses.
         self.part = next((member.model.part for member in self.members if member.model.part is not None), None)
         self.graphs = graphs and len(devices) == 1 and self.part is None
+        self._lanes = Lanes([member.model.nbytes for member in self.members])
+        self._may_part = lanes and self.part is None and {device.type for device in devices} == {"cpu"}
         # What the last call decoded with, for the next one: graphs are bound to their caches (decode/rows.py).
         self.step_graphs: StepGraphs | None = None
 
@@ -154,6 +159,11 @@ class Ensemble:
         self.check(found[0].flag.tolist())
         combined_RG, *own = [result.given_logprob for result in found if result.given_logprob is not None]
         return combined_RG.cpu(), torch.stack(own).cpu()
+
+    @property
+    def lanes(self) -> Lanes | None:
+        """Where members go side by side with as many threads as PyTorch has now; None: one after another."""
+        return self._lanes if self._may_part and self._lanes.plan() is not None else None
 
     def agree(self, numbers: Sequence[int]) -> list[int]:
         """Numbers that all processes of a split member go on with: those of the first."""

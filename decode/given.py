@@ -120,11 +120,8 @@ def _read(rows: Rows, active: Sequence[Given], ends: bool, take: Take) -> None:
         asked.append((given, places[given.reached : reached]))
         given.reached = max(given.reached, reached)
     wanted = [len(new) for _, new in asked]
-    hidden = []
-    for number in range(len(rows.caches)):
-        of_member = rows.hidden(number, [part[number] for part in parts], wanted)
-        if of_member is not None:
-            hidden.append(of_member)
+    every = rows.each(lambda number: rows.hidden(number, [part[number] for part in parts], wanted))
+    hidden = [of_member for of_member in every if of_member is not None]
     if hidden:
         take(rows, asked, hidden)
 

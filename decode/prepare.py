@@ -136,6 +136,7 @@ class PreparedLlama:
         self.embedding_VD = model.model.embed_tokens.weight.detach()
         width, eps = self.config.hidden_size, self.config.rms_norm_eps
         self.tail_E = torch.tensor([(width * eps) ** 0.5, *[0.0] * (TAIL - 1)], device=self.device)
+        self.idle_E = torch.cat((torch.zeros(width, device=self.device), self.tail_E))
         layer_kind = PreparedLayer
         if self.storage == "plain" and backend(self.device) == "triton":
             from decode.gpu_layer import GpuLayer as layer_kind
@@ -180,11 +181,16 @@ class PreparedLlama:
             embedded_RD = F.embedding(tokens_R, self.embedding_VD).float()
         else:
             embedded_RD = self.part.embedded(tokens_R, self.embedding_VD)
-        stream_RE = torch.cat((embedded_RD, self.tail_E.expand(len(tokens_R), -1)), dim=1)
+        rows = len(tokens_R)
+        stream_RE = torch.cat((embedded_RD, self.tail_E.expand(rows, -1)), dim=1)
+        # Rows that every product would be padded with stand behind the others from the beginning.
+        padded = max(linear.fitting_rows(rows) for linear in self.layers[0].linears)
+        if padded > rows:
+            stream_RE = torch.cat((stream_RE, self.idle_E.expand(padded - rows, -1)))
         entries_LPJ = cache.entries_LBSEKC.flatten(3).flatten(1, 2)
         for number, (layer, entries_PJ) in enumerate(zip(self.layers, entries_LPJ.unbind())):
             layer(stream_RE, positions, number, entries_PJ)
-        return self.norm(stream_RE)
+        return self.norm(stream_RE[:rows])
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """(R, V) for what `hidden` returned: float32, where weights stay as they are in their dtype.
@@ -230,13 +236,14 @@ class PreparedLayer:
         return [self.qkv, self.output, self.gate, self.up, self.down]
 
     def __call__(self, stream_RE: Tensor, positions: Pass, number: int, entries_PJ: Tensor) -> None:
-        """Add this layer's part to the residual stream."""
+        """Add this layer's part to the residual stream; rows of it behind the positions are there for the products."""
+        rows = len(positions.slot_R)
         x_RD = stream_RE[:, :-TAIL]
-        qkv_RO = self.qkv(self.input_norm(stream_RE))
+        qkv_RO = self.qkv(self.input_norm(stream_RE))[:rows]
         turn(qkv_RO[:, : self.turned].view(len(qkv_RO), -1, self.head_dim // 2, 2), positions.turn_RHC)
         entries_PJ.index_copy_(0, positions.slot_R, qkv_RO[:, self.queries :].to(entries_PJ.dtype))
         q_RGKC = qkv_RO[:, : self.queries].view(-1, self.groups, self.kv_heads, self.head_dim).to(entries_PJ.dtype)
-        x_RD += self.summed(self.output(self.attend(q_RGKC.transpose(1, 2), positions, number).float()))
+        x_RD[:rows] += self.summed(self.output(self.attend(q_RGKC.transpose(1, 2), positions, number).float()))
         h_RD = self.post_norm(stream_RE)
         x_RD += self.summed(self.down(self.up(h_RD, multiply=self.gate(h_RD, silu=True))))
 
@@ -292,6 +299,9 @@ class PlainLinear:
         padded_RD = F.pad(x_RD, (0, 0, 0, -len(x_RD) % self.tile))
         parts = [F.linear(part_RD, self.weight_OD, self.bias_O) for part_RD in padded_RD.split(self.tile)]
         return torch.cat(parts)[: len(x_RD)]
+
+    def fitting_rows(self, rows: int) -> int:
+        return rows
 
     @property
     def nbytes(self) -> int:

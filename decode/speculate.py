@@ -25,6 +25,8 @@ LOOKUP = -1
 CHOICE = -2
 # Stands for a whole plain step that is one graph: nobody knows what its parts take.
 STEP = -3
+# Stands for a choice and the passes of all members side by side (decode/lanes.py).
+TOGETHER = -4
 # Tokens whose last occurrence is looked for, longest first.
 LOOKUP_LENGTHS = (3, 2)
 MOST_DRAFTED = 7
@@ -122,11 +124,14 @@ class Speculation:
         """Tokens a second with this draft over those without, by what is known now."""
         tokens = self._tokens(drafter, length)
         parts = [CHOICE, *range(self.members)]
-        plain = self._pass(STEP, rows) or sum(self._pass(part, rows) for part in parts)
+        plain = self._pass(STEP, rows) or self._pass(TOGETHER, rows) or sum(self._pass(part, rows) for part in parts)
         drafting = 0.0
         if drafter != LOOKUP:
             drafting = (length + 1) * self._pass(drafter, rows) + length * self._pass(CHOICE, rows)
-        checking = sum(self._pass(part, rows * (length + 1)) for part in parts if part != drafter)
+        checked = rows * (length + 1)
+        checking = sum(self._pass(part, checked) for part in parts if part != drafter)
+        if drafter == LOOKUP:
+            checking = self._pass(TOGETHER, checked) or checking
         if not plain:
             return 0.0
         # Where no pass but the whole plain step was measured yet, a draft is how they are.

@@ -19,7 +19,7 @@ from decode.draws import Draws
 from decode.ensemble import Choice, Ensemble
 from decode.explain import Explanation, explain
 from decode.rows import Rows
-from decode.speculate import CHOICE, LOOKUP, STEP, Draft, Speculation, lookup
+from decode.speculate import CHOICE, LOOKUP, STEP, TOGETHER, Draft, Speculation, lookup
 from kernels import Sampling
 
 # Positions of prompts that are read in one step, of the member with the longest.
@@ -79,25 +79,36 @@ def step(
 
     # A token is chosen behind every drafted one, and behind a prompt that ends here.
     chosen_at = [len(draft) + 1 if row.tokens else int(not any(row.unread)) for row, draft in zip(active, drafts)]
-    logits = []
-    for number in range(len(ensemble.members)):
-        if plan is not None and number == plan.drafter:
-            logits.append(of_drafter)
-            continue
-        new = [
+
+    def read(number: int) -> list[list[int]]:
+        return [
             [row.tokens[-1], *draft] if row.tokens else part[number] for row, draft, part in zip(active, drafts, parts)
         ]
-        logits.append(_timed(rows, number, new, chosen_at, speculation))
+
+    started = time.perf_counter()
+    together = ensemble.lanes is not None and (plan is None or plan.drafter == LOOKUP)
+    if together:
+        logits = rows.each(lambda number: rows.forward(number, read(number), chosen_at))
+    else:
+        logits = [
+            of_drafter
+            if plan is not None and number == plan.drafter
+            else _timed(rows, number, read(number), chosen_at, speculation)
+            for number in range(len(ensemble.members))
+        ]
     work.steps += 1
     gained: list[list[tuple[int, float]]] = [[] for _ in active]
     known = [of_member for of_member in logits if of_member is not None]
     if not known:
         return gained
     places = [(row, at) for row, count in enumerate(chosen_at) for at in range(count)]
-    started = time.perf_counter()
+    choosing = time.perf_counter()
     choice = _choose(ensemble, known, active, places, draws)
     if len(places) == sum(len(draft) + 1 for draft in drafts):
-        speculation.timed(CHOICE, len(places), time.perf_counter() - started)
+        ended = time.perf_counter()
+        speculation.timed(CHOICE, len(places), ended - choosing)
+        if together:
+            speculation.timed(TOGETHER, len(places), ended - started)
     if plan is None and speculation.watches():
         _watch(speculation, known, choice, active, decoding, places)
     picked = iter(zip(choice.tokens, choice.logprobs))

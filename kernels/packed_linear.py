@@ -175,6 +175,14 @@ class PackedLinear(nn.Module):
             return False
         return rows >= self._least_rows and (self._own is None or rows <= EVERY_ROWS or rows % ROWS_MULTIPLE == 0)
 
+    def fitting_rows(self, rows: int) -> int:
+        """The least number of rows, at least so many, whose product is made as it is: who pads once saves the layer
+        doing so.
+        """
+        if self._fits(rows) or (self.invariant and rows > self._most_rows):
+            return rows
+        return rows + (max(self._least_rows - rows, 0) or -rows % ROWS_MULTIPLE)
+
     def _parts(self, x_RD: Tensor, other_RO: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
         for start in range(0, x_RD.shape[0], self._most_rows):
             part = slice(start, start + self._most_rows)
@@ -183,9 +191,9 @@ class PackedLinear(nn.Module):
     def _padded(self, x_RD: Tensor, other_RO: Tensor | None, silu: bool) -> Tensor:
         """The product with as many rows of zeros behind as it takes to fit."""
         rows = x_RD.shape[0]
-        if self._fits(rows):
+        missing = self.fitting_rows(rows) - rows
+        if not missing:
             return self._product(x_RD, silu, other_RO)
-        missing = max(self._least_rows - rows, 0) or -rows % ROWS_MULTIPLE
         other_RO = None if other_RO is None else F.pad(other_RO, (0, 0, 0, missing))
         zeros_RD = self._zeros_RD[:missing]
         if x_RD.dtype != zeros_RD.dtype:

@@ -219,10 +219,8 @@ def test_explained_sentences_survive_a_kill(model_folders, tmp_path):
 def test_a_run_without_explanations_is_not_resumed_by_one_with_them(model_folders, tmp_path, capsys):
     kill_when(start(arguments(model_folders, tmp_path, "--batch-size", "2")), tmp_path / "hyp.txt.journal", 3)
     extra = ("--resume", "--explain", str(tmp_path / "r.html"))
-    code, error = refusal(arguments(model_folders, tmp_path, *extra), capsys)
-    assert code == 2
+    error = refusal(arguments(model_folders, tmp_path, *extra), capsys)
     assert "explain was False, is True; --no-resume starts afresh" in error
-    assert error.count("\n") == 1
     assert not (tmp_path / "r.html").exists()
 
 
@@ -292,10 +290,7 @@ def test_a_page_that_cannot_be_written_is_refused_before_anything_is(model_folde
         (str(tmp_path / "src.txt"), "is also an input"),
         (str(tmp_path), "is a folder"),
     ):
-        code, error = refusal(arguments(model_folders, tmp_path, "--explain", file), capsys)
-        assert code == 2
-        assert named in error
-        assert error.count("\n") == 1
+        assert named in refusal(arguments(model_folders, tmp_path, "--explain", file), capsys)
     assert not (tmp_path / "hyp.txt").exists()
 
 
