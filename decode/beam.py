@@ -246,7 +246,7 @@ def _step(ensemble: Ensemble, rows: Rows, active: Sequence[Sentence], rules: Rul
         ]
         return rows.forward(number, new, wanted)
 
-    logits = [of_member for of_member in rows.each(forward) if of_member is not None]
+    logits = [of_member for of_member in rows.each(forward, len(beams)) if of_member is not None]
     if not logits:
         return
     count = min(rules.beams + len(rules.stops), logits[0].shape[1])

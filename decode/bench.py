@@ -26,6 +26,7 @@ from decode.bench_peers import export_for_openvino
 from decode.bench_plot import plot
 from decode.bench_shapes import SHAPES, Models, prepare, sentence_prompts
 from decode.bench_show import show
+from decode.options import DEFAULT_ROWS
 from decode.speculate import check_mode
 from kernels.bench import device_name, processor_name, save, versions
 from kernels.bench_cpu import alternate, read_speed
@@ -148,7 +149,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         )
     if options.dev:
         result["dev"] = sections.text_rows(
-            bench, summed, largest, text_of(options, largest), options.sweep_batch, (False, True)
+            bench, summed, largest, text_of(options, largest), options.sweep_batch, (False, True), options.own_batch
         )
     if options.speculation:
         result["speculation"] = [
@@ -205,6 +206,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--contexts", type=numbers, default=[64, 256, 1024, 2048])
     add("--sentences", type=numbers, default=[100, 1000, 10_000])
     add("--sweep-batch", type=int, default=16, help="rows in flight for whole sets of sentences (default 16)")
+    own = f"16,{DEFAULT_ROWS}"
+    add("--own-batch", type=numbers, default=own, help=f"ours for --dev (default {own}, collab's default)")
     add("--dev", nargs=2, metavar=("SRC", "REF"), help="a whole set: continuous batching against static batches")
     add("--source", default="ja", help="language of SRC (default ja)")
     add("--target", default="en", help="language of REF (default en)")

@@ -85,11 +85,18 @@ def context_rows(
 
 
 def text_rows(
-    bench: Bench, systems: Sequence[System], models: Models, text: Text, batch: int, orders: Sequence[bool] = (False,)
+    bench: Bench,
+    systems: Sequence[System],
+    models: Models,
+    text: Text,
+    batch: int,
+    orders: Sequence[bool] = (False,),
+    own_batches: Sequence[int] = (),
 ) -> list[dict[str, Any]]:
     """All sentences through every system: ours as they come, transformers in static padded batches.
 
-    orders: whether transformers gets them longest first, which pads less. Ratios are to its input order; tokens are
+    orders: whether transformers gets them longest first, which pads less.   own_batches: our rows in flight, where that
+    is not `batch`, the others'. Ratios are to its input order; tokens are
     compared with transformers in the same dtype where it runs.
     """
     workers: dict[System, Worker] = {}
@@ -97,21 +104,22 @@ def text_rows(
         if (worker := bench.start(system, models, text.stops)) is not None:
             workers[system] = worker
     runs = [
-        (system, longest_first)
+        (system, longest_first, rows)
         for system in workers
         for longest_first in (orders if system.name == "transformers" else (False,))
+        for rows in (own_batches or (batch,) if system.name == "ours" else (batch,))
     ]
-    seconds: dict[tuple[System, bool], list[float]] = {run: [] for run in runs}
-    last: dict[tuple[System, bool], dict[str, Any]] = {}
+    seconds: dict[tuple[System, bool, int], list[float]] = {run: [] for run in runs}
+    last: dict[tuple[System, bool, int], dict[str, Any]] = {}
     memory: dict[System, dict[str, float]] = {}
-    arguments = {"new_tokens": text.new_tokens, "batch": batch, "ignore_eos": False}
+    arguments = {"new_tokens": text.new_tokens, "ignore_eos": False}
     try:
         for worker in workers.values():
-            worker.ask("generate", prompts=text.repeated(min(len(text), batch)).prompts, **arguments)
+            worker.ask("generate", prompts=text.repeated(min(len(text), batch)).prompts, batch=batch, **arguments)
         for _ in range(bench.rounds):
             for run in runs:
-                order = {"longest_first": True} if run[1] else {}
-                last[run] = workers[run[0]].ask("generate", prompts=text.prompts, **arguments, **order)
+                how = {"batch": run[2]} | ({"longest_first": True} if run[1] else {})
+                last[run] = workers[run[0]].ask("generate", prompts=text.prompts, **arguments, **how)
                 seconds[run].append(last[run]["seconds"])
         memory = {system: worker.ask("peak") for system, worker in workers.items()}
     finally:
@@ -121,8 +129,8 @@ def text_rows(
     tokenizer = Tokenizer.from_pretrained(next(iter(models.folders.values()))) if text.references else None
     rows = []
     for run in runs:
-        system, longest_first = run
-        row = _text_row(system, models, batch, text, last[run], seconds[run]) | memory[system]
+        system, longest_first, in_flight = run
+        row = _text_row(system, models, in_flight, text, last[run], seconds[run]) | memory[system]
         row["order"] = "longest first" if longest_first else "continuous" if system.name == "ours" else "input"
         if baseline is not None:
             row["ratio_to_transformers"] = round(statistics.median(seconds[baseline]) / row["seconds"], 3)

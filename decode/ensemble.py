@@ -87,7 +87,8 @@ class Ensemble:
         # The processes that hold the parts of members which are split; all choose what the first of them chooses.
         self.part = next((member.model.part for member in self.members if member.model.part is not None), None)
         self.graphs = graphs and len(devices) == 1 and self.part is None
-        self._lanes = Lanes([member.model.nbytes for member in self.members])
+        used = [member.model for member in self.members]
+        self._lanes = Lanes([model.nbytes for model in used], [model.average_weight for model in used])
         self._may_part = lanes and self.part is None and {device.type for device in devices} == {"cpu"}
         # What the last call decoded with, for the next one: graphs are bound to their caches (decode/rows.py).
         self.step_graphs: StepGraphs | None = None
@@ -160,10 +161,12 @@ class Ensemble:
         combined_RG, *own = [result.given_logprob for result in found if result.given_logprob is not None]
         return combined_RG.cpu(), torch.stack(own).cpu()
 
-    @property
-    def lanes(self) -> Lanes | None:
-        """Where members go side by side with as many threads as PyTorch has now; None: one after another."""
-        return self._lanes if self._may_part and self._lanes.plan() is not None else None
+    def lanes(self, positions: int) -> Lanes | None:
+        """Where members go side by side in a pass of so many positions, with as many threads as PyTorch has now; None:
+        one after another.
+        """
+        lanes = self._lanes
+        return lanes if self._may_part and positions >= lanes.least_rows and lanes.plan() is not None else None
 
     def agree(self, numbers: Sequence[int]) -> list[int]:
         """Numbers that all processes of a split member go on with: those of the first."""

@@ -120,7 +120,8 @@ def _read(rows: Rows, active: Sequence[Given], ends: bool, take: Take) -> None:
         asked.append((given, places[given.reached : reached]))
         given.reached = max(given.reached, reached)
     wanted = [len(new) for _, new in asked]
-    every = rows.each(lambda number: rows.hidden(number, [part[number] for part in parts], wanted))
+    positions = sum(max(map(len, part)) for part in parts)
+    every = rows.each(lambda number: rows.hidden(number, [part[number] for part in parts], wanted), positions)
     hidden = [of_member for of_member in every if of_member is not None]
     if hidden:
         take(rows, asked, hidden)

@@ -20,6 +20,10 @@ import torch
 
 Result = TypeVar("Result")
 
+# Seconds of the average product from which on lanes pay: below, the threads wait for Python's lock in turns.
+WORTH_SECONDS = 140e-6
+# What one thread reads of a packed weight and computes in a second, to tell the time of a product from its size.
+READ_BYTES, PRODUCTS = 18e9, 30e9
 # How much faster a member's pass gets by twice the threads. Measured with 1 to 4 rows on two cores: 1.2 to 1.5 for
 # SmolLM2's shape, 1.4 for a matrix of 49,152 x 576.
 FASTER_BY_TWICE = 1.45
@@ -67,10 +71,18 @@ def _subsets(members: Sequence[int], least: int) -> Iterator[tuple[int, ...]]:
 
 
 class Lanes:
-    """Threads for an ensemble whose members cost so much each; they end with the object."""
+    """Threads for the members of an ensemble; they end with the object.
 
-    def __init__(self, costs: Sequence[float]) -> None:
+    costs: bytes of weights of each member.   products: (bytes, numbers) of the average weight of a layer of each.
+    """
+
+    def __init__(self, costs: Sequence[float], products: Sequence[tuple[float, float]]) -> None:
         self.costs = tuple(costs)
+        # The positions of a pass from which on every member's products are worth a lane.
+        self.least_rows = max(
+            0 if held / READ_BYTES >= WORTH_SECONDS else WORTH_SECONDS * PRODUCTS / numbers
+            for held, numbers in products
+        )
         self._pool: ThreadPoolExecutor | None = None
         self._made_for: Plan | None = None
 

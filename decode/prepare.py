@@ -171,6 +171,14 @@ class PreparedLlama:
         linears = [linear for layer in self.layers for linear in layer.linears] + [self.head]
         return sum(linear.nbytes for linear in linears) + self.embedding_VD.nbytes
 
+    @property
+    def average_weight(self) -> tuple[float, float]:
+        """(bytes, numbers) of a layer's linears."""
+        linears = self.layers[0].linears
+        return tuple(
+            sum(sizes) / len(linears) for sizes in zip(*((linear.nbytes, linear.numbers) for linear in linears))
+        )
+
     def hidden(self, tokens_R: Tensor, positions: Pass, cache: KVCache) -> Tensor:
         """(R, D) float32 after the last norm (but for its weights, where the head holds them).
 
@@ -306,6 +314,10 @@ class PlainLinear:
     @property
     def nbytes(self) -> int:
         return self.weight_OD.nbytes
+
+    @property
+    def numbers(self) -> int:
+        return self.weight_OD.numel()
 
 
 Linear = PackedLinear | PlainLinear

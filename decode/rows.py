@@ -76,9 +76,9 @@ class Rows:
         self.lengths = [[length + 1 for length in lengths] for lengths in self.lengths]
         return chosen
 
-    def each(self, work: Callable[[int], Result]) -> list[Result]:
-        """`work(number)` for every member, side by side where that is faster (decode/lanes.py)."""
-        lanes = self.ensemble.lanes
+    def each(self, work: Callable[[int], Result], positions: int) -> list[Result]:
+        """`work(number)` for every member: side by side where so many positions make that faster (decode/lanes.py)."""
+        lanes = self.ensemble.lanes(positions)
         return [work(number) for number in range(len(self.caches))] if lanes is None else lanes.run(work)
 
     def forward(self, number: int, tokens: Sequence[Sequence[int]], wanted: Sequence[int]) -> Tensor | None:

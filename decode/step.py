@@ -86,9 +86,10 @@ def step(
         ]
 
     started = time.perf_counter()
-    together = ensemble.lanes is not None and (plan is None or plan.drafter == LOOKUP)
+    positions = sum(map(len, read(0)))
+    together = (plan is None or plan.drafter == LOOKUP) and ensemble.lanes(positions) is not None
     if together:
-        logits = rows.each(lambda number: rows.forward(number, read(number), chosen_at))
+        logits = rows.each(lambda number: rows.forward(number, read(number), chosen_at), positions)
     else:
         logits = [
             of_drafter

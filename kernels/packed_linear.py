@@ -137,6 +137,11 @@ class PackedLinear(nn.Module):
         itemsize = {"float32": 4, "bfloat16": 2, "int8": 1}[self.dtype]
         return self.out_features * self.in_features * itemsize
 
+    @property
+    def numbers(self) -> int:
+        """Of the weight: what each row of x is multiplied with."""
+        return self.out_features * self.in_features
+
     def unpacked(self) -> Tensor:
         """The weight (O, D) as a plain tensor: float32, or bfloat16, to which int8's are rounded; where it is stored
         plain, the stored tensor itself.

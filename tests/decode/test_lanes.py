@@ -7,10 +7,12 @@ import torch
 from tiny import tiny_model
 
 from decode.ensemble import Ensemble
-from decode.lanes import Lanes, plan
+from decode.lanes import PRODUCTS, WORTH_SECONDS, Lanes, plan
+from decode.prepare import PreparedLlama
 from decode.translate import translate
 
 PROMPTS = [[5, 9, 20 + number, 7][: 2 + number % 3] for number in range(7)]
+LARGE = 1e9, 1e9
 
 
 @pytest.fixture
@@ -49,14 +51,27 @@ def test_every_member_is_in_one_place_and_all_threads_have_work():
 
 
 def test_results_come_in_the_members_order_and_threads_are_divided(two_threads):
-    lanes = Lanes([1.0, 1.0, 1.0])
+    lanes = Lanes([1.0, 1.0, 1.0], [LARGE] * 3)
     assert lanes.run(lambda member: (member, torch.get_num_threads())) == [(0, 1), (1, 1), (2, 2)]
     assert torch.get_num_threads() == 2
 
 
+def test_small_products_are_worth_lanes_only_with_many_rows():
+    models = [PreparedLlama(tiny_model(seed, hidden_size=64)) for seed in range(2)]
+    ensemble = Ensemble(dict(zip("AB", models)))
+    torch.set_num_threads(2)
+    try:
+        enough = next(rows for rows in range(10**6) if ensemble.lanes(rows) is not None)
+    finally:
+        torch.set_num_threads(1)
+    average = sum(linear.numbers for linear in models[0].layers[0].linears) / 5
+    assert 0 < enough - WORTH_SECONDS * PRODUCTS / average <= 1
+    assert Lanes([1.0, 1.0], [LARGE] * 2).least_rows == 0
+
+
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_a_members_error_is_raised_when_nobody_is_at_work(two_threads, failing):
-    lanes, ended = Lanes([1.0, 1.0, 1.0]), []
+    lanes, ended = Lanes([1.0, 1.0, 1.0], [LARGE] * 3), []
     slow = threading.Event()
 
     def work(member):
@@ -73,14 +88,15 @@ def test_a_members_error_is_raised_when_nobody_is_at_work(two_threads, failing):
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("speculate", ["off", "auto", 2])
-def test_no_bit_depends_on_lanes_or_threads(two_threads, storage, speculate):
+def test_no_bit_depends_on_lanes_or_threads(two_threads, monkeypatch, storage, speculate):
     wide = {"hidden_size": 192, "intermediate_size": 512}
     models = {name: tiny_model(seed, **wide) for seed, name in enumerate(("L", "S", "T"))}
+    monkeypatch.setattr("decode.lanes.WORTH_SECONDS", 0.0)
     found = []
     for lanes, threads in ((True, 2), (False, 2), (False, 1)):
         torch.set_num_threads(threads)
         ensemble = Ensemble(models, "L + 0.5*S - 0.25*T", storage=storage, lanes=lanes)
-        assert (ensemble.lanes is not None) == lanes
+        assert (ensemble.lanes(9) is not None) == lanes
         done = translate(ensemble, PROMPTS, 12, batch_size=3, speculate=speculate)
         found.append((done.tokens, done.logprobs))
     assert found[0] == found[1] == found[2]
