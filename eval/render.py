@@ -9,7 +9,7 @@ import re
 from eval.document import Block, Column, Document, Heading, Inline, Paragraph, Picture, Row, Span, Table, spans
 
 # What GitHub's Markdown would take for markup inside a line; an underscore between letters is none.
-MD_MARKUP = re.compile(r"[\\`*|\[$]|(?<!\w)_|_(?!\w)|<(?=[\w/!?])|&(?=[#\w])|~(?=~)")
+MD_MARKUP = re.compile(r"[\\`*|\[$]|(?<![^\W_])_|_(?![^\W_])|<(?=[\w/!?])|&(?=[#\w])|~(?=~)")
 
 
 def markdown(document: Document) -> str:
