@@ -15,7 +15,7 @@ cost no more than a plain one.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from minillama import InputError
@@ -100,8 +100,7 @@ class Speculation:
         if self.mode == "off" or not rows or any(tally.seen < ENOUGH for tally in self.tallies.values()):
             return None
         if isinstance(self.mode, int):
-            length = self.mode
-            return Draft(max(self.tallies, key=lambda drafter: self._tokens_by_weights(drafter, length)), length)
+            return self._fixed(self.tallies, self.mode)
         best, plan = MARGIN, None
         for drafter in self.tallies:
             for length in (1, 2, 3, 5, MOST_DRAFTED):
@@ -109,6 +108,15 @@ class Speculation:
                 if gain > best:
                     best, plan = gain, Draft(drafter, length)
         return plan
+
+    def instead_of_lookup(self) -> Draft | None:
+        """What to draft where the text so far has nothing to copy: under a fixed number of tokens the best member's."""
+        if not isinstance(self.mode, int) or self.members == 1:
+            return None
+        return self._fixed(range(self.members), self.mode)
+
+    def _fixed(self, drafters: Iterable[int], length: int) -> Draft:
+        return Draft(max(drafters, key=lambda drafter: self._tokens_by_weights(drafter, length)), length)
 
     def _tokens(self, drafter: int, length: int) -> float:
         """Tokens that a step with this draft is expected to gain."""

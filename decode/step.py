@@ -70,7 +70,7 @@ def step(
             room = inflight.limit - len(inflight.tokens) - 1
             drafts[row] = lookup(inflight.prompt[0], inflight.tokens, min(plan.length, room))
         if not any(drafts):
-            plan = None
+            plan = _agreed(ensemble, speculation.instead_of_lookup(), speculation)
     if plan is None and rows.graphs is not None and len(decoding) == len(active):
         return _one_token_each(ensemble, rows, active, speculation, draws, work, explaining)
     of_drafter = None

@@ -105,8 +105,7 @@ def test_draws_have_the_combined_distribution_with_and_without_speculation(
         counts[text] = counts.get(text, 0) + 1
     assert chi_square(counts, expected) > 1e-3
     drafted = translate(ensemble, prompts, NEW_TOKENS, batch_size=256, draws=draws, speculate=2)
-    # Where copying from the text costs least it is what drafts, and finds nothing in texts of three tokens.
-    assert drafted.counters.kept > 100 or not drafted.counters.drafted
+    assert drafted.counters.kept > 100
     assert (drafted.tokens, drafted.logprobs) == (plain.tokens, plain.logprobs)
 
 
