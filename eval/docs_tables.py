@@ -192,7 +192,7 @@ def train(data: dict[str, Any], path: Path) -> list[Part]:
     label = f"peak memory at {memory['vocabulary']:,} entries"
     rows.append(Row((label, *gib, number(data["peak_memory_ratio"]))))
     curves = (
-        f"Loss curves over {pairs['steps']} steps of the same batches differ by at most {data['loss_difference']:.1e}."
+        f"Loss curves over {data['loss_curves']['steps']} steps of the same batches differ by at most {data['loss_difference']:.1e}."
     )
     bench = Table("train", f"{data['model']}, {data['dtype']}", columns, tuple(rows), (curves,))
     parts = [*_head(data, data), Part(bench)]
