@@ -191,9 +191,8 @@ def train(data: dict[str, Any], path: Path) -> list[Part]:
     gib = [f"{number(memory[side] / 2**30)} GiB" for side in ("ours_bytes", "theirs_bytes")]
     label = f"peak memory at {memory['vocabulary']:,} entries"
     rows.append(Row((label, *gib, number(data["peak_memory_ratio"]))))
-    curves = (
-        f"Loss curves over {data['loss_curves']['steps']} steps of the same batches differ by at most {data['loss_difference']:.1e}."
-    )
+    steps, most = data["loss_curves"]["steps"], data["loss_difference"]
+    curves = f"Loss curves over {steps} steps of the same batches differ by at most {most:.1e}."
     bench = Table("train", f"{data['model']}, {data['dtype']}", columns, tuple(rows), (curves,))
     parts = [*_head(data, data), Part(bench)]
     brings: list[Spec] = [
