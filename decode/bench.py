@@ -31,6 +31,7 @@ from decode.speculate import check_mode
 from kernels.bench import device_name, processor_name, save, versions
 from kernels.bench_cpu import alternate, read_speed
 from minillama import InputError
+from minillama.command import Parser
 from minillama.errors import exit_code
 
 SPECULATE = ["off", "auto", "2", "4", "7"]
@@ -172,11 +173,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     def words(text: str) -> list[str]:
         return text.split(",")
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m decode.bench",
         description="Decoding against transformers, CTranslate2 and OpenVINO on this machine.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     shapes = ", ".join(SHAPES)

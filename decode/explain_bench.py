@@ -36,13 +36,14 @@ from decode.weights_file import combination
 from decode.work import Work
 from kernels.bench import device_name, save, versions
 from minillama import InputError
+from minillama.command import Parser
 from minillama.errors import exit_code
 
 RESULTS = Path(__file__).parent / "results" / "explain"
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(prog="python -m decode.explain_bench", description="What --explain costs in time.")
+    result = Parser(prog="python -m decode.explain_bench", description="What --explain costs in time.")
     add_model_options(result)
     add = result.add_argument
     add("--input", required=True, metavar="FILE", help="a sentence a line")

@@ -1,6 +1,6 @@
 """Members of an ensemble side by side on the cores of a CPU, instead of one after another on all of them.
 
-A product of few rows is read from memory, and two threads that share it read only 1.3 to 1.5 times as fast as one: they
+A product of few rows is read from memory, and two threads that share it read hardly faster than one: they
 wait for each other 150 times a step. Two threads that each have a model of their own wait for nobody. So members go
 into lanes, each a thread of its own with its part of the cores; who would make the others wait comes afterwards, with
 all of them. Which member goes where follows from the bytes of their weights and the number of threads alone, never from
@@ -10,6 +10,7 @@ a clock. How many threads made a product does not change its bits (tests/decode/
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def plan(costs: tuple[float, ...], threads: int) -> Plan | None:
     members = range(len(costs))
 
     def seconds(cost: float, by_threads: int) -> float:
-        return cost / FASTER_BY_TWICE ** torch.tensor(float(by_threads)).log2().item()
+        return cost / FASTER_BY_TWICE ** math.log2(by_threads)
 
     best, least = None, 0.99 * seconds(sum(costs), threads)
     for count in range(2, min(len(costs), threads) + 1):

@@ -4,7 +4,6 @@
         --against proxy --output scores.json
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from corpora import read_lines
 from eval.score import METRICS, score
 from eval.significance import SAMPLES, SEED
+from minillama.command import Parser
 from minillama.errors import InputError, exit_code
 from minillama.files import write_whole
 
@@ -43,7 +43,7 @@ def compare_all(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.compare", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="python -m eval.compare", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--system", action="append", required=True, metavar="NAME=FILE", help="translations, a line each; repeatable")
     add("--reference", required=True, metavar="FILE")

@@ -9,7 +9,6 @@ to the next) none of whose files is there yet is left out whole. `--check` write
 the page is not what the run files give, so no figure on it is ever typed.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -21,6 +20,7 @@ from eval.docs_tables import KINDS, Part
 from eval.document import Heading, Table
 from eval.figures import ROOT
 from eval.render import markdown_block, markdown_table
+from minillama.command import Parser
 from minillama.errors import InputError, exit_code
 from minillama.files import write_whole
 
@@ -81,11 +81,10 @@ def _part(part: Part) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.docs",
         description="Builds docs/results.md from docs/results.md.in and the committed run files.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--check", action="store_true", help="fail where the page differs, write nothing")
     arguments = parser.parse_args(argv)

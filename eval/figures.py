@@ -16,7 +16,6 @@ Fails (exit code 1) for a figure without a trace, one that its files do not hold
 comment that traces or exempts nothing.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.pages import Block, Page, read_page
+from minillama.command import Parser
 from minillama.errors import InputError, exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -256,7 +256,7 @@ def pages(root: Path = ROOT) -> list[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.figures",
         description="Checks that every measured figure of a page stands in the run file that the page names for it.",
     )

@@ -5,7 +5,6 @@ done once (eval/graph.py). The same command goes on after an interruption, and d
 study's file, its text or its models makes different.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -19,6 +18,7 @@ from eval.results import gather
 from eval.runner import Runner
 from eval.steps import Steps
 from eval.study import read_study
+from minillama.command import Parser
 from minillama.errors import InputError, exit_code
 from minillama.files import write_whole
 
@@ -32,11 +32,10 @@ exit codes: 0 done, 2 bad arguments or input, 130 interrupted (the same command 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.paper",
         description="Run a study: train experts, decode every expression, score, write the tables.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("study", metavar="STUDY.toml", help="what is trained, decoded and compared")

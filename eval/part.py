@@ -1,17 +1,17 @@
 """One part of a study's corpus as two line-aligned text files: `python -m eval.part --languages ja en … --output X`."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from corpora import Pairs, read_pairs
+from minillama.command import Parser
 from minillama.errors import InputError, exit_code
 from minillama.files import atomic_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.part", description="Write one part of a corpus as text.")
+    parser = Parser(prog="python -m eval.part", description="Write one part of a corpus as text.")
     parser.add_argument("--languages", nargs=2, required=True, metavar="LANG", help="codes; also the files' names")
     parser.add_argument("--pairs", nargs="+", required=True, metavar="FILE", help="two files, or a named split")
     parser.add_argument("--lines", nargs=2, type=int, metavar="N", help="the first and the last that count, from 1")

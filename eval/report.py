@@ -5,7 +5,6 @@ Tables 2, 3, 4 and 6 in the paper's arrangement, everything else that was measur
 Python. The tables are data (eval.report_tables), rendered by eval.render and eval.render_html.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from eval.report_tables import (
     speed_table,
     step_table,
 )
+from minillama.command import Parser
 from minillama.errors import InputError, exit_code
 from minillama.files import write_whole
 
@@ -116,11 +116,10 @@ def _plots(study: Study) -> list[Plot] | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.report",
         description="A study's tables and plots as Markdown, LaTeX and one HTML page.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("results", type=Path, metavar="RESULTS.json", help="what eval.paper wrote")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the report goes")

