@@ -86,12 +86,13 @@ def test_nothing_is_done_twice_and_a_change_redoes_what_depends_on_it(words, who
 def test_a_study_killed_twice_ends_with_the_same_results(words, whole, tmp_path):
     command = [sys.executable, "-m", "eval.paper", str(STUDIES / "tiny.toml"), "--data", str(words)]
     command += ["--work", str(tmp_path / "killed")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the unbroken run has it
     for kind, seconds in ((signal.SIGKILL, 12), (signal.SIGTERM, 15)):
-        process = subprocess.Popen(command, env={**os.environ}, cwd=STUDIES.parent)
+        process = subprocess.Popen(command, env=environment, cwd=STUDIES.parent)
         time.sleep(seconds)
         process.send_signal(kind)
         assert process.wait(120) in (-signal.SIGKILL, 130)
-    subprocess.run(command, check=True, cwd=STUDIES.parent)
+    subprocess.run(command, check=True, env=environment, cwd=STUDIES.parent)
     results = [json.loads((work / "results.json").read_text()) for work in (whole, tmp_path / "killed")]
     assert figures(results[0]) == figures(results[1])
 
