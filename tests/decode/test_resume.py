@@ -31,10 +31,12 @@ def source(tmp_path):
 
 
 def arguments(folders, folder, *extra, new=10):
+    """Eight rows, so that a run of 120 sentences takes long enough to be killed in the middle."""
     models = ["--model", f"A={folders['A']}", "--model", f"C={folders['C']}"]
     texts = ["--source", "ja", "--target", "en", "--input", str(folder / "src.txt")]
     files = ["--output", str(folder / "hyp.txt"), "--report", str(folder / "run.json")]
-    return [*models, *texts, *files, "--max-new-tokens", str(new), "--too-long", "skip", *extra]
+    limits = ["--batch-size", "8", "--max-new-tokens", str(new), "--too-long", "skip"]
+    return [*models, *texts, *files, *limits, *extra]
 
 
 def outcome(folder):
