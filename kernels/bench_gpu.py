@@ -1,8 +1,9 @@
 """Benchmarks on a GPU: Triton against eager PyTorch, torch.compile and a plain device copy of the same bytes, with a
 cold L2.
 
-Every measurement is a median of CUDA-event times; before each a buffer larger than the L2 is overwritten, and rivals
-take turns. The launches queue up behind that overwriting, so the host's own time is not in the figures.
+Every rival is a CUDA graph of many launches, each over another set of inputs, together several times the L2: the
+host's time is not in the figures, and no launch finds its inputs in the cache. A figure is the time of a replay by CUDA
+events over the number of launches, the median of rounds in which the rivals take turns.
 
     B rows  V vocabulary  N members  D width
 """
@@ -18,92 +19,123 @@ import torch
 from kernels import fused_head, fused_logits
 from kernels.moved_bytes import plain_eager
 
-FLUSH_BYTES = 512 << 20
 VOCABULARY = 128_256
+# Bytes that the sets of inputs of one rival take together, several times the L2 of an H200 (60 MB), and their number.
+ROTATED_BYTES, MOST_SETS, LEAST_SETS = 256 << 20, 128, 4
 
 
-def alternate(rivals: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median microseconds of each rival."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    for function in rivals.values():
-        for _ in range(3):
-            function()
+def alternate(rivals: Mapping[str, Callable[[int], object]], sets: int, rounds: int) -> dict[str, float]:
+    """Median microseconds of one call of each rival, which takes the number of a set of inputs."""
+    graphs = {name: _recorded(function, sets) for name, function in rivals.items()}
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in rivals}
-    for _ in range(rounds):
-        for name, function in rivals.items():
+    for number in range(rounds + 2):
+        for name, (graph, _) in graphs.items():
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            flush.zero_()
             start.record()
-            function()
+            graph.replay()
             stop.record()
-            events[name].append((start, stop))
+            if number >= 2:  # the first replays bring the graph to the device
+                events[name].append((start, stop))
     torch.cuda.synchronize()
     return {
-        name: round(statistics.median(start.elapsed_time(stop) for start, stop in pairs) * 1e3, 2)
+        name: round(statistics.median(start.elapsed_time(stop) for start, stop in pairs) * 1e3 / sets, 2)
         for name, pairs in events.items()
     }
 
 
-def _copy_of(size: int) -> Callable[[], object]:
+def _recorded(function: Callable[[int], object], sets: int) -> tuple[torch.cuda.CUDAGraph, list[object]]:
+    """A graph of one call for each set, and the results, which the graph writes again at every replay."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function(0)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [function(number) for number in range(sets)]
+    return graph, kept
+
+
+def sets_of(size: int) -> int:
+    """How many sets of inputs of so many bytes make a launch's own ones cold."""
+    return max(LEAST_SETS, min(MOST_SETS, -(-ROTATED_BYTES // size)))
+
+
+def copies_of(size: int, sets: int) -> Callable[[int], object]:
     """A device copy that reads and writes `size` bytes together."""
-    source = torch.empty(max(1, size // 2), dtype=torch.int8, device="cuda")
+    source = torch.empty(sets, max(1, size // 2), dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
-    return lambda: target.copy_(source)
+    return lambda number: target[number].copy_(source[number])
 
 
 def copy_speed(rounds: int) -> float:
     """GB/s of a large device copy, reads and writes together: the roof."""
     size = 4 << 30
-    return round(size / alternate({"copy": _copy_of(size)}, rounds)["copy"] / 1e3, 1)
+    return round(size / alternate({"copy": copies_of(size, 1)}, 1, rounds)["copy"] / 1e3, 1)
 
 
 def logits_rows(batches: list[int], member_counts: list[int], dtypes: list[torch.dtype], rounds: int) -> list[dict]:
-    """The fused kernel over B x N x dtype."""
+    """The fused kernel over B x N x dtype; torch.compile, which takes seconds for each shape, for three of bf16."""
     roof = copy_speed(rounds)
     rows = []
     for dtype in dtypes:
         for members in member_counts:
             compiled = torch.compile(plain_eager, dynamic=False)
             for batch in batches:
-                logits = [torch.randn(batch, VOCABULARY, device="cuda", dtype=dtype) for _ in range(members)]
-                weights = torch.linspace(1.0, 0.5, members, device="cuda")
-                out = fused_logits(logits, weights)
                 size = members * batch * VOCABULARY * dtype.itemsize
-                rivals: dict[str, Callable[[], object]] = {
-                    "triton": partial(fused_logits, logits, weights, out=out),
-                    "eager": partial(plain_eager, logits, weights),
-                    "compiled": partial(compiled, logits, weights),
-                    "copy": _copy_of(size),
+                sets = sets_of(size)
+                logits = [
+                    [torch.randn(batch, VOCABULARY, device="cuda", dtype=dtype) for _ in range(members)]
+                    for _ in range(sets)
+                ]
+                weights = torch.linspace(1.0, 0.5, members, device="cuda")
+                out = fused_logits(logits[0], weights)
+                rivals: dict[str, Callable[[int], object]] = {
+                    "triton": lambda s, logits=logits, weights=weights, out=out: fused_logits(
+                        logits[s], weights, out=out
+                    ),
+                    "eager": lambda s, logits=logits, weights=weights: plain_eager(logits[s], weights),
+                    "copy": copies_of(size, sets),
                 }
-                times = alternate(rivals, rounds)
+                if (members, dtype) == (3, torch.bfloat16):
+                    rivals["compiled"] = lambda s, logits=logits, weights=weights: compiled(logits[s], weights)
+                times = alternate(rivals, sets, rounds)
                 speed = size / times["triton"] / 1e3
-                rows.append(
-                    {
-                        "batch": batch,
-                        "vocabulary": VOCABULARY,
-                        "members": members,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "microseconds": times,
-                        "gigabytes_per_second": round(speed, 1),
-                        "roof_gigabytes_per_second": roof,
-                        "share_of_roof": round(speed / roof, 3),
-                        "share_of_copy_of_same_bytes": round(times["copy"] / times["triton"], 3),
-                        "times_eager": round(times["eager"] / times["triton"], 2),
-                        "times_compiled": round(times["compiled"] / times["triton"], 2),
-                    }
-                )
+                row = {
+                    "batch": batch,
+                    "vocabulary": VOCABULARY,
+                    "members": members,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "microseconds": times,
+                    "gigabytes_per_second": round(speed, 1),
+                    "roof_gigabytes_per_second": roof,
+                    "share_of_roof": round(speed / roof, 3),
+                    "share_of_copy_of_same_bytes": round(times["copy"] / times["triton"], 3),
+                    "times_eager": round(times["eager"] / times["triton"], 2),
+                }
+                if "compiled" in times:
+                    row["times_compiled"] = round(times["compiled"] / times["triton"], 2)
+                rows.append(row)
     return rows
 
 
 def feature_rows(batch: int, rounds: int) -> list[dict]:
     """What each result on request adds to the time of argmax with log-probability, three members of bf16."""
-    logits = [torch.randn(batch, VOCABULARY, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    sets = sets_of(3 * batch * VOCABULARY * 2)
+    logits = [
+        [torch.randn(batch, VOCABULARY, device="cuda", dtype=torch.bfloat16) for _ in range(3)] for _ in range(sets)
+    ]
     weights = torch.ones(3, device="cuda")
     asked: dict[str, dict] = {"argmax": {}, "members": {"members": True}, "entropy": {"entropy": True}}
     asked |= {"top_k=4": {"top_k": 4}, "top_k=16": {"top_k": 16}}
-    outs = {name: fused_logits(logits, weights, **options) for name, options in asked.items()}
-    rivals = {name: partial(fused_logits, logits, weights, out=outs[name], **asked[name]) for name in asked}
-    return [{"batch": batch, "result": name, "microseconds": time} for name, time in alternate(rivals, rounds).items()]
+
+    def rival(options: dict) -> Callable[[int], object]:
+        out = fused_logits(logits[0], weights, **options)
+        return lambda number: fused_logits(logits[number], weights, out=out, **options)
+
+    times = alternate({name: rival(options) for name, options in asked.items()}, sets, rounds)
+    return [{"batch": batch, "result": name, "microseconds": time} for name, time in times.items()]
 
 
 def head_rows(batches: list[int], rounds: int) -> list[dict]:
@@ -117,15 +149,15 @@ def head_rows(batches: list[int], rounds: int) -> list[dict]:
         out = fused_head(hidden, output, weights)
         logits_out = fused_logits([h_BD @ o_VD.T for h_BD, o_VD in zip(hidden, output, strict=True)], weights)
 
-        def unfused(hidden=hidden, logits_out=logits_out):
+        def unfused(_: int, hidden=hidden, logits_out=logits_out):
             logits = [h_BD @ o_VD.T for h_BD, o_VD in zip(hidden, output, strict=True)]
             return fused_logits(logits, weights, out=logits_out)
 
-        rivals: dict[str, Callable[[], object]] = {
-            "fused_head": partial(fused_head, hidden, output, weights, out=out),
+        rivals: dict[str, Callable[[int], object]] = {
+            "fused_head": lambda _, hidden=hidden, out=out: fused_head(hidden, output, weights, out=out),
             "cuBLAS + kernel": unfused,
         }
-        times = alternate(rivals, rounds)
+        times = alternate(rivals, LEAST_SETS, rounds)  # the weights alone are far larger than the L2
         ratio = times["cuBLAS + kernel"] / times["fused_head"]
         rows.append({"batch": batch, "microseconds": times, "times_unfused": round(ratio, 2)})
     return rows
