@@ -18,6 +18,8 @@ layers=${LAYERS:-3}
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-$here/../.venv/bin/python}
 mkdir -p "$work"
+# Without bf16 instructions products of bf16 are emulated, and slow.
+dtype=$("$python" -c 'from kernels.packed_linear import has_bfloat16_instructions as has; print("bfloat16" if has() else "float32")')
 
 [ -f "$work/smollm2/config.json" ] || "$python" -m eval.smollm2 --output "$work/smollm2"
 [ -f "$work/start/config.json" ] ||
@@ -28,7 +30,7 @@ gzip -dc "$data/train.de.gz" | awk 'NF && length($0) < 200' | sed -n "1,${lines}
 # An interrupted run leaves what it has; its journal stands beside it until it is whole.
 [ -f "$work/written.jsonl" ] && [ ! -e "$work/written.en.journal" ] || "$python" -m decode.collab --model L="$work/smollm2" --source de --target en \
     --input "$work/source.de" --output "$work/written.en" --details "$work/written.jsonl" --resume --no-invariant \
-    --batch-size 64 --max-new-tokens 64 --dtype bfloat16
+    --batch-size 64 --max-new-tokens 64 --dtype "$dtype"
 
 # What did not come to its end would teach the drafter to end anywhere.
 "$python" - "$work" <<'PYTHON'
@@ -51,4 +53,4 @@ PYTHON
 
 "$python" -m train.sft --resume --model "$work/start" --output "$work/drafter" --train "$work/train.tsv" \
     --valid "$work/valid.tsv" --source de --target en --epochs "${EPOCHS:-3}" --batch-size 32 --lr 1e-3 \
-    --schedule cosine --warmup-steps 20 --min-lr-ratio 0.05 --beta2 0.98 --compute-dtype bfloat16 --checkpoint-every 50
+    --schedule cosine --warmup-steps 20 --min-lr-ratio 0.05 --beta2 0.98 --compute-dtype "$dtype" --checkpoint-every 50
