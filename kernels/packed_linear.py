@@ -63,9 +63,11 @@ _STEADY: dict[tuple[str, int, int, int], tuple[int, int]] = {}
 
 @functools.cache
 def has_bfloat16_instructions() -> bool:
-    """Whether oneDNN multiplies packed bf16 weights here: asked by packing one, since environment variables may forbid
-    it.
+    """Whether this processor multiplies bf16, and oneDNN packed weights of it: asked by packing one, since environment
+    variables may forbid it. With AVX-512 but without the instructions oneDNN packs all the same, and emulates.
     """
+    if not torch.cpu._is_avx512_bf16_supported():
+        return False
     try:
         weight_OD = torch.ops.mkldnn._reorder_linear_weight(torch.ones(16, 16, dtype=torch.bfloat16), EXPECTED_ROWS)
         torch.ops.mkldnn._linear_pointwise(torch.ones(2, 16, dtype=torch.bfloat16), weight_OD, None, "none", [], "")

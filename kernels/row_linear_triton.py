@@ -1,0 +1,192 @@
+"""A linear layer for one row on a GPU, with what stands around it in a Llama's layer: one launch.
+
+    y = W (x * scale) / sqrt(mean(x²) + epsilon) + b        the norm is optional, and works on the sum: it is linear
+    gated:   y = silu(gate) * up, the two halves of W's rows
+    added:   the residual stream gets y added, in place
+    turned:  y are queries, keys and values; queries and keys are turned by the row's position, keys and values go to
+             its place in the cache
+
+A step of one row reads weights and does little else, so what counts is how fast they are read: every program reads a
+few rows of W whole, each thread 16 bytes at a time, several of them in flight, and nothing is shared between programs.
+cuBLAS makes the same products by tiles for its matrix units, and splits the narrow ones along D with a second launch.
+Bytes: W once; x, 2 to 4 bytes a number, once a program, out of the L2. Floor: W's bytes over the device's bandwidth.
+
+Arithmetic in float32, in one order for each shape; another one than a product of several rows has.
+
+    D inputs  O outputs  F feed-forward width (gated: O = 2 * F)  C head width  P positions of a cache  J = 2 * K * C
+    numbers of each
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Rows of W and columns that a program reads at once, by warps: 16 bytes of every row for each thread.
+BLOCK_O, BLOCK_D, WARPS = 4, 1024, 4
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
+
+
+@triton.jit
+def _row_linear_kernel(
+    x_D, scale_D, weight_OD, bias_O, y_O, turn_C, slot_1, entries_PJ, entry_stride, weight_stride,
+    O, queries, turned, width, epsilon,
+    D: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, TURNED: tl.constexpr,
+    BIAS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    offset_O = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    inside_O = offset_O < O
+    row_O = tl.minimum(offset_O, O - 1).to(tl.int64)
+    offset_D = tl.arange(0, BLOCK_D)
+    EVEN: tl.constexpr = D % BLOCK_D == 0
+    sum_OD = tl.zeros((BLOCK_O, BLOCK_D), tl.float32)
+    up_OD = tl.zeros((BLOCK_O, BLOCK_D), tl.float32)
+    square_D = tl.zeros((BLOCK_D,), tl.float32)
+    for at in range(0, D, BLOCK_D):
+        place_OD = weight_OD + row_O[:, None] * weight_stride + (at + offset_D)[None, :]
+        inside_D = at + offset_D < D
+        if EVEN:
+            w_OD = tl.load(place_OD)
+            x = tl.load(x_D + at + offset_D).to(tl.float32)
+        else:
+            w_OD = tl.load(place_OD, mask=inside_D[None, :], other=0.0)
+            x = tl.load(x_D + at + offset_D, mask=inside_D, other=0.0).to(tl.float32)
+        if NORM:
+            square_D += x * x
+            x = x * tl.load(scale_D + at + offset_D, mask=inside_D, other=0.0)
+        sum_OD += w_OD.to(tl.float32) * x[None, :]
+        if GATED:
+            place_OD += O.to(tl.int64) * weight_stride
+            if EVEN:
+                w_OD = tl.load(place_OD)
+            else:
+                w_OD = tl.load(place_OD, mask=inside_D[None, :], other=0.0)
+            up_OD += w_OD.to(tl.float32) * x[None, :]
+    sum_O = tl.sum(sum_OD, axis=1)
+    factor = 1.0
+    if NORM:
+        factor = 1.0 / tl.sqrt(tl.sum(square_D, axis=0) / D + epsilon)
+        sum_O *= factor
+    if BIAS:
+        sum_O += tl.load(bias_O + row_O).to(tl.float32)
+    if GATED:
+        up_O = tl.sum(up_OD, axis=1) * factor
+        if BIAS:
+            up_O += tl.load(bias_O + O + row_O).to(tl.float32)
+        sum_O = sum_O / (1.0 + tl.exp(-sum_O)) * up_O
+    if ADDED:
+        sum_O += tl.load(y_O + offset_O, mask=inside_O, other=0.0)
+    if TURNED:
+        turn_O = tl.load(turn_C + offset_O % width)
+        cos, sin = tl.split(tl.reshape(turn_O, (BLOCK_O // 2, 2)))
+        a, b = tl.split(tl.reshape(sum_O, (BLOCK_O // 2, 2)))
+        turned_O = tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (BLOCK_O,))
+        sum_O = tl.where(offset_O < turned, turned_O, sum_O)
+        entry_O = entries_PJ + tl.load(slot_1) * entry_stride + (offset_O - queries)
+        tl.store(entry_O, sum_O.to(entries_PJ.dtype.element_ty), mask=inside_O & (offset_O >= queries))
+        inside_O = offset_O < queries
+    tl.store(y_O + offset_O, sum_O.to(y_O.dtype.element_ty), mask=inside_O)
+
+
+@dataclass(frozen=True)
+class Normed:
+    """What stands before the product: RMSNorm with its weights (D,) float32."""
+
+    scale_D: Tensor
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Turned:
+    """What stands behind the product of queries, keys and values.
+
+    turn_C: (C/2, 2) float32, cosine and sine for each pair of channels side by side.   slot_1: the row's place among
+    entries_PJ (P, J): keys, then values.   queries, keys: heads.
+    """
+
+    turn_C2: Tensor
+    slot_1: Tensor
+    entries_PJ: Tensor
+    queries: int
+    keys: int
+
+    @property
+    def width(self) -> int:
+        return 2 * len(self.turn_C2)
+
+
+def row_linear(
+    x_1D: Tensor,
+    weight_OD: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    norm: Normed | None = None,
+    gated: bool = False,
+    add_to: Tensor | None = None,
+    turned: Turned | None = None,
+) -> Tensor:
+    """(1, O) in the weight's dtype, or what the options make of it: (1, F) gated, the queries (1, H * C) turned, and
+    with `add_to` (1, O) float32 that tensor.
+
+    x_1D: (1, D) of any float dtype, contiguous in D.   weight_OD: rows contiguous.
+    """
+    positional, switches, options, y_1O = arguments(
+        x_1D, weight_OD, bias_O, norm=norm, gated=gated, add_to=add_to, turned=turned
+    )
+    outputs = positional[10]
+    _row_linear_kernel[(triton.cdiv(outputs, switches["BLOCK_O"]),)](*positional, **switches, **options)
+    return y_1O
+
+
+def arguments(
+    x_1D: Tensor,
+    weight_OD: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    norm: Normed | None = None,
+    gated: bool = False,
+    add_to: Tensor | None = None,
+    turned: Turned | None = None,
+) -> tuple[tuple, dict, dict, Tensor]:
+    """Positional arguments, switches and options of the launch, and its result."""
+    outputs, inputs = weight_OD.shape
+    if gated:
+        outputs //= 2
+    if add_to is not None:
+        y_1O = add_to
+    else:
+        columns = outputs if turned is None else turned.queries * turned.width
+        dtype = weight_OD.dtype if turned is None else turned.entries_PJ.dtype
+        y_1O = torch.empty((1, columns), dtype=dtype, device=x_1D.device)
+    unused = y_1O
+    heads = (0, 0, 1) if turned is None else (turned.queries, turned.queries + turned.keys, turned.width)
+    positional = (
+        x_1D,
+        unused if norm is None else norm.scale_D,
+        weight_OD,
+        unused if bias_O is None else bias_O,
+        y_1O,
+        *((unused,) * 3 if turned is None else (turned.turn_C2, turned.slot_1, turned.entries_PJ)),
+        0 if turned is None else turned.entries_PJ.stride(0),
+        weight_OD.stride(0),
+        outputs,
+        heads[0] * heads[2],
+        heads[1] * heads[2],
+        heads[2],
+        0.0 if norm is None else norm.epsilon,
+    )
+    switches = {
+        "D": inputs,
+        "NORM": norm is not None,
+        "GATED": gated,
+        "ADDED": add_to is not None,
+        "TURNED": turned is not None,
+        "BIAS": bias_O is not None,
+        "BLOCK_O": BLOCK_O,
+        "BLOCK_D": min(BLOCK_D, triton.next_power_of_2(inputs)),
+    }
+    return positional, switches, OPTIONS, y_1O
