@@ -1,37 +1,62 @@
-"""A prepared layer on a GPU: the same function in fewer launches (kernels/layer_triton.py).
+"""A prepared layer on a GPU: the same function in fewer launches (kernels/layer_triton.py, kernels/row_linear_triton.py).
 
-A step of few rows reads the weights and starts kernels, and with PyTorch's operations the starts take longer: 32 a
-layer, five of them products. Here they are 11: two norms (one takes the first addition to the residual stream along),
-the rotation with what goes to the cache, attention, the gate, the second addition, and the products. Between them
-numbers are kept in the weights' dtype, where PreparedLayer goes through float32; the residual stream is float32.
+A step of few rows reads the weights and starts kernels, and with PyTorch's operations the starts take longer. Several
+rows take 10 launches a layer: four products, two norms (one takes the first addition to the residual stream along), the
+rotation with what goes to the cache, attention, the gate, the second addition. One row takes five: what stands around
+a product is part of it, and attention. Between them numbers are kept in the weights' dtype, where PreparedLayer goes
+through float32; the residual stream is float32.
 """
 
 # R positions  D model width  K key/value heads  G query heads of each  C head width
 
+import torch
 from torch import Tensor
 
 from decode.prepare import TAIL, Pass, PlainLinear, PreparedLayer, PreparedLlama
 from kernels import layer_triton
+from kernels.row_linear_triton import Normed, Turned, row_linear
 from minillama.model import Layer
+
+
+class GpuLinear(PlainLinear):
+    def product(self, x_RD: Tensor) -> Tensor:
+        if len(x_RD) == 1 and not self.tile:  # other bits than in a product of several rows
+            return row_linear(x_RD, self.weight_OD, self.bias_O)
+        return super().product(x_RD)
 
 
 class GpuLayer(PreparedLayer):
     def __init__(self, layer: Layer, model: PreparedLlama) -> None:
         super().__init__(layer, model)
-        # Without what PlainLinear does around them: the conversions.
-        self.products = [linear.product for linear in self.linears if isinstance(linear, PlainLinear)]
+        self.heads = self.groups * self.kv_heads, self.kv_heads
         self.dtype = layer.mlp.gate_proj.weight.dtype
-        self.epsilon = layer.input_layernorm.eps
-        self.input_scale_D = layer.input_layernorm.weight.detach().float()
-        self.post_scale_D = layer.post_attention_layernorm.weight.detach().float()
+        epsilon = layer.input_layernorm.eps
+        self.before_attention = Normed(layer.input_layernorm.weight.detach().float(), epsilon)
+        self.before_mlp = Normed(layer.post_attention_layernorm.weight.detach().float(), epsilon)
 
     def __call__(self, stream_RE: Tensor, positions: Pass, number: int, entries_PJ: Tensor) -> None:
-        qkv, output, gate, up, down = self.products
         x_RD = stream_RE[:, :-TAIL]
-        h_RD = layer_triton.normed(x_RD, self.input_scale_D, self.epsilon, self.dtype)
-        heads = self.groups * self.kv_heads, self.kv_heads
-        q_RQ = layer_triton.turned_and_stored(qkv(h_RD), positions.turn_RHC, positions.slot_R, entries_PJ, *heads)
+        # Without what PlainLinear does around them: the conversions.
+        qkv, output, gate_up, down = (linear for linear in self.linears if isinstance(linear, GpuLinear))
+        if len(x_RD) == 1 and self.part is None and not self.ordered:
+            turn_C2 = torch.view_as_real(positions.turn_RHC)[0, 0]
+            turned = Turned(turn_C2, positions.slot_R, entries_PJ, *self.heads)
+            q_RQ = row_linear(x_RD, qkv.weight_OD, qkv.bias_O, norm=self.before_attention, turned=turned)
+            row_linear(self._attended(q_RQ, positions, number), output.weight_OD, output.bias_O, add_to=x_RD)
+            h_RF = row_linear(x_RD, gate_up.weight_OD, gate_up.bias_O, norm=self.before_mlp, gated=True)
+            row_linear(h_RF, down.weight_OD, down.bias_O, add_to=x_RD)
+            return
+        h_RD = self._normed(x_RD, self.before_attention)
+        q_RQ = layer_triton.turned_and_stored(
+            qkv.product(h_RD), positions.turn_RHC, positions.slot_R, entries_PJ, *self.heads
+        )
+        attended_RD = self.summed(output.product(self._attended(q_RQ, positions, number)))
+        h_RD = self._normed(x_RD, self.before_mlp, attended_RD)
+        x_RD += self.summed(down.product(layer_triton.silu_multiplied(gate_up.product(h_RD))))
+
+    def _normed(self, x_RD: Tensor, norm: Normed, delta_RD: Tensor | None = None) -> Tensor:
+        return layer_triton.normed(x_RD, norm.scale_D, norm.epsilon, self.dtype, delta_RD)
+
+    def _attended(self, q_RQ: Tensor, positions: Pass, number: int) -> Tensor:
         q_RGKC = q_RQ.view(-1, self.groups, self.kv_heads, self.head_dim)
-        attended_RD = self.summed(output(self.attend(q_RGKC.transpose(1, 2), positions, number)))
-        h_RD = layer_triton.normed(x_RD, self.post_scale_D, self.epsilon, self.dtype, attended_RD)
-        x_RD += self.summed(down(layer_triton.silu_multiplied(gate(h_RD), up(h_RD))))
+        return self.attend(q_RGKC.transpose(1, 2), positions, number)

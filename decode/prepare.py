@@ -2,7 +2,7 @@
 
 Rows of all sentences are one flat list of positions, so linear layers see no padding, and prompts being read share a
 pass with rows that decode. Weights are packed once (kernels/packed_linear.py), queries, keys and values are one
-product, and everything is stored in the order in which the next operation wants it:
+product, gate and up another, and everything is stored in the order in which the next operation wants it:
 - rotary pairs side by side, so that a rotation is one complex multiplication (queries and keys are permuted alike,
   their products stay);
 - query heads with the group first (G, K, C), so that the G heads which share a key head are rows of one product without
@@ -17,7 +17,7 @@ keep them (`invariant`), attention is always G queries against one row's keys, a
 little beside the linear layers.
 
 Activations are float32 whatever the storage of the weights; the cache is float32 on a CPU and the model's dtype on a
-GPU. The model given is not changed.
+GPU. The function of the model given is not changed.
 """
 
 # R positions of all rows  B rows of a span  T positions of each  S cached positions  E key and value  D model width
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import PackedLinear, backend
-from kernels.packed_linear import has_bfloat16_instructions
+from kernels.packed_linear import ONE_THREAD_ELEMENTS, has_bfloat16_instructions
 from minillama import KVCache, Llama, LlamaConfig
 from minillama.model import Layer, RMSNorm, rope_frequencies
 from minillama.parallel import LlamaPart
@@ -39,9 +39,6 @@ from minillama.parallel import LlamaPart
 KEYS_MULTIPLE = 64
 # Floats behind each row of the residual stream: the first makes its length that of RMSNorm, the others align the rows.
 TAIL = 16
-# Complex numbers that are multiplied at once. Up to here PyTorch uses one thread: a part's end is a row's end, and the
-# processor's vectors divide a row.
-ROTATED_AT_ONCE = 32_768
 # Rows of every product on a GPU under `invariant`.
 GPU_TILE_ROWS = 64
 
@@ -137,9 +134,12 @@ class PreparedLlama:
         width, eps = self.config.hidden_size, self.config.rms_norm_eps
         self.tail_E = torch.tensor([(width * eps) ** 0.5, *[0.0] * (TAIL - 1)], device=self.device)
         self.idle_E = torch.cat((torch.zeros(width, device=self.device), self.tail_E))
-        layer_kind = PreparedLayer
+        layer_kind: type[PreparedLayer] = PreparedLayer
+        self.plain_kind: type[PlainLinear] = PlainLinear
         if self.storage == "plain" and backend(self.device) == "triton":
-            from decode.gpu_layer import GpuLayer as layer_kind
+            from decode.gpu_layer import GpuLayer, GpuLinear
+
+            layer_kind, self.plain_kind = GpuLayer, GpuLinear
         self.layers = []
         with torch.no_grad():
             for number, layer in enumerate(model.model.layers):
@@ -156,7 +156,7 @@ class PreparedLlama:
         """A linear layer in this model's storage, with the weights of the norm before it where it takes them."""
         weight_OD = weight_OD.detach()
         if self.storage == "plain":
-            return PlainLinear(weight_OD, bias_O, GPU_TILE_ROWS if self.invariant else 0)
+            return self.plain_kind(weight_OD, bias_O, GPU_TILE_ROWS if self.invariant else 0)
         if norm is not None and norm.scale_D is None:
             weight_OD = weight_OD.float() * norm.folded_D
         return PackedLinear(weight_OD, bias_O, dtype=self.storage, invariant=self.invariant)
@@ -235,13 +235,17 @@ class PreparedLayer:
         self.qkv = model.linear(joined("weight"), bias_O, self.input_norm)
         output_DH = attention.o_proj.weight.detach().unflatten(1, (self.kv_heads, self.groups, self.head_dim))
         self.output = model.linear(output_DH.transpose(1, 2).flatten(1), attention.o_proj.bias)
-        self.gate = model.linear(mlp.gate_proj.weight, mlp.gate_proj.bias, self.post_norm)
-        self.up = model.linear(mlp.up_proj.weight, mlp.up_proj.bias, self.post_norm)
+        gate, up = mlp.gate_proj, mlp.up_proj
+        bias_O = None if gate.bias is None else torch.cat((gate.bias.detach(), up.bias.detach()))
+        weight_OD = torch.cat((gate.weight.detach(), up.weight.detach()))
+        if model.storage == "plain":  # the model goes on with views of it: weights are not held twice
+            gate.weight.data, up.weight.data = weight_OD.chunk(2)
+        self.gate_up = model.linear(weight_OD, bias_O, self.post_norm)
         self.down = model.linear(mlp.down_proj.weight, mlp.down_proj.bias)
 
     @property
     def linears(self) -> list["Linear"]:
-        return [self.qkv, self.output, self.gate, self.up, self.down]
+        return [self.qkv, self.output, self.gate_up, self.down]
 
     def __call__(self, stream_RE: Tensor, positions: Pass, number: int, entries_PJ: Tensor) -> None:
         """Add this layer's part to the residual stream; rows of it behind the positions are there for the products."""
@@ -252,8 +256,7 @@ class PreparedLayer:
         entries_PJ.index_copy_(0, positions.slot_R, qkv_RO[:, self.queries :].to(entries_PJ.dtype))
         q_RGKC = qkv_RO[:, : self.queries].view(-1, self.groups, self.kv_heads, self.head_dim).to(entries_PJ.dtype)
         x_RD[:rows] += self.summed(self.output(self.attend(q_RGKC.transpose(1, 2), positions, number).float()))
-        h_RD = self.post_norm(stream_RE)
-        x_RD += self.summed(self.down(self.up(h_RD, multiply=self.gate(h_RD, silu=True))))
+        x_RD += self.summed(self.down(swiglu(self.gate_up(self.post_norm(stream_RE)))))
 
     def summed(self, part_RD: Tensor) -> Tensor:
         """What is added to the residual stream: of a part of a model the sum of all parts', in float32."""
@@ -294,10 +297,8 @@ class PlainLinear:
     def __init__(self, weight_OD: Tensor, bias_O: Tensor | None, tile: int) -> None:
         self.weight_OD, self.bias_O, self.tile = weight_OD, None if bias_O is None else bias_O.detach(), tile
 
-    def __call__(self, x_RD: Tensor, *, silu: bool = False, multiply: Tensor | None = None) -> Tensor:
-        y_RO = self.product(x_RD).to(x_RD.dtype)
-        y_RO = F.silu(y_RO) if silu else y_RO
-        return y_RO if multiply is None else y_RO * multiply
+    def __call__(self, x_RD: Tensor) -> Tensor:
+        return self.product(x_RD).to(x_RD.dtype)
 
     def product(self, x_RD: Tensor) -> Tensor:
         """In the weight's dtype."""
@@ -321,6 +322,19 @@ class PlainLinear:
 
 
 Linear = PackedLinear | PlainLinear
+
+
+def swiglu(gate_up_RO: Tensor) -> Tensor:
+    """(R, F): silu of the first half of each row times the second, some rows at a time: see ONE_THREAD_ELEMENTS."""
+    gate_RF, up_RF = gate_up_RO.chunk(2, dim=1)
+    rows = max(1, ONE_THREAD_ELEMENTS // gate_RF.shape[1])
+    if len(gate_RF) <= rows or gate_RF.is_cuda:
+        return F.silu(gate_RF).mul_(up_RF)
+    y_RF = gate_up_RO.new_empty(gate_RF.shape)
+    for start in range(0, len(y_RF), rows):
+        part = slice(start, start + rows)
+        torch.mul(F.silu(gate_RF[part]), up_RF[part], out=y_RF[part])
+    return y_RF
 
 
 def rotations_at(config: LlamaConfig, position_R: Tensor) -> Tensor:
@@ -350,7 +364,7 @@ def pair_channels(rows_HC: Tensor, heads: int) -> Tensor:
 
 def turn(pairs_RHC2: Tensor, turn_RHC: Tensor) -> None:
     """Rotate pairs of channels (float32) in place."""
-    rows = max(1, ROTATED_AT_ONCE // turn_RHC[0].numel())
+    rows = max(1, ONE_THREAD_ELEMENTS // turn_RHC[0].numel())
     if len(pairs_RHC2) <= rows or pairs_RHC2.is_cuda:
         torch.view_as_complex(pairs_RHC2).mul_(turn_RHC)
         return

@@ -8,7 +8,7 @@ Arithmetic in float32, the residual stream x too; what a product reads next is w
 and output once, some D numbers a row, which is nothing beside the weights: with few rows such a launch takes what a
 launch takes, and what counts is their number.
 
-A program reads one row (normed), some heads of one (turned_and_stored) or a range of numbers (silu_multiplied): a row's
+A program reads one row (normed), some heads of one (turned_and_stored) or a range of one (silu_multiplied): a row's
 bits do not depend on the others, and how a sum is added depends on D alone.
 
     R positions  D model width  O outputs of the joined product  H query heads  K key/value heads  C head width
@@ -71,12 +71,14 @@ def _turn_kernel(
 
 
 @triton.jit
-def _silu_kernel(gate, up, out, count, BLOCK: tl.constexpr):
-    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offset < count
-    x = tl.load(gate + offset, mask=inside, other=0.0).to(tl.float32)
-    y = x / (1.0 + tl.exp(-x)) * tl.load(up + offset, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + offset, y.to(out.dtype.element_ty), mask=inside)
+def _silu_kernel(gate_up_RO, out_RF, width, row_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offset_F = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside_F = offset_F < width
+    gate_F = gate_up_RO + row * row_stride + offset_F
+    x_F = tl.load(gate_F, mask=inside_F, other=0.0).to(tl.float32)
+    y_F = x_F / (1.0 + tl.exp(-x_F)) * tl.load(gate_F + width, mask=inside_F, other=0.0).to(tl.float32)
+    tl.store(out_RF + row * width + offset_F, y_F.to(out_RF.dtype.element_ty), mask=inside_F)
 
 
 def normed(
@@ -126,16 +128,17 @@ def turn_arguments(
     return (qkv_RO, turn_RHC2, slot_R, query_RQ, entries_PJ, *strides, *heads, width), switches, OPTIONS["heads"]
 
 
-def silu_multiplied(gate_RF: Tensor, up_RF: Tensor) -> Tensor:
-    """(R, F) in the dtype of both, which are contiguous."""
-    out_RF = torch.empty_like(gate_RF)
-    arguments = silu_arguments(gate_RF, up_RF, out_RF)
-    _launch(_silu_kernel, (triton.cdiv(out_RF.numel(), SILU_BLOCK),), *arguments)
+def silu_multiplied(gate_up_RO: Tensor) -> Tensor:
+    """(R, F) in the same dtype: silu of the first half of each row times the second."""
+    rows, outputs = gate_up_RO.shape
+    out_RF = torch.empty((rows, outputs // 2), dtype=gate_up_RO.dtype, device=gate_up_RO.device)
+    grid = rows, triton.cdiv(outputs // 2, SILU_BLOCK)
+    _launch(_silu_kernel, grid, *silu_arguments(gate_up_RO, out_RF))
     return out_RF
 
 
-def silu_arguments(gate_RF: Tensor, up_RF: Tensor, out_RF: Tensor) -> tuple[tuple, dict, dict]:
-    return (gate_RF, up_RF, out_RF, out_RF.numel()), {"BLOCK": SILU_BLOCK}, OPTIONS["row"]
+def silu_arguments(gate_up_RO: Tensor, out_RF: Tensor) -> tuple[tuple, dict, dict]:
+    return (gate_up_RO, out_RF, out_RF.shape[1], gate_up_RO.stride(0)), {"BLOCK": SILU_BLOCK}, OPTIONS["row"]
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], positional: tuple, switches: dict, options: dict) -> None:

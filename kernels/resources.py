@@ -77,6 +77,7 @@ def variants() -> Iterator[Variant]:
             yield _logits_variant(f"argmax N={members} {_short(dtype)}", [dtype] * members)
     mixed = [torch.bfloat16, torch.float16, torch.float32]
     yield _logits_variant("argmax N=3 mixed", mixed)
+    yield _logits_variant("argmax N=3 bf16, 64 rows", [torch.bfloat16] * 3, rows=64)
     three = [torch.bfloat16] * 3
     yield _logits_variant("argmax N=3 bf16, rows not aligned", three, vocabulary=50_257)
     yield _logits_variant("members N=3 bf16", three, members=True)
@@ -95,6 +96,7 @@ def variants() -> Iterator[Variant]:
         yield _loss_variant(f"gradient in place {_short(dtype)}", dtype)
     yield _loss_variant("gradient in place bf16, not aligned", torch.bfloat16, vocabulary=50_257)
     yield from _layer_variants()
+    yield from _row_linear_variants()
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -107,11 +109,18 @@ def _sampling(rows: int, **truncation: float) -> Sampling:
 
 
 def _logits_variant(
-    name: str, dtypes: list, vocabulary: int = 128_256, every: int = 1, given: int = 0, sample: bool = False, **asked
+    name: str,
+    dtypes: list,
+    vocabulary: int = 128_256,
+    rows: int = 4,
+    every: int = 1,
+    given: int = 0,
+    sample: bool = False,
+    **asked,
 ) -> Variant:
     from kernels import fused_logits_triton as path
 
-    rows = 4 * every
+    rows *= every
     request = Request(
         tuple(torch.empty(rows, vocabulary, dtype=dtype) for dtype in dtypes),
         torch.ones(len(dtypes)),
@@ -125,7 +134,9 @@ def _logits_variant(
     out = verification.steps if verification is not None else path.allocate(request)
     positional, switches = path.launch_arguments(request, out, verification)
     aligned = vocabulary % 16 == 0
-    return Variant("fused_logits", name, path._fused_logits_kernel, positional, switches, path.LAUNCH_OPTIONS, aligned)
+    return Variant(
+        "fused_logits", name, path._fused_logits_kernel, positional, switches, path.launch_options(request), aligned
+    )
 
 
 def _truncated_variant(name: str, dtypes: list) -> Variant:
@@ -172,6 +183,7 @@ def _layer_variants() -> Iterator[Variant]:
     rows, width, queries, keys, channels = 4, 2048, 32, 8, 64
     stream_RD, scale_D = torch.empty(rows, width + 16)[:, :width], torch.empty(width)
     x_RD = torch.empty(rows, width, dtype=torch.bfloat16)
+    gate_up_RO = torch.empty(rows, 2 * 8192, dtype=torch.bfloat16)
     qkv_RO = torch.empty(rows, (queries + 2 * keys) * channels, dtype=torch.bfloat16)
     turn_RHC2 = torch.empty(rows, queries + keys, channels // 2, 2)
     slot_R, entries_PJ = torch.zeros(rows, dtype=torch.int64), torch.empty(256, 2 * keys * channels, dtype=x_RD.dtype)
@@ -180,9 +192,36 @@ def _layer_variants() -> Iterator[Variant]:
         ("norm", path._norm_kernel, path.norm_arguments(stream_RD, scale_D, 1e-5, x_RD, None)),
         ("add and norm", path._norm_kernel, path.norm_arguments(stream_RD, scale_D, 1e-5, x_RD, x_RD)),
         ("turn and store", path._turn_kernel, turn),
-        ("silu and multiply", path._silu_kernel, path.silu_arguments(x_RD, x_RD, x_RD)),
+        ("silu and multiply", path._silu_kernel, path.silu_arguments(gate_up_RO, gate_up_RO[:, :8192])),
     ):
         yield Variant("layer", name, function, positional, switches, options)
+
+
+def _row_linear_variants() -> Iterator[Variant]:
+    """The products of Llama-3.2-1B's layer in bf16."""
+    from kernels import row_linear_triton as path
+
+    width, queries, keys, channels = 2048, 32, 8, 64
+    x_1D, stream_1D, scale_D = torch.empty(1, width, dtype=torch.bfloat16), torch.empty(1, width), torch.empty(width)
+
+    def weight(outputs: int) -> torch.Tensor:
+        return torch.empty(outputs, width, dtype=torch.bfloat16)
+
+    norm = path.Normed(scale_D, 1e-5)
+    entries_PJ = torch.empty(256, 2 * keys * channels, dtype=torch.bfloat16)
+    slot_1, turn_C2 = torch.zeros(1, dtype=torch.int64), torch.empty(channels // 2, 2)
+    turned = path.Turned(turn_C2, slot_1, entries_PJ, queries, keys)
+    for name, arguments in (
+        ("plain", path.arguments(x_1D, weight(width))),
+        ("added", path.arguments(x_1D, weight(width), add_to=stream_1D)),
+        ("norm and gated", path.arguments(stream_1D, weight(2 * 8192), norm=norm, gated=True)),
+        (
+            "norm and turned",
+            path.arguments(stream_1D, weight((queries + 2 * keys) * channels), norm=norm, turned=turned),
+        ),
+    ):
+        positional, switches, options, _ = arguments
+        yield Variant("row_linear", name, path._row_linear_kernel, positional, switches, options)
 
 
 def compile_variant(variant: Variant, target: Target):

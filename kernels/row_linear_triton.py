@@ -137,8 +137,7 @@ def row_linear(
     positional, switches, options, y_1O = arguments(
         x_1D, weight_OD, bias_O, norm=norm, gated=gated, add_to=add_to, turned=turned
     )
-    outputs = positional[10]
-    _row_linear_kernel[(triton.cdiv(outputs, switches["BLOCK_O"]),)](*positional, **switches, **options)
+    _launch((triton.cdiv(positional[10], switches["BLOCK_O"]),), positional, switches, options)
     return y_1O
 
 
@@ -190,3 +189,7 @@ def arguments(
         "BLOCK_D": min(BLOCK_D, triton.next_power_of_2(inputs)),
     }
     return positional, switches, OPTIONS, y_1O
+
+
+def _launch(grid: tuple[int, ...], positional: tuple, switches: dict, options: dict) -> None:
+    _row_linear_kernel[grid](*positional, **switches, **options)

@@ -116,7 +116,7 @@ def write_model(model: "Llama", folder: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
     config = model.config
-    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: _apart(tensor.detach().contiguous()) for name, tensor in model.state_dict().items()}
     dtype = str(model.dtype).removeprefix("torch.")
     # transformers 5 reads `dtype`, earlier releases and the converters `torch_dtype`.
     write_json(folder / "config.json", {**config.to_dict(), "dtype": dtype, "torch_dtype": dtype})
@@ -131,6 +131,11 @@ def write_model(model: "Llama", folder: Path) -> None:
     save_torch_state_dict(state, str(folder))
     for file in folder.glob("*.safetensors"):  # they come readable by their owner alone
         os.chmod(file, 0o666 & ~umask())
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """A copy of what is a part of a larger tensor: parts of one would be taken for each other's duplicates."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What stands between a layer's products on a GPU, against float64."""
+"""What stands between a layer's products on a GPU, and the products of one row, against float64."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 layer = pytest.importorskip("kernels.layer_triton")
+row = pytest.importorskip("kernels.row_linear_triton")
 
 WHERE = "cuda" if torch.cuda.is_available() else "cpu"
 RAN = "GPU" if WHERE == "cuda" else "interpreter"
@@ -71,9 +72,69 @@ def test_queries_and_keys_turn_and_keys_and_values_are_stored(rows, heads, width
 @given(st.integers(1, 5), st.sampled_from((1, 48, 2048, 3001)), DTYPES, st.integers(0, 10**6))
 def test_the_gate_is_multiplied(rows, width, dtype, seed):
     gate_RF, up_RF = normal(seed, rows, width, dtype=dtype) * 20, normal(seed + 1, rows, width, dtype=dtype)
-    found_RF = layer.silu_multiplied(gate_RF, up_RF)
+    found_RF = layer.silu_multiplied(torch.cat((gate_RF, up_RF), dim=1))
     assert found_RF.dtype == dtype
     close(found_RF, torch.nn.functional.silu(gate_RF.double()) * up_RF.double(), dtype)
+    count("layer", RAN)
+
+
+def near(found, expected, dtype):
+    """Within the roundings of sums of some hundred products, of numbers near one."""
+    within = {torch.float32: 2e-4, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=within, atol=within)
+
+
+@QUICK
+@given(st.sampled_from((5, 64, 576, 1100)), st.sampled_from((1, 6, 130)), DTYPES, st.booleans(), st.integers(0, 10**6))
+def test_one_row_of_a_linear_layer(inputs, outputs, dtype, bias, seed):
+    x_1D, weight_OD = normal(seed, 1, inputs, dtype=dtype), normal(seed + 1, outputs, inputs, dtype=dtype) * inputs**-0.5
+    bias_O = normal(seed + 2, outputs, dtype=dtype) if bias else None
+    expected_1O = x_1D.double() @ weight_OD.double().T + (bias_O.double() if bias else 0.0)
+    found_1O = row.row_linear(x_1D, weight_OD, bias_O)
+    assert found_1O.dtype == dtype
+    near(found_1O, expected_1O, dtype)
+    stream_1E = normal(seed + 3, 1, outputs + 16)
+    before_1E = stream_1E.clone()
+    row.row_linear(x_1D, weight_OD, bias_O, add_to=stream_1E[:, :outputs])
+    near(stream_1E[:, :outputs], before_1E[:, :outputs].double() + expected_1O, dtype)
+    assert torch.equal(stream_1E[:, outputs:], before_1E[:, outputs:])
+    count("layer", RAN)
+
+
+@QUICK
+@given(st.sampled_from((64, 576, 1100)), st.sampled_from((2, 12, 134)), DTYPES, st.booleans(), st.integers(0, 10**6))
+def test_one_row_is_normed_and_gated(inputs, width, dtype, bias, seed):
+    x_1D, scale_D = normal(seed, 1, inputs), normal(seed + 1, inputs)
+    weight_OD = normal(seed + 2, 2 * width, inputs, dtype=dtype) * inputs**-0.5
+    bias_O = normal(seed + 3, 2 * width, dtype=dtype) if bias else None
+    h_1D = x_1D.double() / (x_1D.double().square().mean() + 1e-5).sqrt() * scale_D.double()
+    gate_1F, up_1F = (h_1D @ weight_OD.double().T + (bias_O.double() if bias else 0.0)).chunk(2, dim=1)
+    found_1F = row.row_linear(x_1D, weight_OD, bias_O, norm=row.Normed(scale_D, 1e-5), gated=True)
+    near(found_1F, torch.nn.functional.silu(gate_1F) * up_1F, dtype)
+    count("layer", RAN)
+
+
+@QUICK
+@given(HEADS, st.sampled_from((2, 10, 64)), DTYPES, st.integers(0, 10**6))
+def test_one_rows_queries_and_keys_turn_and_keys_and_values_are_stored(heads, width, dtype, seed):
+    queries, keys = heads
+    x_1D, scale_D = normal(seed, 1, 96), normal(seed + 1, 96)
+    weight_OD = normal(seed + 2, (queries + 2 * keys) * width, 96, dtype=dtype) * 0.1
+    angle_C = normal(seed + 3, width // 2) * 30
+    entries_PJ = normal(seed + 4, 9, 2 * keys * width, dtype=dtype)
+    before_PJ = entries_PJ.clone()
+    slot_1 = torch.tensor([seed % 9], device=WHERE)
+    turned = row.Turned(torch.stack((angle_C.cos(), angle_C.sin()), dim=1), slot_1, entries_PJ, queries, keys)
+    query_1Q = row.row_linear(x_1D, weight_OD, norm=row.Normed(scale_D, 1e-5), turned=turned)
+    h_1D = x_1D.double() / (x_1D.double().square().mean() + 1e-5).sqrt() * scale_D.double()
+    pairs_HC = torch.view_as_complex((h_1D @ weight_OD.double().T).view(-1, width // 2, 2))
+    turn_C = torch.polar(torch.ones_like(angle_C), angle_C).to(torch.complex128)
+    pairs_HC = torch.cat((pairs_HC[: queries + keys] * turn_C, pairs_HC[queries + keys :]))
+    expected_O = torch.view_as_real(pairs_HC).flatten()
+    near(query_1Q[0], expected_O[: queries * width], dtype)
+    near(entries_PJ[slot_1[0]], expected_O[queries * width :], dtype)
+    others = [slot for slot in range(9) if slot != seed % 9]
+    assert torch.equal(entries_PJ[others], before_PJ[others])
     count("layer", RAN)
 
 
@@ -87,7 +148,7 @@ def test_a_rows_bits_do_not_depend_on_the_others():
     def results(rows):
         entries_PJ = torch.zeros(7, 2 * 64, device=WHERE)
         query_RQ = layer.turned_and_stored(qkv_RO[rows], turn_RHC[rows], slot_R[rows], entries_PJ, 3, 1)
-        silu_RF = layer.silu_multiplied(gate_RF[rows], gate_RF[rows])
+        silu_RF = layer.silu_multiplied(gate_RF[rows])
         return layer.normed(stream_RD[rows], scale_D, 1e-6, torch.float32), query_RQ, entries_PJ[rows], silu_RF
 
     together = results(slice(None))
