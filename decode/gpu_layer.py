@@ -1,4 +1,5 @@
-"""A prepared layer on a GPU: the same function in fewer launches (kernels/layer_triton.py, kernels/row_linear_triton.py).
+"""A prepared layer on a GPU: the same function in fewer launches (kernels/layer_triton.py, row_linear_triton.py,
+attend_triton.py).
 
 A step of few rows reads the weights and starts kernels, and with PyTorch's operations the starts take longer. Several
 rows take 10 launches a layer: four products, two norms (one takes the first addition to the residual stream along), the
@@ -12,8 +13,9 @@ through float32; the residual stream is float32.
 import torch
 from torch import Tensor
 
-from decode.prepare import TAIL, Pass, PlainLinear, PreparedLayer, PreparedLlama
-from kernels import layer_triton
+from decode.passes import Pass, RowsPass
+from decode.prepare import TAIL, PlainLinear, PreparedLayer, PreparedLlama
+from kernels import attend_triton, layer_triton
 from kernels.row_linear_triton import Normed, Turned, row_linear
 from minillama.model import Layer
 
@@ -42,7 +44,9 @@ class GpuLayer(PreparedLayer):
             turn_C2 = torch.view_as_real(positions.turn_RHC)[0, 0]
             turned = Turned(turn_C2, positions.slot_R, entries_PJ, *self.heads)
             q_RQ = row_linear(x_RD, qkv.weight_OD, qkv.bias_O, norm=self.before_attention, turned=turned)
-            row_linear(self._attended(q_RQ, positions, number), output.weight_OD, output.bias_O, add_to=x_RD)
+            row_linear(
+                self._attended(q_RQ, positions, number, entries_PJ), output.weight_OD, output.bias_O, add_to=x_RD
+            )
             h_RF = row_linear(x_RD, gate_up.weight_OD, gate_up.bias_O, norm=self.before_mlp, gated=True)
             row_linear(h_RF, down.weight_OD, down.bias_O, add_to=x_RD)
             return
@@ -50,13 +54,16 @@ class GpuLayer(PreparedLayer):
         q_RQ = layer_triton.turned_and_stored(
             qkv.product(h_RD), positions.turn_RHC, positions.slot_R, entries_PJ, *self.heads
         )
-        attended_RD = self.summed(output.product(self._attended(q_RQ, positions, number)))
+        attended_RD = self.summed(output.product(self._attended(q_RQ, positions, number, entries_PJ)))
         h_RD = self._normed(x_RD, self.before_mlp, attended_RD)
         x_RD += self.summed(down.product(layer_triton.silu_multiplied(gate_up.product(h_RD))))
 
     def _normed(self, x_RD: Tensor, norm: Normed, delta_RD: Tensor | None = None) -> Tensor:
         return layer_triton.normed(x_RD, norm.scale_D, norm.epsilon, self.dtype, delta_RD)
 
-    def _attended(self, q_RQ: Tensor, positions: Pass, number: int) -> Tensor:
+    def _attended(self, q_RQ: Tensor, positions: Pass, number: int, entries_PJ: Tensor) -> Tensor:
+        if isinstance(positions, RowsPass):
+            at = positions.position_B, positions.capacity
+            return attend_triton.attend(q_RQ, entries_PJ, *at, self.kv_heads, self.head_dim)
         q_RGKC = q_RQ.view(-1, self.groups, self.kv_heads, self.head_dim)
         return self.attend(q_RGKC.transpose(1, 2), positions, number)

@@ -13,7 +13,7 @@ import torch
 
 from decode.members import Reader
 from decode.places import Place
-from decode.prepare import cache_positions
+from decode.passes import cache_positions
 from minillama import InputError, KVCache
 from minillama.parallel import Part
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from decode.draws import Draws
 from decode.ensemble import Ensemble
-from decode.prepare import Pass, Span
+from decode.passes import Pass, Span
 from decode.step_graph import Chosen, StepGraphs
 
 Result = TypeVar("Result")

@@ -2,7 +2,7 @@
 
 A step that gives every row one token is some hundreds of small kernels a member. Launched one by one from Python they
 take longer than the weights take to be read; a graph is launched as a whole, and small members run beside the large one
-on streams of their own.
+on a stream of their own.
 
 What differs from step to step lies in buffers at fixed addresses: every row's last token, its position in each member's
 cache, what its draw hangs on. Shapes are constant in a graph, so there is one for each number of rows (1, 2, 4, 8 … up
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from decode.draws import Draws
 from decode.ensemble import Ensemble
-from decode.prepare import KEYS_MULTIPLE, Pass, mask_beyond, rotations_at
+from decode.passes import KEYS_MULTIPLE, RowsPass
 from kernels import FusedLogits, Sampling, fused_logits
 from minillama import KVCache, LlamaConfig
 
@@ -43,6 +43,9 @@ from minillama import KVCache, LlamaConfig
 TOKEN, KEY, ACTIVE, DRAWN = range(4)
 # Runs before a capture: the first compiles kernels, and libraries choose theirs.
 WARM_UPS = 2
+# Streams that members are divided among: one kernel's beginning and end are filled by another's, and as long as the
+# chains are about equally long, to the end of the step.
+CHAINS = 2
 
 
 @dataclass(frozen=True)
@@ -73,19 +76,6 @@ class Chosen:
     logits: list[Tensor]
 
 
-class RowsPass(Pass):
-    """One new position in each of the first B rows of a cache, at positions that only the device knows."""
-
-    def __init__(self, config: LlamaConfig, cache: KVCache, position_B: Tensor, keys: int) -> None:
-        rows, entries_LBSEKC = len(position_B), cache.entries_LBSEKC
-        first_B = torch.arange(0, rows * cache.capacity, cache.capacity, device=position_B.device)
-        self.slot_R = first_B + position_B
-        self.turn_RHC = rotations_at(config, position_B)
-        keys_LBKSC, values_LBKSC = entries_LBSEKC[:, :rows, :keys].permute(0, 3, 1, 4, 2, 5).unbind(1)
-        of_layers = list(zip(keys_LBKSC.unbind(), values_LBKSC.unbind()))
-        self.blocks = [(slice(0, rows), of_layers, mask_beyond(position_B, keys, entries_LBSEKC.dtype))]
-
-
 class StepGraphs:
     """Caches of `rows` rows for all members, with `capacity` positions each and a row behind them for what all prompts
     share; and the graphs of steps over them, made as they are needed.
@@ -107,11 +97,10 @@ class StepGraphs:
         self.held: list[list[int]] = []
         self.held_draws: tuple[int, float] | None = None
         self.user: weakref.ref[object] | None = None
-        # The member whose weights take longest to read runs on the capturing stream, the others beside it.
-        self.largest = max(range(len(self.models)), key=lambda number: self.models[number].nbytes)
+        self.chains = chains([model.nbytes for model in self.models])
         if capture:
             self.stream = torch.cuda.Stream(self.device)
-            self.beside = [torch.cuda.Stream(self.device) for _ in self.models]
+            self.beside = [torch.cuda.Stream(self.device) for _ in self.chains[1:]]
             self.pool = torch.cuda.graph_pool_handle()
             self.host_inputs_IB = torch.zeros_like(self.inputs_IB, device="cpu").pin_memory()
             self.host_results_3B = torch.zeros_like(self.results_3B, device="cpu").pin_memory()
@@ -138,10 +127,11 @@ class StepGraphs:
         """
         rows = len(tokens)
         keys = []
-        for cache, of_rows in zip(self.caches, zip(*lengths)):
+        for model, cache, of_rows in zip(self.models, self.caches, zip(*lengths)):
             if max(of_rows) >= cache.capacity:
                 raise ValueError(f"position {max(of_rows)} runs past the end of a cache of {cache.capacity} positions")
-            keys.append(keys_read(max(of_rows) + 1, cache.capacity))
+            # A kernel that reads what each row has filled does so in one graph, whatever that is.
+            keys.append(cache.capacity if model.reads_filled else keys_read(max(of_rows) + 1, cache.capacity))
         truncation = None if draws is None else (draws.top_k, draws.top_p)
         shape = Shape(min(_power_of_two(rows), self.rows), tuple(keys), truncation)
         with self._on_device():
@@ -201,12 +191,13 @@ class StepGraphs:
             positions_of_rows = RowsPass(model.config, cache, positions[number], shape.keys[number])
             logits[number] = model.logits(model.hidden(token_B, positions_of_rows, cache))
 
-        others = [number for number in range(len(self.models)) if number != self.largest]
-        for number in others:
+        for number, members in enumerate(self.chains[1:]):
             with self._forked(number):
-                forward(number)
-        forward(self.largest)
-        self._join(others)
+                for member in members:
+                    forward(member)
+        for member in self.chains[0]:
+            forward(member)
+        self._join()
         static.logits = [of_member for of_member in logits if of_member is not None]
         sample = None
         if shape.truncation is not None:
@@ -223,16 +214,16 @@ class StepGraphs:
         inputs_IB[DRAWN:].add_(active_B)
 
     def _forked(self, number: int) -> AbstractContextManager[Any]:
-        """A member's own stream, behind what the present one has done so far."""
+        """A stream of its own, behind what the present one has done so far."""
         if not self.capture:
             return nullcontext()
         self.beside[number].wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self.beside[number])
 
-    def _join(self, numbers: Sequence[int]) -> None:
+    def _join(self) -> None:
         if self.capture:
-            for number in numbers:
-                torch.cuda.current_stream().wait_stream(self.beside[number])
+            for stream in self.beside:
+                torch.cuda.current_stream().wait_stream(stream)
 
     def _hold(
         self,
@@ -279,6 +270,18 @@ class StepGraphs:
 
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.device) if self.capture else nullcontext()
+
+
+def chains(weights: Sequence[int]) -> list[list[int]]:
+    """Members of so many bytes in CHAINS lists of about equal sums, the heaviest list first."""
+    found: list[list[int]] = [[] for _ in range(min(CHAINS, len(weights)))]
+
+    def total(members: Sequence[int]) -> int:
+        return sum(weights[member] for member in members)
+
+    for member in sorted(range(len(weights)), key=lambda member: -weights[member]):
+        min(found, key=total).append(member)
+    return sorted(found, key=total, reverse=True)
 
 
 def keys_read(filled: int, capacity: int) -> int:

@@ -47,12 +47,12 @@ def sliced(x, index):
 @contextmanager
 def fake_cuda(monkeypatch):
     """No kernel of ours is launched inside; what they return is allocated."""
-    from kernels import fused_logits_triton, layer_triton, row_linear_triton, truncated_sample_triton
+    from kernels import attend_triton, fused_logits_triton, layer_triton, row_linear_triton, truncated_sample_triton
 
     def drawn(request, out=None):
         return truncated_sample_triton.allocate(request) if out is None else out
 
-    for module in (fused_logits_triton, layer_triton, row_linear_triton):
+    for module in (attend_triton, fused_logits_triton, layer_triton, row_linear_triton):
         monkeypatch.setattr(module, "_launch", lambda *arguments: None)
     monkeypatch.setattr(truncated_sample_triton, "run", drawn)
     rope_frequencies.cache_clear()

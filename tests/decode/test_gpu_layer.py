@@ -11,7 +11,8 @@ if not torch.cuda.is_available():  # read when a kernel is defined
 pytest.importorskip("triton")
 
 from decode.gpu_layer import GpuLayer
-from decode.prepare import Pass, PreparedLlama, Span
+from decode.passes import Pass, RowsPass, Span
+from decode.prepare import PreparedLlama
 
 WHERE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if WHERE == "cuda" else []
@@ -47,3 +48,33 @@ def test_its_logits_are_the_models_own(monkeypatch, shape, dtype, within):
     found_BTV = torch.cat(found, dim=1)
     assert (found_BTV - expected_BTV).abs().max() < within * expected_BTV.abs().max()
     assert not cache.entries_LBSEKC[:, 2].any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("rows", [1, 3])
+@torch.inference_mode()
+def test_steps_of_a_graph_have_the_models_own_logits(monkeypatch, shape, dtype, within, rows):
+    """Rows of unequal lengths, one new position each; a row alone takes other kernels than several."""
+    monkeypatch.setenv("COLLAB_KERNELS", "triton")
+    model = tiny_model(7, **SHAPES[shape])
+    generator = torch.Generator().manual_seed(rows)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("norm.weight", "bias")):
+            parameter += torch.randn(parameter.shape, generator=generator) * 0.2
+    model = model.to(WHERE, dtype)
+    prepared = PreparedLlama(model, "plain", invariant=False)
+    lengths = [70, 3, 17][:rows]
+    texts = [torch.randint(400, (length + 3,), generator=generator).to(WHERE) for length in lengths]
+    expected = [model.float()(text[None])[0] for text in texts]
+    cache = prepared.cache(rows, 80)
+    spans = [Span(row, 1, length) for row, length in enumerate(lengths)]
+    prompts_R = torch.cat([text[:length] for text, length in zip(texts, lengths)])
+    prepared.hidden(prompts_R, Pass(prepared.config, spans, [0] * rows, cache), cache)
+    for step in range(3):
+        token_B = torch.stack([text[length + step] for text, length in zip(texts, lengths)])
+        position_B = torch.tensor([length + step for length in lengths], device=WHERE)
+        positions = RowsPass(prepared.config, cache, position_B, cache.capacity)
+        found_BV = prepared.logits(prepared.hidden(token_B, positions, cache)).float()
+        expected_BV = torch.stack([logits_TV[length + step] for logits_TV, length in zip(expected, lengths)])
+        assert (found_BV - expected_BV).abs().max() < within * expected_BV.abs().max()

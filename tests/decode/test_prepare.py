@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from decode.prepare import KEYS_MULTIPLE, Pass, PreparedLlama, Span
+from decode.passes import KEYS_MULTIPLE, Pass, Span
+from decode.prepare import PreparedLlama
 from minillama.config import RopeScaling
 
 SHAPES = {

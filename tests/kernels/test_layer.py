@@ -87,7 +87,10 @@ def near(found, expected, dtype):
 @QUICK
 @given(st.sampled_from((5, 64, 576, 1100)), st.sampled_from((1, 6, 130)), DTYPES, st.booleans(), st.integers(0, 10**6))
 def test_one_row_of_a_linear_layer(inputs, outputs, dtype, bias, seed):
-    x_1D, weight_OD = normal(seed, 1, inputs, dtype=dtype), normal(seed + 1, outputs, inputs, dtype=dtype) * inputs**-0.5
+    x_1D, weight_OD = (
+        normal(seed, 1, inputs, dtype=dtype),
+        normal(seed + 1, outputs, inputs, dtype=dtype) * inputs**-0.5,
+    )
     bias_O = normal(seed + 2, outputs, dtype=dtype) if bias else None
     expected_1O = x_1D.double() @ weight_OD.double().T + (bias_O.double() if bias else 0.0)
     found_1O = row.row_linear(x_1D, weight_OD, bias_O)

@@ -1,0 +1,102 @@
+"""Attention of one new position in each row over that row's part of a static cache, on a GPU: one launch.
+
+    out = softmax(q kᵀ / sqrt(C)) v       over the keys 0 .. position of the row, by the online softmax
+
+A program has one row and one key head: the queries that share it (padded to the 16 rows of a matrix product), its keys
+and values in blocks of 64. It reads what the row has filled and no more, whatever its neighbours have: how far, stands
+in device memory, so a graph holds it. Bytes: keys and values once. At few rows and many keys there are fewer programs
+than multiprocessors; splitting keys over programs is what is left then.
+
+A row's bits do not depend on the others, nor on how many keys the cache has room for.
+
+    R rows  H query heads  K key/value heads  G = H/K  C head width  S keys  P positions of a cache  J = 2 * K * C
+    numbers of each
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+KEYS_AT_ONCE = 64
+LEAST_ROWS = 16  # of a matrix product
+OPTIONS = {"num_warps": 4, "num_stages": 2}
+
+
+@triton.jit
+def _attend_kernel(
+    query_RQ, entries_PJ, position_R, out_RQ, capacity, entry_stride, kv_heads, groups, width, scale,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    group_G, channel_C, key_S = tl.arange(0, GROUPS), tl.arange(0, WIDTH), tl.arange(0, KEYS)
+    inside_C = channel_C < width
+    # queries stand group after group: (G, K, C)
+    place_GC = (row * groups * kv_heads + group_G[:, None] * kv_heads + head) * width + channel_C[None, :]
+    inside_GC = (group_G < groups)[:, None] & inside_C[None, :]
+    q_GC = tl.load(query_RQ + place_GC, mask=inside_GC, other=0.0)
+    last = tl.load(position_R + row)
+    base = entries_PJ + row * capacity * entry_stride + head * width
+    peak_G = tl.full((GROUPS,), float("-inf"), tl.float32)
+    total_G = tl.zeros((GROUPS,), tl.float32)
+    out_GC = tl.zeros((GROUPS, WIDTH), tl.float32)
+    for start in range(0, last + 1, KEYS):
+        seen_S = start + key_S <= last
+        entry_SC = base + (start + key_S)[:, None].to(tl.int64) * entry_stride + channel_C[None, :]
+        inside_SC = seen_S[:, None] & inside_C[None, :]
+        k_SC = tl.load(entry_SC, mask=inside_SC, other=0.0)
+        v_SC = tl.load(entry_SC + kv_heads * width, mask=inside_SC, other=0.0)
+        if EXACT:
+            x_GS = tl.dot(q_GC.to(tl.float32), k_SC.to(tl.float32).T, input_precision="ieee") * scale
+        else:
+            x_GS = tl.dot(q_GC, k_SC.T) * scale
+        x_GS = tl.where(seen_S[None, :], x_GS, float("-inf"))
+        new_G = tl.maximum(peak_G, tl.max(x_GS, axis=1))
+        fade_G = tl.exp(peak_G - new_G)
+        p_GS = tl.exp(x_GS - new_G[:, None])
+        total_G = total_G * fade_G + tl.sum(p_GS, axis=1)
+        out_GC *= fade_G[:, None]
+        if EXACT:
+            out_GC = tl.dot(p_GS, v_SC.to(tl.float32), out_GC, input_precision="ieee")
+        else:
+            out_GC = tl.dot(p_GS.to(v_SC.dtype), v_SC, out_GC)
+        peak_G = new_G
+    tl.store(out_RQ + place_GC, (out_GC / total_G[:, None]).to(out_RQ.dtype.element_ty), mask=inside_GC)
+
+
+def attend(
+    query_RQ: Tensor, entries_PJ: Tensor, position_R: Tensor, capacity: int, kv_heads: int, width: int
+) -> Tensor:
+    """(R, H * C), in the order (G, K, C) that the queries have.
+
+    query_RQ: (R, H * C) contiguous, of the cache's dtype.   entries_PJ: the first `capacity` positions are row 0's, the
+    next row 1's: keys and then values of each.   position_R: int64, each row's last position.
+    """
+    out_RQ = torch.empty_like(query_RQ)
+    _launch((len(query_RQ), kv_heads), *arguments(query_RQ, entries_PJ, position_R, capacity, kv_heads, width, out_RQ))
+    return out_RQ
+
+
+def arguments(
+    query_RQ: Tensor, entries_PJ: Tensor, position_R: Tensor, capacity: int, kv_heads: int, width: int, out_RQ: Tensor
+) -> tuple[tuple, dict, dict]:
+    """Positional arguments, switches and options of the launch."""
+    groups = query_RQ.shape[1] // (kv_heads * width)
+    shape = capacity, entries_PJ.stride(0), kv_heads, groups, width, width**-0.5
+    # The interpreter multiplies bf16 as if it were integers; products of bf16 are exact in float32.
+    exact = os.environ.get("TRITON_INTERPRET") == "1" or query_RQ.dtype == torch.float32
+    switches = {
+        "GROUPS": max(LEAST_ROWS, triton.next_power_of_2(groups)),
+        "WIDTH": max(LEAST_ROWS, triton.next_power_of_2(width)),
+        "KEYS": KEYS_AT_ONCE,
+        "EXACT": exact,
+    }
+    return (query_RQ, entries_PJ, position_R, out_RQ, *shape), switches, OPTIONS
+
+
+def _launch(grid: tuple[int, ...], positional: tuple, switches: dict, options: dict) -> None:
+    _attend_kernel[grid](*positional, **switches, **options)
