@@ -77,6 +77,8 @@ class Bench:
     turns: str  # "together": all systems stay loaded; "alone": one at a time; "auto": together if they fit
     notes: list[str] = field(default_factory=list)
     clock: str = "wall"
+    # Systems that are loaded now, with the models of the case at hand: who judges differences need not load them again.
+    loaded: dict[System, Worker] = field(default_factory=dict)
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -124,6 +126,7 @@ class Bench:
         """For each case what every system that can run it needed; systems alternate within a round."""
         if self.together(systems, models):
             workers = {system: worker for system in systems if (worker := self.start(system, models)) is not None}
+            self.loaded = workers
             try:
                 for case in cases:
                     found = {system: Samples() for system in workers}
@@ -134,6 +137,7 @@ class Bench:
                         found[system].memory = worker.ask("peak")
                     yield found
             finally:
+                self.loaded = {}
                 for worker in workers.values():
                     worker.close()
             return
@@ -285,7 +289,8 @@ def compare(
         place: dict[str, Any] = {"sentence": index, "position": at}
         differences.append((case | {"first": one, "second": other}, place))
     judged = [(case, row) for case, row in differences if None not in (case["first"], case["second"])]
-    worker = bench.start(reference, models, stops) if judged else None
+    loaded = bench.loaded.get(reference) if stops is None else None
+    worker = loaded or (bench.start(reference, models, stops) if judged else None)
     if worker is not None:
         try:
             for (_, row), margin in zip(judged, worker.ask("margins", cases=[case for case, _ in judged])):
@@ -293,7 +298,8 @@ def compare(
                 row |= {"margin": margin["margin"], "tolerance": tolerance}
                 row["tie"] = abs(margin["margin"]) <= tolerance
         finally:
-            worker.close()
+            if worker is not loaded:
+                worker.close()
     rows = [row | {"reference_token": case["first"], "token": case["second"]} for case, row in differences]
     return {
         "tokens_equal": not differing,

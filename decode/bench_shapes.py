@@ -55,7 +55,7 @@ SHAPES = {
     "tiny": LlamaConfig(400, 32, 48, 2, 4, 2, 8, 512, tie_word_embeddings=True),
 }
 # Above this the weights are written in bfloat16: every system then reads the same file, in the dtype that it is given.
-FLOAT32_PARAMETERS = 500_000_000
+FLOAT32_PARAMETERS, TINY_PARAMETERS = 500_000_000, 1_000_000
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
@@ -117,13 +117,27 @@ def random_folder(shape: str, seed: int, work: Path) -> Path:
     """A folder with random weights of a shape; one that `work` already holds is used again."""
     folder = work / f"{shape}-seed{seed}"
     if not (folder / "config.json").exists():
-        # A wider spread than a fresh model's for the tiny one: its few layers leave the logits close to each other.
-        model = Llama(SHAPES[shape]).init_weights(seed, std=0.25 if shape == "tiny" else 0.02)
-        if sum(parameter.numel() for parameter in model.parameters()) > FLOAT32_PARAMETERS:
-            model = model.to(torch.bfloat16)
-        model.save_pretrained(folder)
+        _random_model(SHAPES[shape], seed).save_pretrained(folder)
         write_numbered_tokenizer(folder, SHAPES[shape].vocab_size)
     return folder
+
+
+def _random_model(config: LlamaConfig, seed: int) -> Llama:
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in Llama(config).parameters())
+    if parameters < FLOAT32_PARAMETERS:
+        # A wider spread than a fresh model's for the tiny one: its few layers leave the logits close to each other.
+        return Llama(config).init_weights(seed, std=0.25 if parameters < TINY_PARAMETERS else 0.02)
+    if not torch.cuda.is_available():
+        return Llama(config).init_weights(seed).to(torch.bfloat16)
+    with torch.device("cuda"):  # seconds there, minutes on the host
+        model = Llama(config).to(torch.bfloat16)
+    generator = torch.Generator("cuda").manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        parameter.data.fill_(1.0) if name.endswith("norm.weight") else parameter.data.normal_(
+            0, 0.02, generator=generator
+        )
+    return model
 
 
 def write_numbered_tokenizer(folder: Path, size: int) -> None:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from decode.passes import Pass, RowsPass
-from decode.prepare import TAIL, PlainLinear, PreparedLayer, PreparedLlama
+from decode.prepare import TAIL, Norm, PlainLinear, PreparedLayer, PreparedLlama
 from kernels import attend_triton, layer_triton
 from kernels.row_linear_triton import Normed, Turned, row_linear
-from minillama.model import Layer
+from minillama.model import Layer, RMSNorm
 
 
 class GpuLinear(PlainLinear):
@@ -25,6 +25,18 @@ class GpuLinear(PlainLinear):
         if len(x_RD) == 1 and not self.tile:  # other bits than in a product of several rows
             return row_linear(x_RD, self.weight_OD, self.bias_O)
         return super().product(x_RD)
+
+
+class GpuNorm(Norm):
+    """In the dtype of the norm's weights, which the head reads."""
+
+    def __init__(self, norm: RMSNorm, storage: str) -> None:
+        super().__init__(norm, storage)
+        self.norm = Normed(norm.weight.detach().float(), norm.eps)
+        self.dtype = norm.weight.dtype
+
+    def __call__(self, stream_RE: Tensor) -> Tensor:
+        return layer_triton.normed(stream_RE[:, :-TAIL], self.norm.scale_D, self.norm.epsilon, self.dtype)
 
 
 class GpuLayer(PreparedLayer):

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from decode.members import Reader
-from decode.places import Place
 from decode.passes import cache_positions
+from decode.places import Place
 from minillama import InputError, KVCache
 from minillama.parallel import Part
 

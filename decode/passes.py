@@ -1,4 +1,4 @@
-"""Where the new positions of a forward pass lie in a member's cache: their places, rotations, and who sees which keys."""
+"""Where the new positions of a pass lie in a member's cache: their places, their rotations, and who sees which keys."""
 
 # R positions of all rows  B rows of a span  T positions of each  S cached positions  E key and value  H query heads
 # K key/value heads  C head width
@@ -84,16 +84,29 @@ class Pass:
             add(torch.tensor(final, device=device), spans[0].first, ends[-1] - spans[0].first, max(keys))
 
 
+class RowsPlaces:
+    """What passes over the first rows of a cache have in common: made once, and kept by whoever records graphs."""
+
+    def __init__(self, config: LlamaConfig, cache: KVCache) -> None:
+        device = cache.entries_LBSEKC.device
+        self.config, self.cache = config, cache
+        self.first_B = torch.arange(0, cache.batch_size * cache.capacity, cache.capacity, device=device)
+        # On a GPU the rotations of all positions, since each operation of a step has its price.
+        every_P = torch.arange(cache.capacity, device=device)
+        self.turn_PC = rotations_at(config, every_P)[:, 0].contiguous() if device.type == "cuda" else None
+
+
 class RowsPass(Pass):
     """One new position in each of the first B rows of a cache, at positions that only the device knows."""
 
-    def __init__(self, config: LlamaConfig, cache: KVCache, position_B: Tensor, keys: int) -> None:
-        rows, entries_LBSEKC = len(position_B), cache.entries_LBSEKC
-        self.position_B, self.capacity = position_B, cache.capacity
-        first_B = torch.arange(0, rows * cache.capacity, cache.capacity, device=position_B.device)
-        self.slot_R = first_B + position_B
-        self.turn_RHC = rotations_at(config, position_B)
-        self._of_queries = entries_LBSEKC, keys
+    def __init__(self, places: RowsPlaces, position_B: Tensor, keys: int) -> None:
+        self.position_B, self.capacity = position_B, places.cache.capacity
+        self.slot_R = places.first_B[: len(position_B)] + position_B
+        if places.turn_PC is None:
+            self.turn_RHC = rotations_at(places.config, position_B)
+        else:
+            self.turn_RHC = places.turn_PC.index_select(0, position_B)[:, None]
+        self._of_queries = places.cache.entries_LBSEKC, keys
 
     @cached_property
     def blocks(self) -> list[tuple[slice | Tensor, Sequence[tuple[Tensor, Tensor]], Tensor]]:  # type: ignore[override]

@@ -64,12 +64,14 @@ class PreparedLlama:
         self.tail_E = torch.tensor([(width * eps) ** 0.5, *[0.0] * (TAIL - 1)], device=self.device)
         self.idle_E = torch.cat((torch.zeros(width, device=self.device), self.tail_E))
         layer_kind: type[PreparedLayer] = PreparedLayer
+        norm_kind: type[Norm] = Norm
         self.plain_kind: type[PlainLinear] = PlainLinear
-        if self.storage == "plain" and backend(self.device) == "triton":
-            from decode.gpu_layer import GpuLayer, GpuLinear
+        # Whether kernels of ours stand between the products; their attention reads of a row what is filled.
+        self.in_triton = self.storage == "plain" and backend(self.device) == "triton"
+        if self.in_triton:
+            from decode.gpu_layer import GpuLayer, GpuLinear, GpuNorm
 
-            layer_kind, self.plain_kind = GpuLayer, GpuLinear
-        self.reads_filled = layer_kind is not PreparedLayer  # how attention of a step reads the cache
+            layer_kind, norm_kind, self.plain_kind = GpuLayer, GpuNorm, GpuLinear
         self.layers = []
         with torch.no_grad():
             for number, layer in enumerate(model.model.layers):
@@ -77,7 +79,7 @@ class PreparedLlama:
                 self.layers.append(layer_kind(layer, self))
                 if consume:
                     model.model.layers[number] = nn.Identity()
-            self.norm = Norm(model.model.norm, self.storage)
+            self.norm = norm_kind(model.model.norm, self.storage)
             self.head = self.linear(model.output_weight, None, self.norm)
             if consume and model.lm_head is not None:
                 model.lm_head = None
@@ -110,17 +112,20 @@ class PreparedLlama:
         )
 
     def hidden(self, tokens_R: Tensor, positions: Pass, cache: KVCache) -> Tensor:
-        """(R, D) float32 after the last norm (but for its weights, where the head holds them).
+        """(R, D) after the last norm (but for its weights, where the head holds them): float32, or what the head reads.
 
         Keys and values go to the positions' places in the cache, whose `lengths_B` are neither read nor set: whoever
         makes the passes knows how long its rows are.
         """
         if self.part is None:
-            embedded_RD = F.embedding(tokens_R, self.embedding_VD).float()
+            embedded_RD = F.embedding(tokens_R, self.embedding_VD)
         else:
             embedded_RD = self.part.embedded(tokens_R, self.embedding_VD)
         rows = len(tokens_R)
-        stream_RE = torch.cat((embedded_RD, self.tail_E.expand(rows, -1)), dim=1)
+        stream_RE = torch.empty(rows, embedded_RD.shape[1] + TAIL, device=self.device)
+        stream_RE[:, :-TAIL].copy_(embedded_RD)
+        if not self.in_triton:
+            stream_RE[:, -TAIL:].copy_(self.tail_E.expand(rows, -1))
         # Rows that every product would be padded with stand behind the others from the beginning.
         padded = max(linear.fitting_rows(rows) for linear in self.layers[0].linears)
         if padded > rows:

@@ -172,6 +172,9 @@ def prompt_parts(active: Sequence[Reading]) -> list[list[list[int]]]:
     budget = PROMPT_POSITIONS
     for row in active:
         longest = max(map(len, row.unread))
+        if not longest:
+            parts.append(row.unread)
+            continue
         left = longest - min(longest, budget)
         budget -= longest - left
         parts.append([tokens[: max(0, len(tokens) - left)] for tokens in row.unread])

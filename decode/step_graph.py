@@ -34,9 +34,8 @@ from torch import Tensor
 
 from decode.draws import Draws
 from decode.ensemble import Ensemble
-from decode.passes import KEYS_MULTIPLE, RowsPass
+from decode.passes import KEYS_MULTIPLE, RowsPass, RowsPlaces
 from kernels import FusedLogits, Sampling, fused_logits
-from minillama import KVCache, LlamaConfig
 
 # Lines of the input buffer; behind them stands a line of positions for each member. What follows ACTIVE advances with
 # every step, in rows that are in use.
@@ -88,6 +87,7 @@ class StepGraphs:
         self.weights_N, self.device = ensemble.weights_N, ensemble.device
         self.rows, self.capture = rows, capture
         self.caches = [model.cache(rows + 1, positions) for model, positions in zip(self.models, capacity)]
+        self.places = [RowsPlaces(model.config, cache) for model, cache in zip(self.models, self.caches)]
         self.graphs: dict[Shape, Static] = {}
         self.inputs_IB = torch.zeros(DRAWN + 1 + len(self.models), rows, dtype=torch.int64, device=self.device)
         self.results_3B = torch.zeros(3, rows, dtype=torch.float64, device=self.device)
@@ -131,7 +131,7 @@ class StepGraphs:
             if max(of_rows) >= cache.capacity:
                 raise ValueError(f"position {max(of_rows)} runs past the end of a cache of {cache.capacity} positions")
             # A kernel that reads what each row has filled does so in one graph, whatever that is.
-            keys.append(cache.capacity if model.reads_filled else keys_read(max(of_rows) + 1, cache.capacity))
+            keys.append(cache.capacity if model.in_triton else keys_read(max(of_rows) + 1, cache.capacity))
         truncation = None if draws is None else (draws.top_k, draws.top_p)
         shape = Shape(min(_power_of_two(rows), self.rows), tuple(keys), truncation)
         with self._on_device():
@@ -188,7 +188,7 @@ class StepGraphs:
 
         def forward(number: int) -> None:
             model, cache = self.models[number], self.caches[number]
-            positions_of_rows = RowsPass(model.config, cache, positions[number], shape.keys[number])
+            positions_of_rows = RowsPass(self.places[number], positions[number], shape.keys[number])
             logits[number] = model.logits(model.hidden(token_B, positions_of_rows, cache))
 
         for number, members in enumerate(self.chains[1:]):

@@ -175,7 +175,7 @@ def head_rows(batches: list[int], rounds: int) -> list[dict]:
 def run(everything: bool, quick: bool) -> dict:
     """All GPU measurements; `everything` adds fp16, float32, other N and larger batches."""
     rounds = 5 if quick else 50
-    batches = [1, 8, 32, 64] if not everything else [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    batches = [1, 8, 32, 64, 256] if not everything else [1, 2, 4, 8, 16, 32, 64, 128, 256]
     members = [3] if not everything else [1, 2, 3, 5, 8]
     dtypes = [torch.bfloat16] if not everything else [torch.bfloat16, torch.float16, torch.float32]
     return {

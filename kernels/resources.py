@@ -96,6 +96,7 @@ def variants() -> Iterator[Variant]:
     yield _loss_variant("gradient in place bf16, not aligned", torch.bfloat16, vocabulary=50_257)
     yield from _layer_variants()
     yield from _row_linear_variants()
+    yield from _attend_variants()
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -220,6 +221,18 @@ def _row_linear_variants() -> Iterator[Variant]:
     ):
         positional, switches, options, _ = arguments
         yield Variant("row_linear", name, path._row_linear_kernel, positional, switches, options)
+
+
+def _attend_variants() -> Iterator[Variant]:
+    """Attention of Llama-3.2-1B's and 3B's heads in bf16."""
+    from kernels import attend_triton as path
+
+    for name, queries, keys, channels in (("1B", 32, 8, 64), ("3B", 24, 8, 128)):
+        query_RQ = torch.empty(4, queries * channels, dtype=torch.bfloat16)
+        entries_PJ = torch.empty(4 * 256, 2 * keys * channels, dtype=torch.bfloat16)
+        position_R = torch.zeros(4, dtype=torch.int64)
+        arguments = path.arguments(query_RQ, entries_PJ, position_R, 256, keys, channels, torch.empty_like(query_RQ))
+        yield Variant("attend", name, path._attend_kernel, *arguments)
 
 
 def compile_variant(variant: Variant, target: Target):

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # COLLAB_PACKED=rectangles keeps a GPU from compiling flex_attention: another way to the same numbers.
 FORCE_RECTANGLES = os.environ.get("COLLAB_PACKED") == "rectangles"
+# flex_attention refuses heads that are narrower than a matrix product on a GPU.
+FLEX_LEAST_WIDTH = 16
 # With a prefix a rectangle may hold this many positions for one of some document: more is wasted, fewer calls are made.
 # Without one, rectangles of equal lengths are the row itself and nothing has to be moved.
 SLACK = 1.25
@@ -60,9 +62,10 @@ class Documents:
             longest, filled = longer, more
         return [*found, (len(self.lengths) - start, longest)]
 
-    def attention(self, device: torch.device, dtype: torch.dtype) -> "PackedAttention | FlexAttention":
-        """Attention over this row for one forward pass."""
-        if device.type == "cuda" and dtype != torch.float64 and find_spec("triton") and not FORCE_RECTANGLES:
+    def attention(self, device: torch.device, dtype: torch.dtype, width: int) -> "PackedAttention | FlexAttention":
+        """Attention over this row for one forward pass, of heads of that width."""
+        fits = device.type == "cuda" and dtype != torch.float64 and width >= FLEX_LEAST_WIDTH
+        if fits and find_spec("triton") and not FORCE_RECTANGLES:
             from minillama.packed_flex import FlexAttention, block_mask, compiled
 
             return FlexAttention(block_mask(self.lengths, self.prefix, device), compiled())

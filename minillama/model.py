@@ -148,7 +148,7 @@ class Step:
         self.cos, self.sin = rotations(config, positions_BT, x_BTD.dtype)
         self.positions_BT = positions_BT
         self.cache = cache
-        self.packed = None if documents is None else documents.attention(x_BTD.device, x_BTD.dtype)
+        self.packed = None if documents is None else documents.attention(x_BTD.device, x_BTD.dtype, config.head_dim)
         self.groups = config.num_attention_heads // config.num_key_value_heads
         if cache is not None:
             keys_S = torch.arange(cache.filled, device=positions_BT.device)

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():  # read when a kernel is defined
 pytest.importorskip("triton")
 
 from decode.gpu_layer import GpuLayer
-from decode.passes import Pass, RowsPass, Span
+from decode.passes import Pass, RowsPass, RowsPlaces, Span
 from decode.prepare import PreparedLlama
 
 WHERE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,10 +71,11 @@ def test_steps_of_a_graph_have_the_models_own_logits(monkeypatch, shape, dtype, 
     spans = [Span(row, 1, length) for row, length in enumerate(lengths)]
     prompts_R = torch.cat([text[:length] for text, length in zip(texts, lengths)])
     prepared.hidden(prompts_R, Pass(prepared.config, spans, [0] * rows, cache), cache)
+    places = RowsPlaces(prepared.config, cache)
     for step in range(3):
         token_B = torch.stack([text[length + step] for text, length in zip(texts, lengths)])
         position_B = torch.tensor([length + step for length in lengths], device=WHERE)
-        positions = RowsPass(prepared.config, cache, position_B, cache.capacity)
+        positions = RowsPass(places, position_B, cache.capacity)
         found_BV = prepared.logits(prepared.hidden(token_B, positions, cache)).float()
         expected_BV = torch.stack([logits_TV[length + step] for logits_TV, length in zip(expected, lengths)])
         assert (found_BV - expected_BV).abs().max() < within * expected_BV.abs().max()
