@@ -74,8 +74,9 @@ class GpuLayer(PreparedLayer):
         return layer_triton.normed(x_RD, norm.scale_D, norm.epsilon, self.dtype, delta_RD)
 
     def _attended(self, q_RQ: Tensor, positions: Pass, number: int, entries_PJ: Tensor) -> Tensor:
-        if isinstance(positions, RowsPass):
-            at = positions.position_B, positions.capacity
+        # Under `invariant` prompts too: PyTorch's attention adds in an order of its own for each shape.
+        if self.ordered or isinstance(positions, RowsPass):
+            at = positions.slot_R, positions.capacity
             return attend_triton.attend(q_RQ, entries_PJ, *at, self.kv_heads, self.head_dim)
         q_RGKC = q_RQ.view(-1, self.groups, self.kv_heads, self.head_dim)
         return self.attend(q_RGKC.transpose(1, 2), positions, number)

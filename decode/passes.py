@@ -36,7 +36,8 @@ class Pass:
         slots: list[int] = []
         positions: list[int] = []
         keys: list[int] = []
-        capacity, device = cache.capacity, cache.entries_LBSEKC.device
+        self.capacity = capacity = cache.capacity
+        device = cache.entries_LBSEKC.device
         begin = iter(starts)
         for span in spans:
             last = 0

@@ -1,15 +1,16 @@
-"""Attention of one new position in each row over that row's part of a static cache, on a GPU: one launch.
+"""Attention of new positions over their rows' parts of a static cache, on a GPU: one launch.
 
     out = softmax(q kᵀ / sqrt(C)) v       over the keys 0 .. position of the row, by the online softmax
 
-A program has one row and one key head: the queries that share it (padded to the 16 rows of a matrix product), its keys
-and values in blocks of 64. It reads what the row has filled and no more, whatever its neighbours have: how far, stands
-in device memory, so a graph holds it. Bytes: keys and values once. At few rows and many keys there are fewer programs
+A program has one position and one key head: the queries that share it (padded to the 16 rows of a matrix product), its
+keys and values in blocks of 64. It reads what the row has filled and no more, whatever its neighbours have: how far,
+stands in device memory, so a graph holds it. Bytes: keys and values once for each position, which is what a step needs;
+a prompt read this way reads its keys again and again, out of the L2. At few rows and many keys there are fewer programs
 than multiprocessors; splitting keys over programs is what is left then.
 
-A row's bits do not depend on the others, nor on how many keys the cache has room for.
+A position's bits depend neither on the others of the pass nor on how many keys the cache has room for.
 
-    R rows  H query heads  K key/value heads  G = H/K  C head width  S keys  P positions of a cache  J = 2 * K * C
+    R positions  H query heads  K key/value heads  G = H/K  C head width  S keys  P positions of a cache  J = 2 * K * C
     numbers of each
 """
 
@@ -29,18 +30,19 @@ OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 @triton.jit
 def _attend_kernel(
-    query_RQ, entries_PJ, position_R, out_RQ, capacity, entry_stride, kv_heads, groups, width, scale,
+    query_RQ, entries_PJ, slot_R, out_RQ, capacity, entry_stride, kv_heads, groups, width, scale,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    position, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     group_G, channel_C, key_S = tl.arange(0, GROUPS), tl.arange(0, WIDTH), tl.arange(0, KEYS)
     inside_C = channel_C < width
     # queries stand group after group: (G, K, C)
-    place_GC = (row * groups * kv_heads + group_G[:, None] * kv_heads + head) * width + channel_C[None, :]
+    place_GC = (position * groups * kv_heads + group_G[:, None] * kv_heads + head) * width + channel_C[None, :]
     inside_GC = (group_G < groups)[:, None] & inside_C[None, :]
     q_GC = tl.load(query_RQ + place_GC, mask=inside_GC, other=0.0)
-    last = tl.load(position_R + row)
-    base = entries_PJ + row * capacity * entry_stride + head * width
+    slot = tl.load(slot_R + position)
+    last = slot % capacity
+    base = entries_PJ + (slot - last) * entry_stride + head * width
     peak_G = tl.full((GROUPS,), float("-inf"), tl.float32)
     total_G = tl.zeros((GROUPS,), tl.float32)
     out_GC = tl.zeros((GROUPS, WIDTH), tl.float32)
@@ -68,21 +70,19 @@ def _attend_kernel(
     tl.store(out_RQ + place_GC, (out_GC / total_G[:, None]).to(out_RQ.dtype.element_ty), mask=inside_GC)
 
 
-def attend(
-    query_RQ: Tensor, entries_PJ: Tensor, position_R: Tensor, capacity: int, kv_heads: int, width: int
-) -> Tensor:
+def attend(query_RQ: Tensor, entries_PJ: Tensor, slot_R: Tensor, capacity: int, kv_heads: int, width: int) -> Tensor:
     """(R, H * C), in the order (G, K, C) that the queries have.
 
     query_RQ: (R, H * C) contiguous, of the cache's dtype.   entries_PJ: the first `capacity` positions are row 0's, the
-    next row 1's: keys and then values of each.   position_R: int64, each row's last position.
+    next row 1's: keys and then values of each.   slot_R: int64, where among them each position stands, already written.
     """
     out_RQ = torch.empty_like(query_RQ)
-    _launch((len(query_RQ), kv_heads), *arguments(query_RQ, entries_PJ, position_R, capacity, kv_heads, width, out_RQ))
+    _launch((len(query_RQ), kv_heads), *arguments(query_RQ, entries_PJ, slot_R, capacity, kv_heads, width, out_RQ))
     return out_RQ
 
 
 def arguments(
-    query_RQ: Tensor, entries_PJ: Tensor, position_R: Tensor, capacity: int, kv_heads: int, width: int, out_RQ: Tensor
+    query_RQ: Tensor, entries_PJ: Tensor, slot_R: Tensor, capacity: int, kv_heads: int, width: int, out_RQ: Tensor
 ) -> tuple[tuple, dict, dict]:
     """Positional arguments, switches and options of the launch."""
     groups = query_RQ.shape[1] // (kv_heads * width)
@@ -95,7 +95,7 @@ def arguments(
         "KEYS": KEYS_AT_ONCE,
         "EXACT": exact,
     }
-    return (query_RQ, entries_PJ, position_R, out_RQ, *shape), switches, OPTIONS
+    return (query_RQ, entries_PJ, slot_R, out_RQ, *shape), switches, OPTIONS
 
 
 def _launch(grid: tuple[int, ...], positional: tuple, switches: dict, options: dict) -> None:

@@ -230,8 +230,8 @@ def _attend_variants() -> Iterator[Variant]:
     for name, queries, keys, channels in (("1B", 32, 8, 64), ("3B", 24, 8, 128)):
         query_RQ = torch.empty(4, queries * channels, dtype=torch.bfloat16)
         entries_PJ = torch.empty(4 * 256, 2 * keys * channels, dtype=torch.bfloat16)
-        position_R = torch.zeros(4, dtype=torch.int64)
-        arguments = path.arguments(query_RQ, entries_PJ, position_R, 256, keys, channels, torch.empty_like(query_RQ))
+        slot_R = torch.zeros(4, dtype=torch.int64)
+        arguments = path.arguments(query_RQ, entries_PJ, slot_R, 256, keys, channels, torch.empty_like(query_RQ))
         yield Variant("attend", name, path._attend_kernel, *arguments)
 
 

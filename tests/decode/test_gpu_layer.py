@@ -52,9 +52,9 @@ def test_its_logits_are_the_models_own(monkeypatch, shape, dtype, within):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("rows", "invariant"), [(1, False), (3, False), (3, True)])
 @torch.inference_mode()
-def test_steps_of_a_graph_have_the_models_own_logits(monkeypatch, shape, dtype, within, rows):
+def test_steps_of_a_graph_have_the_models_own_logits(monkeypatch, shape, dtype, within, rows, invariant):
     """Rows of unequal lengths, one new position each; a row alone takes other kernels than several."""
     monkeypatch.setenv("COLLAB_KERNELS", "triton")
     model = tiny_model(7, **SHAPES[shape])
@@ -63,7 +63,7 @@ def test_steps_of_a_graph_have_the_models_own_logits(monkeypatch, shape, dtype, 
         if name.endswith(("norm.weight", "bias")):
             parameter += torch.randn(parameter.shape, generator=generator) * 0.2
     model = model.to(WHERE, dtype)
-    prepared = PreparedLlama(model, "plain", invariant=False)
+    prepared = PreparedLlama(model, "plain", invariant=invariant)
     lengths = [70, 3, 17][:rows]
     texts = [torch.randint(400, (length + 3,), generator=generator).to(WHERE) for length in lengths]
     expected = [model.float()(text[None])[0] for text in texts]
@@ -79,3 +79,26 @@ def test_steps_of_a_graph_have_the_models_own_logits(monkeypatch, shape, dtype, 
         found_BV = prepared.logits(prepared.hidden(token_B, positions, cache)).float()
         expected_BV = torch.stack([logits_TV[length + step] for logits_TV, length in zip(expected, lengths)])
         assert (found_BV - expected_BV).abs().max() < within * expected_BV.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_invariant_bits_do_not_depend_on_how_a_text_was_read(monkeypatch, dtype):
+    """A prompt at once beside others, in parts, and position by position as a graph reads it."""
+    monkeypatch.setenv("COLLAB_KERNELS", "triton")
+    prepared = PreparedLlama(tiny_model(7).to(WHERE, dtype), "plain", invariant=True)
+    generator = torch.Generator().manual_seed(0)
+    text, other = (torch.randint(400, (length,), generator=generator).to(WHERE) for length in (21, 30))
+    cache = prepared.cache(2, 40)
+
+    def read(tokens, spans, starts):
+        return prepared.hidden(tokens, Pass(prepared.config, spans, starts, cache), cache)
+
+    together = read(torch.cat((text, other)), [Span(0, 1, 21), Span(1, 1, 30)], [0, 0])[:21]
+    parts = [read(text[:13], [Span(0, 1, 13)], [0]), read(text[13:], [Span(0, 1, 8)], [13])]
+    assert torch.equal(together, torch.cat(parts))
+    places = RowsPlaces(prepared.config, cache)
+    for at in range(21):
+        position_B = torch.tensor([at, 0], device=WHERE)
+        one = prepared.hidden(text[at].expand(2), RowsPass(places, position_B, cache.capacity), cache)[0]
+        assert torch.equal(one, together[at])
