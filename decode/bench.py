@@ -56,13 +56,14 @@ def machine(device: str, quick: bool) -> dict[str, Any]:
     speeds = {}
     for dtype in dtypes:
         x_DD = torch.randn(size, size, device=device).to(dtype)
-        product = partial(torch.mm, x_DD, x_DD)
         if device == "cpu":
+            product = partial(torch.mm, x_DD, x_DD)
             milliseconds = alternate({"product": product}, rounds)["product"]["least_ms"]
         else:
             from kernels import bench_gpu
 
-            milliseconds = bench_gpu.alternate({"product": lambda _, run=product: run()}, 2, rounds)["product"] / 1e3
+            rival = bench_gpu.each(torch.mm, [x_DD, x_DD], x_DD)
+            milliseconds = bench_gpu.alternate({"product": rival}, 2, rounds)["product"] / 1e3
         speeds[str(dtype).removeprefix("torch.")] = round(2 * size**3 / milliseconds / 1e6, 1)
     if device == "cpu":
         return {"read_gigabytes_per_second": read_speed(rounds, 32 if quick else 1024), "matmul_gigaflops": speeds}
@@ -99,6 +100,8 @@ def text_of(options: argparse.Namespace, models: Models) -> sections.Text:
     else:
         pairs = sample(options.source, options.target)
         source, references = list(pairs.source), list(pairs.target)
+    if not source:
+        raise InputError(f"{options.dev[0]}: no sentences")
     count = options.limit or len(source)
     prompts, stops = sentence_prompts(models, source[:count], options.source, options.target)
     return sections.Text(prompts, stops, options.max_new_tokens, options.target, references[:count])

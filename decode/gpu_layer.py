@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from decode.passes import Pass, RowsPass
-from decode.prepare import TAIL, Norm, PlainLinear, PreparedLayer, PreparedLlama
+from decode.prepare import TAIL, Norm, PlainLinear, PreparedLayer, PreparedLlama, Stream
 from kernels import attend_triton, layer_triton
 from kernels.row_linear_triton import Normed, Turned, row_linear
 from minillama.model import Layer, RMSNorm
@@ -48,8 +48,8 @@ class GpuLayer(PreparedLayer):
         self.before_attention = Normed(layer.input_layernorm.weight.detach().float(), epsilon)
         self.before_mlp = Normed(layer.post_attention_layernorm.weight.detach().float(), epsilon)
 
-    def __call__(self, stream_RE: Tensor, positions: Pass, number: int, entries_PJ: Tensor) -> None:
-        x_RD = stream_RE[:, :-TAIL]
+    def __call__(self, stream: Stream, positions: Pass, number: int, entries_PJ: Tensor) -> None:
+        x_RD = stream.own_RD
         # Without what PlainLinear does around them: the conversions.
         qkv, output, gate_up, down = (linear for linear in self.linears if isinstance(linear, GpuLinear))
         if len(x_RD) == 1 and self.part is None and not self.ordered:
@@ -79,4 +79,6 @@ class GpuLayer(PreparedLayer):
             at = positions.slot_R, positions.capacity
             return attend_triton.attend(q_RQ, entries_PJ, *at, self.kv_heads, self.head_dim)
         q_RGKC = q_RQ.view(-1, self.groups, self.kv_heads, self.head_dim)
-        return self.attend(q_RGKC.transpose(1, 2), positions, number)
+        out_RGKC = torch.empty_like(q_RGKC)
+        self.attend(q_RGKC.transpose(1, 2), positions, number, out_RGKC.transpose(1, 2))
+        return out_RGKC.view(q_RQ.shape)

@@ -15,7 +15,7 @@ from decode.speculate import MOST_DRAFTED, check_mode
 from minillama import InputError
 from minillama.command import Parser
 
-DEFAULT_ROWS = 64
+DEFAULT_ROWS = 128
 EXAMPLES = """examples:
   python -m decode.collab
   python -m decode.collab --model L=meta-llama/Llama-3.2-3B-Instruct --model S_src=runs/src --model S_tgt=runs/tgt \\

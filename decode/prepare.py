@@ -29,13 +29,16 @@ from torch import Tensor, nn
 
 from decode.passes import Pass, cache_positions
 from kernels import PackedLinear, backend
-from kernels.packed_linear import ONE_THREAD_ELEMENTS, has_bfloat16_instructions
+from kernels.packed_linear import has_bfloat16_instructions
 from minillama import KVCache, Llama
 from minillama.model import Layer, RMSNorm
 from minillama.parallel import LlamaPart
 
 # Floats behind each row of the residual stream: the first makes its length that of RMSNorm, the others align the rows.
 TAIL = 16
+# More elements than these PyTorch divides among threads, at places that no row's end need be at: more rows are taken in
+# parts.
+ONE_THREAD_ELEMENTS = 32_768
 # Rows of every product on a GPU under `invariant`.
 GPU_TILE_ROWS = 64
 
@@ -62,7 +65,6 @@ class PreparedLlama:
         self.embedding_VD = model.model.embed_tokens.weight.detach()
         width, eps = self.config.hidden_size, self.config.rms_norm_eps
         self.tail_E = torch.tensor([(width * eps) ** 0.5, *[0.0] * (TAIL - 1)], device=self.device)
-        self.idle_E = torch.cat((torch.zeros(width, device=self.device), self.tail_E))
         layer_kind: type[PreparedLayer] = PreparedLayer
         norm_kind: type[Norm] = Norm
         self.plain_kind: type[PlainLinear] = PlainLinear
@@ -121,19 +123,11 @@ class PreparedLlama:
             embedded_RD = F.embedding(tokens_R, self.embedding_VD)
         else:
             embedded_RD = self.part.embedded(tokens_R, self.embedding_VD)
-        rows = len(tokens_R)
-        stream_RE = torch.empty(rows, embedded_RD.shape[1] + TAIL, device=self.device)
-        stream_RE[:, :-TAIL].copy_(embedded_RD)
-        if not self.in_triton:
-            stream_RE[:, -TAIL:].copy_(self.tail_E.expand(rows, -1))
-        # Rows that every product would be padded with stand behind the others from the beginning.
-        padded = max(linear.fitting_rows(rows) for linear in self.layers[0].linears)
-        if padded > rows:
-            stream_RE = torch.cat((stream_RE, self.idle_E.expand(padded - rows, -1)))
+        stream = Stream(self, embedded_RD, cache.entries_LBSEKC.dtype)
         entries_LPJ = cache.entries_LBSEKC.flatten(3).flatten(1, 2)
         for number, (layer, entries_PJ) in enumerate(zip(self.layers, entries_LPJ.unbind())):
-            layer(stream_RE, positions, number, entries_PJ)
-        return self.norm(stream_RE[:rows])
+            layer(stream, positions, number, entries_PJ)
+        return self.norm(stream.whole_RE[: len(tokens_R)])
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """(R, V) for what `hidden` returned: float32, where weights stay as they are in their dtype.
@@ -148,6 +142,29 @@ class PreparedLlama:
         where a packed layer holds it.
         """
         return self.head.weight_OD if isinstance(self.head, PlainLinear) else self.head.unpacked()
+
+
+class Stream:
+    """The residual stream of a pass, (R, D) float32 with TAIL floats behind each row, and views of it.
+
+    Rows that every product would be padded with stand behind the others from the beginning.
+    """
+
+    def __init__(self, model: PreparedLlama, embedded_RD: Tensor, dtype: torch.dtype) -> None:
+        rows, width = embedded_RD.shape
+        first = model.layers[0]
+        padded = max(linear.fitting_rows(rows) for linear in first.linears)
+        self.whole_RE = torch.empty(padded, width + TAIL, device=embedded_RD.device)
+        self.x_RD = self.whole_RE[:, :-TAIL]
+        self.own_RD = self.x_RD[:rows]  # of the positions
+        self.own_RD.copy_(embedded_RD)
+        if model.in_triton:  # its norms need nothing behind a row
+            return
+        self.whole_RE[:, -TAIL:].copy_(model.tail_E.expand(padded, -1))
+        self.x_RD[rows:].zero_()
+        # What attention writes, with the rows of padding that the product behind it wants.
+        self.attended_RQ = torch.zeros(padded, first.queries, dtype=dtype, device=embedded_RD.device)
+        self.attended_RGKC = self.attended_RQ[:rows].view(rows, first.groups, first.kv_heads, first.head_dim)
 
 
 class PreparedLayer:
@@ -177,37 +194,34 @@ class PreparedLayer:
             gate.weight.data, up.weight.data = weight_OD.chunk(2)
         self.gate_up = model.linear(weight_OD, bias_O, self.post_norm)
         self.down = model.linear(mlp.down_proj.weight, mlp.down_proj.bias)
+        # A module's own call looks for hooks, hundreds of times a step.
+        self.products = [linear.forward if isinstance(linear, PackedLinear) else linear for linear in self.linears]
 
     @property
     def linears(self) -> list["Linear"]:
         return [self.qkv, self.output, self.gate_up, self.down]
 
-    def __call__(self, stream_RE: Tensor, positions: Pass, number: int, entries_PJ: Tensor) -> None:
-        """Add this layer's part to the residual stream; rows of it behind the positions are there for the products."""
+    def __call__(self, stream: Stream, positions: Pass, number: int, entries_PJ: Tensor) -> None:
+        """Add this layer's part to the residual stream."""
+        qkv, output, gate_up, down = self.products
         rows = len(positions.slot_R)
-        x_RD = stream_RE[:, :-TAIL]
-        qkv_RO = self.qkv(self.input_norm(stream_RE))[:rows]
-        turn(qkv_RO[:, : self.turned].view(len(qkv_RO), -1, self.head_dim // 2, 2), positions.turn_RHC)
+        qkv_RO = qkv(self.input_norm(stream.whole_RE))[:rows]
+        turn(qkv_RO[:, : self.turned].view(rows, -1, self.head_dim // 2, 2), positions.turn_RHC)
         entries_PJ.index_copy_(0, positions.slot_R, qkv_RO[:, self.queries :].to(entries_PJ.dtype))
-        q_RGKC = qkv_RO[:, : self.queries].view(-1, self.groups, self.kv_heads, self.head_dim).to(entries_PJ.dtype)
-        x_RD[:rows] += self.summed(self.output(self.attend(q_RGKC.transpose(1, 2), positions, number).float()))
-        x_RD += self.summed(self.down(swiglu(self.gate_up(self.post_norm(stream_RE)))))
+        q_RGKC = qkv_RO[:, : self.queries].view(stream.attended_RGKC.shape).to(entries_PJ.dtype)
+        self.attend(q_RGKC.transpose(1, 2), positions, number, stream.attended_RGKC.transpose(1, 2))
+        stream.x_RD.add_(self.summed(output(stream.attended_RQ)))
+        stream.x_RD.add_(self.summed(down(swiglu(gate_up(self.post_norm(stream.whole_RE))))))
 
     def summed(self, part_RD: Tensor) -> Tensor:
         """What is added to the residual stream: of a part of a model the sum of all parts', in float32."""
         return part_RD if self.part is None else self.part.summed(part_RD.float(), self.ordered)
 
-    def attend(self, q_RKGC: Tensor, positions: Pass, number: int) -> Tensor:
-        """(R, H*C) in the order (G, K, C): every position's G queries of a key head against its row's keys."""
-        blocks = positions.blocks
-        if len(blocks) == 1:
-            _, layers, mask = blocks[0]
-            out_RKGC = F.scaled_dot_product_attention(q_RKGC, *layers[number], attn_mask=mask)
-        else:
-            out_RKGC = torch.empty_like(q_RKGC)
-            for at, layers, mask in blocks:
-                out_RKGC[at] = F.scaled_dot_product_attention(q_RKGC[at], *layers[number], attn_mask=mask)
-        return out_RKGC.transpose(1, 2).reshape(-1, self.queries)
+    def attend(self, q_RKGC: Tensor, positions: Pass, number: int, out_RKGC: Tensor) -> None:
+        """Every position's G queries of a key head against its row's keys."""
+        for at, layers, mask in positions.blocks:
+            keys, values = layers[number]
+            out_RKGC[at] = F.scaled_dot_product_attention(q_RKGC[at], keys, values, attn_mask=mask)
 
 
 class Norm:

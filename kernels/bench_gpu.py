@@ -11,11 +11,13 @@ events over the number of launches, the median of rounds in which the rivals tak
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from kernels import fused_head, fused_logits
+from kernels import FusedLogits, fused_head, fused_logits
 from kernels.moved_bytes import plain_eager
 
 VOCABULARY = 128_256
@@ -40,6 +42,11 @@ def alternate(rivals: Mapping[str, Callable[[int], object]], sets: int, rounds: 
         name: round(statistics.median(start.elapsed_time(stop) for start, stop in pairs) * 1e3 / sets, 2)
         for name, pairs in events.items()
     }
+
+
+def each(function: Callable[..., object], sets: Sequence[Any], *rest: Any, **options: Any) -> Callable[[int], object]:
+    """A rival: the function of the numbered set of inputs."""
+    return lambda number: function(sets[number], *rest, **options)
 
 
 def _recorded(function: Callable[[int], object], sets: int) -> tuple[torch.cuda.CUDAGraph, list[object]]:
@@ -100,15 +107,13 @@ def logits_rows(batches: list[int], member_counts: list[int], dtypes: list[torch
                 ]
                 weights = torch.linspace(1.0, 0.5, members, device="cuda")
                 out = fused_logits(logits[0], weights)
-                rivals: dict[str, Callable[[int], object]] = {
-                    "triton": lambda s, logits=logits, weights=weights, out=out: fused_logits(
-                        logits[s], weights, out=out
-                    ),
-                    "eager": lambda s, logits=logits, weights=weights: plain_eager(logits[s], weights),
+                rivals = {
+                    "triton": each(fused_logits, logits, weights, out=out),
+                    "eager": each(plain_eager, logits, weights),
                     "copy": copies_of(size, sets),
                 }
                 if (members, dtype) == (3, torch.bfloat16):
-                    rivals["compiled"] = lambda s, run=compiled, logits=logits, weights=weights: run(logits[s], weights)
+                    rivals["compiled"] = each(compiled, logits, weights)
                 times = alternate(rivals, sets, rounds)
                 speed = size / times["triton"] / 1e3
                 row = {
@@ -139,11 +144,11 @@ def feature_rows(batch: int, rounds: int) -> list[dict]:
     asked: dict[str, dict] = {"argmax": {}, "members": {"members": True}, "entropy": {"entropy": True}}
     asked |= {"top_k=4": {"top_k": 4}, "top_k=16": {"top_k": 16}}
 
-    def rival(options: dict) -> Callable[[int], object]:
-        out = fused_logits(logits[0], weights, **options)
-        return lambda number: fused_logits(logits[number], weights, out=out, **options)
-
-    times = alternate({name: rival(options) for name, options in asked.items()}, sets, rounds)
+    rivals = {
+        name: each(fused_logits, logits, weights, out=fused_logits(logits[0], weights, **options), **options)
+        for name, options in asked.items()
+    }
+    times = alternate(rivals, sets, rounds)
     return [{"batch": batch, "result": name, "microseconds": time} for name, time in times.items()]
 
 
@@ -158,13 +163,14 @@ def head_rows(batches: list[int], rounds: int) -> list[dict]:
         out = fused_head(hidden, output, weights)
         logits_out = fused_logits([h_BD @ o_VD.T for h_BD, o_VD in zip(hidden, output, strict=True)], weights)
 
-        def unfused(_: int, hidden=hidden, logits_out=logits_out):
+        def unfused(hidden: list[Tensor], out: FusedLogits) -> FusedLogits:
             logits = [h_BD @ o_VD.T for h_BD, o_VD in zip(hidden, output, strict=True)]
-            return fused_logits(logits, weights, out=logits_out)
+            return fused_logits(logits, weights, out=out)
 
-        rivals: dict[str, Callable[[int], object]] = {
-            "fused_head": lambda _, hidden=hidden, out=out: fused_head(hidden, output, weights, out=out),
-            "cuBLAS + kernel": unfused,
+        same = [hidden] * LEAST_SETS
+        rivals = {
+            "fused_head": each(fused_head, same, output, weights, out=out),
+            "cuBLAS + kernel": each(unfused, same, logits_out),
         }
         times = alternate(rivals, LEAST_SETS, rounds)  # the weights alone are far larger than the L2
         ratio = times["cuBLAS + kernel"] / times["fused_head"]

@@ -24,7 +24,6 @@ one. The numbers of rows for which that holds are found by trying, once for each
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -51,12 +50,12 @@ PLAIN_BFLOAT16_ROWS = 2
 # limited by arithmetic. Where no range down to TILE_ROWS agrees, every product has exactly TILE_ROWS, padded.
 TRIED_ROWS = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 24, 31, 32, 33, 48, 63, 64)
 TILE_ROWS = 16
-# More elements than these PyTorch divides among threads, at places that no vector's end need be at.
-ONE_THREAD_ELEMENTS, VECTOR_ELEMENTS = 32_768, 64
 # Output rows that are brought to float32 at once: 2 MB of them at D = 2,048, what a core's L2 holds.
 BLOCK_ELEMENTS = 1 << 19
 
 
+# A product with a packed weight: (x, weight, bias, activation, its numbers, its algorithm).
+_packed_product = torch.ops.mkldnn._linear_pointwise.default
 # (dtype, outputs, inputs, threads) -> what `_steady_rows` found
 _STEADY: dict[tuple[str, int, int, int], tuple[int, int]] = {}
 
@@ -125,7 +124,6 @@ class PackedLinear(nn.Module):
         packed512 = self._own is not None and torch.backends.cpu.get_cpu_capability() == "AVX512"
         self._least_rows = AVX512_LEAST_ROWS if packed512 else 1
         self._most_rows = TRIED_ROWS[-1]
-        self._zeros_RD = torch.zeros(TILE_ROWS, self.in_features, dtype=self._own)
         if invariant:
             key = (dtype, self.out_features, self.in_features, torch.get_num_threads())
             if key not in _STEADY:
@@ -156,25 +154,20 @@ class PackedLinear(nn.Module):
         bias = self._bias_O is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, dtype={self.dtype}"
 
-    def forward(self, x: Tensor, *, silu: bool = False, multiply: Tensor | None = None) -> Tensor:
-        """x Wᵀ + b; with `silu` its SiLU, with `multiply` (..., O) times that: the two halves of a SwiGLU, fused where
-        the library can.
-        """
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                return self.forward(x, silu=silu, multiply=multiply)
+    def forward(self, x: Tensor) -> Tensor:
+        """x Wᵀ + b."""
         # A step makes hundreds of these calls: those that need nothing more go straight to the library.
-        if x.dtype == self._own and x.dim() == 2 and self._fits(x.shape[0]):
-            return self._product(x, silu, multiply)
-        x_RD = x.reshape(-1, self.in_features)
-        other_RO = None if multiply is None else multiply.reshape(-1, self.out_features)
-        if self._fits(x_RD.shape[0]):
-            y_RO = self._product(x_RD, silu, other_RO)
-        elif x_RD.shape[0] <= self._most_rows or not self.invariant:
-            y_RO = self._padded(x_RD, other_RO, silu)
-        else:
-            y_RO = torch.cat([self._padded(*part, silu) for part in self._parts(x_RD, other_RO)])
-        return y_RO.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        if x.dtype == self._own and x.dim() == 2 and self._fits(x.shape[0]) and not torch.is_grad_enabled():
+            return _packed_product(x, self._weight, self._packed_bias_O, "none", [], "")
+        with torch.no_grad():
+            x_RD = x.reshape(-1, self.in_features)
+            if self._fits(x_RD.shape[0]):
+                y_RO = self._product(x_RD)
+            elif x_RD.shape[0] <= self._most_rows or not self.invariant:
+                y_RO = self._padded(x_RD)
+            else:
+                y_RO = torch.cat([self._padded(part_RD) for part_RD in x_RD.split(self._most_rows)])
+            return y_RO.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _fits(self, rows: int) -> bool:
         """Whether a product of so many rows is made as it is."""
@@ -190,43 +183,22 @@ class PackedLinear(nn.Module):
             return rows
         return rows + (max(self._least_rows - rows, 0) or -rows % ROWS_MULTIPLE)
 
-    def _parts(self, x_RD: Tensor, other_RO: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for start in range(0, x_RD.shape[0], self._most_rows):
-            part = slice(start, start + self._most_rows)
-            yield x_RD[part], None if other_RO is None else other_RO[part]
-
-    def _padded(self, x_RD: Tensor, other_RO: Tensor | None, silu: bool) -> Tensor:
+    def _padded(self, x_RD: Tensor) -> Tensor:
         """The product with as many rows of zeros behind as it takes to fit."""
         rows = x_RD.shape[0]
         missing = self.fitting_rows(rows) - rows
-        if not missing:
-            return self._product(x_RD, silu, other_RO)
-        other_RO = None if other_RO is None else F.pad(other_RO, (0, 0, 0, missing))
-        zeros_RD = self._zeros_RD[:missing]
-        if x_RD.dtype != zeros_RD.dtype:
-            zeros_RD = zeros_RD.to(x_RD.dtype)
-        return self._product(torch.cat((x_RD, zeros_RD)), silu, other_RO)[:rows]
+        return self._product(F.pad(x_RD, (0, 0, 0, missing)))[:rows] if missing else self._product(x_RD)
 
-    def _product(self, x_RD: Tensor, silu: bool = False, other_RO: Tensor | None = None) -> Tensor:
-        if (own := self._own) is not None:
-            x_RD = x_RD if x_RD.dtype == own else x_RD.to(own)
-            weight, bias = self._weight, self._packed_bias_O
-            if other_RO is not None and not silu:
-                other_RO = other_RO if other_RO.dtype == own else other_RO.to(own)
-                return torch.ops.mkldnn._linear_pointwise.binary(x_RD, other_RO, weight, bias, "mul")
-            y_RO = torch.ops.mkldnn._linear_pointwise(x_RD, weight, bias, "swish" if silu else "none", [], "")
-            return y_RO if other_RO is None else y_RO.mul_(other_RO)
+    def _product(self, x_RD: Tensor) -> Tensor:
+        if self._own is not None:
+            return _packed_product(x_RD.to(self._own), self._weight, self._packed_bias_O, "none", [], "")
         if self._scale_O is not None and self._fits_int8_product(x_RD.shape[0]):
             # with float32 activations this operation is 5 to 40 times slower
             y_RO = torch._weight_int8pack_mm(x_RD.bfloat16(), self._weight, self._scale_O)
-            y_RO = y_RO if self._bias_O is None else y_RO + self._bias_O
-        elif self.dtype == "bfloat16" and x_RD.shape[0] <= PLAIN_BFLOAT16_ROWS and not self.invariant:
-            y_RO = F.linear(x_RD.bfloat16(), self._weight, self._packed_bias_O)
-        else:
-            y_RO = self._block_by_block(x_RD.float())
-        if silu:
-            y_RO = steady_silu(y_RO) if self.invariant else F.silu(y_RO)
-        return y_RO if other_RO is None else y_RO * other_RO
+            return y_RO if self._bias_O is None else y_RO + self._bias_O
+        if self.dtype == "bfloat16" and x_RD.shape[0] <= PLAIN_BFLOAT16_ROWS and not self.invariant:
+            return F.linear(x_RD.bfloat16(), self._weight, self._packed_bias_O)
+        return self._block_by_block(x_RD.float())
 
     def _fits_int8_product(self, rows: int) -> bool:
         return rows <= INT8_ROWS and self.in_features % INT8_VECTOR == 0
@@ -235,17 +207,11 @@ class PackedLinear(nn.Module):
         """The least and most rows of a product between which a row's bits do not depend on their number."""
         most = INT8_ROWS if self._scale_O is not None and self._fits_int8_product(INT8_ROWS) else TRIED_ROWS[-1]
         x_RD = torch.randn(most, self.in_features, generator=torch.Generator().manual_seed(0))
-        other_RO = torch.ones(most, self.out_features)
-
-        def products(part: slice) -> tuple[Tensor, ...]:
-            x, other = x_RD[part], other_RO[part]
-            return self._product(x), self._product(x, silu=True), self._product(x, False, other)
-
-        whole = products(slice(None))
+        whole = self._product(x_RD)
         least = most
         for rows in sorted((rows for rows in TRIED_ROWS if rows < most), reverse=True):
             parts = slice(None, rows), slice(-rows, None)
-            if not all(torch.equal(y, all_y[part]) for part in parts for y, all_y in zip(products(part), whole)):
+            if not all(torch.equal(self._product(x_RD[part]), whole[part]) for part in parts):
                 break
             least = rows
         if self.dtype != "float32":
@@ -265,20 +231,6 @@ class PackedLinear(nn.Module):
         if self._bias_O is not None:
             y_OR += self._bias_O[:, None]
         return y_OR.t().contiguous()
-
-
-def steady_silu(y_RO: Tensor) -> Tensor:
-    """SiLU with the same bits for a row in any number of rows.
-
-    PyTorch computes the last few of a thread's numbers one by one, with another exponential than its vectors have: rows
-    are padded to whole vectors, and no more than one thread's worth is done at a time.
-    """
-    outputs = y_RO.shape[1]
-    padded = F.pad(y_RO, (0, -outputs % VECTOR_ELEMENTS)).contiguous()
-    rows = max(1, ONE_THREAD_ELEMENTS // padded.shape[1])
-    for start in range(0, len(padded), rows):
-        F.silu(padded[start : start + rows], inplace=True)
-    return padded[:, :outputs]
 
 
 def quantize_rows(weight_OD: Tensor) -> tuple[Tensor, Tensor]:
