@@ -117,12 +117,13 @@ def random_folder(shape: str, seed: int, work: Path) -> Path:
     """A folder with random weights of a shape; one that `work` already holds is used again."""
     folder = work / f"{shape}-seed{seed}"
     if not (folder / "config.json").exists():
-        _random_model(SHAPES[shape], seed).save_pretrained(folder)
+        random_model(SHAPES[shape], seed).save_pretrained(folder)
         write_numbered_tokenizer(folder, SHAPES[shape].vocab_size)
     return folder
 
 
-def _random_model(config: LlamaConfig, seed: int) -> Llama:
+def random_model(config: LlamaConfig, seed: int) -> Llama:
+    """Random weights: float32 on the CPU, of a large model bf16, and on a GPU where there is one."""
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in Llama(config).parameters())
     if parameters < FLOAT32_PARAMETERS:

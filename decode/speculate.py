@@ -31,7 +31,7 @@ TOGETHER = -4
 LOOKUP_LENGTHS = (3, 2)
 MOST_DRAFTED = 7
 # `auto` drafts when it expects this much more than plain decoding.
-MARGIN = 1.05
+MARGIN = 1.15
 # Weight of the newest measurement in the running means.
 NEWEST = 0.1
 # Every so many plain steps the members' own choices are compared with the combined one.
