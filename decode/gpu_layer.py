@@ -3,9 +3,9 @@ attend_triton.py).
 
 A step of few rows reads the weights and starts kernels, and with PyTorch's operations the starts take longer. Several
 rows take 10 launches a layer: four products, two norms (one takes the first addition to the residual stream along), the
-rotation with what goes to the cache, attention, the gate, the second addition. One row takes five: what stands around
-a product is part of it, and attention. Between them numbers are kept in the weights' dtype, where PreparedLayer goes
-through float32; the residual stream is float32.
+rotation with what goes to the cache, attention, the gate, the second addition. One row takes five (unless its member is
+split, or bits must not depend on the batch): what stands around a product is part of it, and attention. Between them
+numbers are kept in the weights' dtype, where PreparedLayer goes through float32; the residual stream is float32.
 """
 
 # R positions  D model width  K key/value heads  G query heads of each  C head width
@@ -28,25 +28,27 @@ class GpuLinear(PlainLinear):
 
 
 class GpuNorm(Norm):
-    """In the dtype of the norm's weights, which the head reads."""
+    """In the dtype of the norm's weights, which the product behind it reads."""
 
     def __init__(self, norm: RMSNorm, storage: str) -> None:
-        super().__init__(norm, storage)
-        self.norm = Normed(norm.weight.detach().float(), norm.eps)
+        self.before = Normed(norm.weight.detach().float(), norm.eps)
         self.dtype = norm.weight.dtype
 
     def __call__(self, stream_RE: Tensor) -> Tensor:
-        return layer_triton.normed(stream_RE[:, :-TAIL], self.norm.scale_D, self.norm.epsilon, self.dtype)
+        return self.of(stream_RE[:, :-TAIL])
+
+    def of(self, x_RD: Tensor, delta_RD: Tensor | None = None) -> Tensor:
+        """Of the stream's rows, after delta is added to them in place."""
+        return layer_triton.normed(x_RD, self.before.scale_D, self.before.epsilon, self.dtype, delta_RD)
 
 
 class GpuLayer(PreparedLayer):
+    input_norm: GpuNorm
+    post_norm: GpuNorm
+
     def __init__(self, layer: Layer, model: PreparedLlama) -> None:
         super().__init__(layer, model)
         self.heads = self.groups * self.kv_heads, self.kv_heads
-        self.dtype = layer.mlp.gate_proj.weight.dtype
-        epsilon = layer.input_layernorm.eps
-        self.before_attention = Normed(layer.input_layernorm.weight.detach().float(), epsilon)
-        self.before_mlp = Normed(layer.post_attention_layernorm.weight.detach().float(), epsilon)
 
     def __call__(self, stream: Stream, positions: Pass, number: int, entries_PJ: Tensor) -> None:
         x_RD = stream.own_RD
@@ -55,23 +57,20 @@ class GpuLayer(PreparedLayer):
         if len(x_RD) == 1 and self.part is None and not self.ordered:
             turn_C2 = torch.view_as_real(positions.turn_RHC)[0, 0]
             turned = Turned(turn_C2, positions.slot_R, entries_PJ, *self.heads)
-            q_RQ = row_linear(x_RD, qkv.weight_OD, qkv.bias_O, norm=self.before_attention, turned=turned)
+            q_RQ = row_linear(x_RD, qkv.weight_OD, qkv.bias_O, norm=self.input_norm.before, turned=turned)
             row_linear(
                 self._attended(q_RQ, positions, number, entries_PJ), output.weight_OD, output.bias_O, add_to=x_RD
             )
-            h_RF = row_linear(x_RD, gate_up.weight_OD, gate_up.bias_O, norm=self.before_mlp, gated=True)
+            h_RF = row_linear(x_RD, gate_up.weight_OD, gate_up.bias_O, norm=self.post_norm.before, gated=True)
             row_linear(h_RF, down.weight_OD, down.bias_O, add_to=x_RD)
             return
-        h_RD = self._normed(x_RD, self.before_attention)
+        h_RD = self.input_norm.of(x_RD)
         q_RQ = layer_triton.turned_and_stored(
             qkv.product(h_RD), positions.turn_RHC, positions.slot_R, entries_PJ, *self.heads
         )
         attended_RD = self.summed(output.product(self._attended(q_RQ, positions, number, entries_PJ)))
-        h_RD = self._normed(x_RD, self.before_mlp, attended_RD)
+        h_RD = self.post_norm.of(x_RD, attended_RD)
         x_RD += self.summed(down.product(layer_triton.silu_multiplied(gate_up.product(h_RD))))
-
-    def _normed(self, x_RD: Tensor, norm: Normed, delta_RD: Tensor | None = None) -> Tensor:
-        return layer_triton.normed(x_RD, norm.scale_D, norm.epsilon, self.dtype, delta_RD)
 
     def _attended(self, q_RQ: Tensor, positions: Pass, number: int, entries_PJ: Tensor) -> Tensor:
         # Under `invariant` prompts too: PyTorch's attention adds in an order of its own for each shape.

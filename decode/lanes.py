@@ -1,7 +1,7 @@
 """Members of an ensemble side by side on the cores of a CPU, instead of one after another on all of them.
 
 A product of few rows is read from memory, and two threads that share it read hardly faster than one: they
-wait for each other 150 times a step. Two threads that each have a model of their own wait for nobody. So members go
+wait for each other four times a layer. Two threads that each have a model of their own wait for nobody. So members go
 into lanes, each a thread of its own with its part of the cores; who would make the others wait comes afterwards, with
 all of them. Which member goes where follows from the bytes of their weights and the number of threads alone, never from
 a clock. How many threads made a product does not change its bits (tests/decode/test_lanes.py), so the lanes do not.

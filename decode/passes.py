@@ -14,6 +14,8 @@ from minillama import KVCache, LlamaConfig
 from minillama.model import rope_frequencies
 
 KEYS_MULTIPLE = 64
+# Which positions, their rows' keys and values of every layer, and the mask.
+Block = tuple[slice | Tensor, Sequence[tuple[Tensor, Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,24 @@ class Pass:
                 raise ValueError(f"position {last - 1} runs past the end of a cache of {capacity} positions")
             keys.append(min(cache_positions(last), capacity))
         self.slot_R = torch.tensor(slots, device=device)
-        position_R = torch.tensor(positions, device=device)
-        self.turn_RHC = rotations_at(config, position_R)
-        mask_R11S = mask_beyond(position_R, max(keys), cache.entries_LBSEKC.dtype)
-        # For each product of queries with keys: which positions, which rows' keys and values of every layer, the mask.
-        self.blocks: list[tuple[slice | Tensor, Sequence[tuple[Tensor, Tensor]], Tensor]] = []
+        self.position_R = torch.tensor(positions, device=device)
+        self.turn_RHC = rotations_at(config, self.position_R)
+        self._spans, self._keys, self._cache = spans, keys, cache
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """One for each product of queries with keys, where attention is PyTorch's."""
+        spans, keys, cache = self._spans, self._keys, self._cache
+        device = self.slot_R.device
+        mask_R11S = mask_beyond(self.position_R, max(keys), cache.entries_LBSEKC.dtype)
+        blocks: list[Block] = []
 
         def add(at: slice | Tensor, first: int, rows: int, seen: int, count: int = 1) -> None:
             entries = cache.entries_LBSEKC[:, first : first + rows, :seen].permute(0, 3, 1, 4, 2, 5)  # L E B K S C
             if count > 1:
                 entries = entries.expand(-1, -1, count, -1, -1, -1)
             keys_LBKSC, values_LBKSC = entries.unbind(1)
-            self.blocks.append((at, list(zip(keys_LBKSC.unbind(), values_LBKSC.unbind())), mask_R11S[at, ..., :seen]))
+            blocks.append((at, list(zip(keys_LBKSC.unbind(), values_LBKSC.unbind())), mask_R11S[at, ..., :seen]))
 
         # Prompts being read stand among rows that decode: the last new position of all rows is one product, and what
         # stands before it another for each prompt.
@@ -83,6 +91,7 @@ class Pass:
             start = stop
         if last_together:
             add(torch.tensor(final, device=device), spans[0].first, ends[-1] - spans[0].first, max(keys))
+        return blocks
 
 
 class RowsPlaces:
@@ -94,7 +103,7 @@ class RowsPlaces:
         self.first_B = torch.arange(0, cache.batch_size * cache.capacity, cache.capacity, device=device)
         # On a GPU the rotations of all positions, since each operation of a step has its price.
         every_P = torch.arange(cache.capacity, device=device)
-        self.turn_PC = rotations_at(config, every_P)[:, 0].contiguous() if device.type == "cuda" else None
+        self.turn_PC = turns_at(config, every_P) if device.type == "cuda" else None
 
 
 class RowsPass(Pass):
@@ -110,7 +119,7 @@ class RowsPass(Pass):
         self._of_queries = places.cache.entries_LBSEKC, keys
 
     @cached_property
-    def blocks(self) -> list[tuple[slice | Tensor, Sequence[tuple[Tensor, Tensor]], Tensor]]:  # type: ignore[override]
+    def blocks(self) -> list[Block]:
         """One, for PyTorch's attention; a kernel that reads what each row has filled asks for none."""
         entries_LBSEKC, keys = self._of_queries
         rows = len(self.position_B)
@@ -120,11 +129,19 @@ class RowsPass(Pass):
 
 
 def rotations_at(config: LlamaConfig, position_R: Tensor) -> Tensor:
-    """(R, H + K, C/2) complex: what every pair of channels of queries and keys is turned by at each position."""
+    """(R, H + K, C/2) complex: `turns_at` for every head of queries and keys. On a GPU (R, 1, C/2), and whoever turns
+    with PyTorch's operations broadcasts.
+    """
+    turn_R1C = turns_at(config, position_R)[:, None]
+    if position_R.is_cuda:
+        return turn_R1C
+    return turn_R1C.expand(-1, config.num_attention_heads + config.num_key_value_heads, -1).contiguous()
+
+
+def turns_at(config: LlamaConfig, position_R: Tensor) -> Tensor:
+    """(R, C/2) complex: what every pair of channels of queries and keys is turned by at each position."""
     angle_RC = position_R[:, None].float() * rope_frequencies(config, position_R.device)
-    turn_RC = torch.polar(torch.ones_like(angle_RC), angle_RC)
-    turned_heads = config.num_attention_heads + config.num_key_value_heads
-    return turn_RC[:, None].expand(-1, turned_heads, -1).contiguous()
+    return torch.polar(torch.ones_like(angle_RC), angle_RC)
 
 
 def mask_beyond(position_R: Tensor, keys: int, dtype: torch.dtype) -> Tensor:

@@ -13,8 +13,8 @@ product, gate and up another, and everything is stored in the order in which the
 
 A position's result has the same bits whatever else is in the pass, by construction: products come from layers that
 keep them (`invariant`), attention is always G queries against one row's keys, and those are padded to a multiple of
-64, where the library's sums have one order. A position of a prompt costs its own small product for that, which is
-little beside the linear layers.
+64, where the library's sums have one order (on a GPU it is a kernel of ours, decode/gpu_layer.py). A position of a
+prompt costs its own small product for that, which is little beside the linear layers.
 
 Activations are float32 whatever the storage of the weights; the cache is float32 on a CPU and the model's dtype on a
 GPU. The function of the model given is not changed.
@@ -47,7 +47,8 @@ class PreparedLlama:
     """`PreparedLlama(model)` decodes what `model` would. Of a LlamaPart all processes make every pass together.
 
     storage: how the CPU holds the weights of linear layers, see `PackedLinear`; "plain" leaves them where they are,
-    which costs no memory.   invariant: see the head of this file; without it products take the library's fastest way.
+    which costs no memory but for queries, keys and values.   invariant: see the head of this file; without it products
+    take the library's fastest way.
     consume: take the model's weights layer by layer, so that both are never held; the model is empty afterwards.
     """
 
@@ -64,16 +65,17 @@ class PreparedLlama:
         self.cache_dtype = torch.float32 if on_cpu else model.dtype
         self.embedding_VD = model.model.embed_tokens.weight.detach()
         width, eps = self.config.hidden_size, self.config.rms_norm_eps
-        self.tail_E = torch.tensor([(width * eps) ** 0.5, *[0.0] * (TAIL - 1)], device=self.device)
+        tail = [(width * eps) ** 0.5, *[0.0] * (TAIL - 1)]
+        self.tail_E = torch.tensor(tail, dtype=torch.float32, device=self.device)
         layer_kind: type[PreparedLayer] = PreparedLayer
-        norm_kind: type[Norm] = Norm
+        self.norm_kind: type[Norm] = Norm
         self.plain_kind: type[PlainLinear] = PlainLinear
         # Whether kernels of ours stand between the products; their attention reads of a row what is filled.
         self.in_triton = self.storage == "plain" and backend(self.device) == "triton"
         if self.in_triton:
             from decode.gpu_layer import GpuLayer, GpuLinear, GpuNorm
 
-            layer_kind, norm_kind, self.plain_kind = GpuLayer, GpuNorm, GpuLinear
+            layer_kind, self.norm_kind, self.plain_kind = GpuLayer, GpuNorm, GpuLinear
         self.layers = []
         with torch.no_grad():
             for number, layer in enumerate(model.model.layers):
@@ -81,7 +83,7 @@ class PreparedLlama:
                 self.layers.append(layer_kind(layer, self))
                 if consume:
                     model.model.layers[number] = nn.Identity()
-            self.norm = norm_kind(model.model.norm, self.storage)
+            self.norm = self.norm_kind(model.model.norm, self.storage)
             self.head = self.linear(model.output_weight, None, self.norm)
             if consume and model.lm_head is not None:
                 model.lm_head = None
@@ -141,6 +143,7 @@ class PreparedLlama:
         """(V, D) by which `logits` multiplies what `hidden` returns, in the dtype that it brings that to. A new tensor
         where a packed layer holds it.
         """
+        assert not isinstance(self.head, PlainPair)
         return self.head.weight_OD if isinstance(self.head, PlainLinear) else self.head.unpacked()
 
 
@@ -154,7 +157,7 @@ class Stream:
         rows, width = embedded_RD.shape
         first = model.layers[0]
         padded = max(linear.fitting_rows(rows) for linear in first.linears)
-        self.whole_RE = torch.empty(padded, width + TAIL, device=embedded_RD.device)
+        self.whole_RE = torch.empty(padded, width + TAIL, dtype=torch.float32, device=embedded_RD.device)
         self.x_RD = self.whole_RE[:, :-TAIL]
         self.own_RD = self.x_RD[:rows]  # of the positions
         self.own_RD.copy_(embedded_RD)
@@ -175,8 +178,8 @@ class PreparedLayer:
         self.groups = attention.heads // attention.kv_heads
         self.queries = attention.heads * self.head_dim
         self.turned = self.queries + self.kv_heads * self.head_dim
-        self.input_norm = Norm(layer.input_layernorm, model.storage)
-        self.post_norm = Norm(layer.post_attention_layernorm, model.storage)
+        self.input_norm = model.norm_kind(layer.input_layernorm, model.storage)
+        self.post_norm = model.norm_kind(layer.post_attention_layernorm, model.storage)
 
         def joined(part: str) -> Tensor:
             q, k, v = (getattr(m, part).detach() for m in (attention.q_proj, attention.k_proj, attention.v_proj))
@@ -188,11 +191,13 @@ class PreparedLayer:
         output_DH = attention.o_proj.weight.detach().unflatten(1, (self.kv_heads, self.groups, self.head_dim))
         self.output = model.linear(output_DH.transpose(1, 2).flatten(1), attention.o_proj.bias)
         gate, up = mlp.gate_proj, mlp.up_proj
-        bias_O = None if gate.bias is None else torch.cat((gate.bias.detach(), up.bias.detach()))
-        weight_OD = torch.cat((gate.weight.detach(), up.weight.detach()))
-        if model.storage == "plain":  # the model goes on with views of it: weights are not held twice
-            gate.weight.data, up.weight.data = weight_OD.chunk(2)
-        self.gate_up = model.linear(weight_OD, bias_O, self.post_norm)
+        self.gate_up: Linear
+        if model.storage == "plain" and not gate.weight.is_cuda:  # where there is no room for a joined copy
+            self.gate_up = PlainPair(model.linear(gate.weight, gate.bias), model.linear(up.weight, up.bias))
+        else:
+            bias_O = None if gate.bias is None else torch.cat((gate.bias.detach(), up.bias.detach()))
+            both = joined_halves if model.storage == "plain" else concatenated
+            self.gate_up = model.linear(both(gate.weight, up.weight), bias_O, self.post_norm)
         self.down = model.linear(mlp.down_proj.weight, mlp.down_proj.bias)
         # A module's own call looks for hooks, hundreds of times a step.
         self.products = [linear.forward if isinstance(linear, PackedLinear) else linear for linear in self.linears]
@@ -270,7 +275,40 @@ class PlainLinear:
         return self.weight_OD.numel()
 
 
-Linear = PackedLinear | PlainLinear
+class PlainPair:
+    """Two plain layers over the same input, their results side by side."""
+
+    def __init__(self, first: "Linear", second: "Linear") -> None:
+        self.pair = first, second
+
+    def __call__(self, x_RD: Tensor) -> Tensor:
+        return torch.cat([linear(x_RD) for linear in self.pair], dim=1)
+
+    def fitting_rows(self, rows: int) -> int:
+        return rows
+
+    @property
+    def nbytes(self) -> int:
+        return sum(linear.nbytes for linear in self.pair)
+
+    @property
+    def numbers(self) -> int:
+        return sum(linear.numbers for linear in self.pair)
+
+
+Linear = PackedLinear | PlainLinear | PlainPair
+
+
+def concatenated(first: Tensor, second: Tensor) -> Tensor:
+    return torch.cat((first.detach(), second.detach()))
+
+
+def joined_halves(first: Tensor, second: Tensor) -> Tensor:
+    """One tensor of both weights' rows, of which they are views from then on: they are not held twice."""
+    storages = {weight.data.untyped_storage()._cdata for weight in (first, second)}
+    if len(storages) > 1 or second.data.storage_offset() != first.data.storage_offset() + first.numel():
+        first.data, second.data = concatenated(first, second).chunk(2)
+    return first.detach().as_strided((2 * len(first), first.shape[1]), (first.shape[1], 1))
 
 
 def swiglu(gate_up_RO: Tensor) -> Tensor:

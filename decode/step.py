@@ -168,12 +168,12 @@ class Reading(Protocol):
 
 def prompt_parts(active: Sequence[Reading]) -> list[list[list[int]]]:
     """For each row what each member reads of its prompt now; first come, first served. It is unread no longer."""
-    parts = []
+    parts: list[list[list[int]]] = []
     budget = PROMPT_POSITIONS
     for row in active:
         longest = max(map(len, row.unread))
-        if not longest:
-            parts.append(row.unread)
+        if not longest:  # a row that decodes, as most do in most steps
+            parts.append([[] for _ in row.unread])
             continue
         left = longest - min(longest, budget)
         budget -= longest - left

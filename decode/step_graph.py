@@ -6,10 +6,10 @@ on a stream of their own.
 
 What differs from step to step lies in buffers at fixed addresses: every row's last token, its position in each member's
 cache, what its draw hangs on. Shapes are constant in a graph, so there is one for each number of rows (1, 2, 4, 8 … up
-to the caches') and, for each member, of keys that attention reads (64, 128, 256 …: less than twice what is filled, and
-no more than the cache has). Rows of a graph that are not in use take part with token 0 at position 0 and write to their
-own row of the cache, which whoever starts a row overwrites. Drafts, prompts and beams are not of this shape and never
-come here.
+to the caches'); where attention is PyTorch's also, for each member, of keys that it reads (64, 128, 256 …: less than
+twice what is filled, and no more than the cache has). Rows of a graph that are not in use take part with token 0 at
+position 0 and write to their own row of the cache, which whoever starts a row overwrites. Drafts, prompts and beams are
+not of this shape and never come here.
 
 Nothing in a step waits for the host: tokens, log-probabilities and flags are read once behind it. The device then holds
 already what the next step reads, unless rows ended, moved or were decoded in another way meanwhile: the host knows what

@@ -18,8 +18,11 @@ layers=${LAYERS:-3}
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-$here/../.venv/bin/python}
 mkdir -p "$work"
-# Without bf16 instructions products of bf16 are emulated, and slow.
-dtype=$("$python" -c 'from kernels.packed_linear import has_bfloat16_instructions as has; print("bfloat16" if has() else "float32")')
+# On a processor without bf16 instructions its products are emulated, and slow.
+dtype=$("$python" -c '
+import torch
+from kernels.packed_linear import has_bfloat16_instructions
+print("bfloat16" if torch.cuda.is_available() or has_bfloat16_instructions() else "float32")')
 
 [ -f "$work/smollm2/config.json" ] || "$python" -m eval.smollm2 --output "$work/smollm2"
 [ -f "$work/start/config.json" ] ||

@@ -22,7 +22,7 @@ from kernels.moved_bytes import plain_eager
 
 VOCABULARY = 128_256
 # Bytes that the sets of inputs of one rival take together, several times the L2 of an H200 (60 MB), and their number.
-ROTATED_BYTES, MOST_SETS, LEAST_SETS = 256 << 20, 128, 4
+ROTATED_BYTES, MOST_SETS, LEAST_SETS = 256 << 20, 1024, 4
 
 
 def alternate(rivals: Mapping[str, Callable[[int], object]], sets: int, rounds: int) -> dict[str, float]:

@@ -254,11 +254,14 @@ REGISTERS, MEMBERS_OF_FEW_REGISTERS, ALIGNED_ENTRIES = 64, 3, 16
 
 
 def launch_options(request: Request) -> dict[str, Any]:
-    asked = (request.members, request.top_k, request.entropy, request.given is not None, request.sample is not None)
+    results = (request.given, request.sample, request.draft)
+    asked = (request.members, request.top_k, request.entropy, *(result is not None for result in results))
     few = len(request.logits) <= MEMBERS_OF_FEW_REGISTERS and all(
         logits_RV.dtype.itemsize == 2 and logits_RV.stride(0) % ALIGNED_ENTRIES == 0 for logits_RV in request.logits
     )
-    return LAUNCH_OPTIONS | {"maxnreg": REGISTERS} if few and not any(asked) else LAUNCH_OPTIONS
+    if torch.version.hip or any(asked) or not few:  # AMD's compiler has no such option
+        return LAUNCH_OPTIONS
+    return LAUNCH_OPTIONS | {"maxnreg": REGISTERS}
 
 
 def allocate(request: Request) -> FusedLogits:

@@ -24,6 +24,8 @@ one. The numbers of rows for which that holds are found by trying, once for each
 from __future__ import annotations
 
 import functools
+import platform
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +57,7 @@ BLOCK_ELEMENTS = 1 << 19
 
 
 # A product with a packed weight: (x, weight, bias, activation, its numbers, its algorithm).
-_packed_product = torch.ops.mkldnn._linear_pointwise.default
+_packed_product: Any = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
 # (dtype, outputs, inputs, threads) -> what `_steady_rows` found
 _STEADY: dict[tuple[str, int, int, int], tuple[int, int]] = {}
 
@@ -65,7 +67,7 @@ def has_bfloat16_instructions() -> bool:
     """Whether this processor multiplies bf16, and oneDNN packed weights of it: asked by packing one, since environment
     variables may forbid it. With AVX-512 but without the instructions oneDNN packs all the same, and emulates.
     """
-    if not torch.cpu._is_avx512_bf16_supported():
+    if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported():
         return False
     try:
         weight_OD = torch.ops.mkldnn._reorder_linear_weight(torch.ones(16, 16, dtype=torch.bfloat16), EXPECTED_ROWS)

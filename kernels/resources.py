@@ -219,19 +219,24 @@ def _row_linear_variants() -> Iterator[Variant]:
             path.arguments(stream_1D, weight((queries + 2 * keys) * channels), norm=norm, turned=turned),
         ),
     ):
-        positional, switches, options, _ = arguments
-        yield Variant("row_linear", name, path._row_linear_kernel, positional, switches, options)
+        yield Variant("row_linear", name, path._row_linear_kernel, *arguments[1])
 
 
 def _attend_variants() -> Iterator[Variant]:
-    """Attention of Llama-3.2-1B's and 3B's heads in bf16."""
+    """Attention of Llama-3.2-1B's and 3B's heads."""
     from kernels import attend_triton as path
 
-    for name, queries, keys, channels in (("1B", 32, 8, 64), ("3B", 24, 8, 128)):
-        query_RQ = torch.empty(4, queries * channels, dtype=torch.bfloat16)
-        entries_PJ = torch.empty(4 * 256, 2 * keys * channels, dtype=torch.bfloat16)
+    for name, dtype, queries, channels in (
+        ("C=64 bf16", torch.bfloat16, 32, 64),
+        ("C=128 bf16", torch.bfloat16, 24, 128),
+        ("C=128 fp32", torch.float32, 24, 128),
+    ):
+        query_RQ, entries_PJ = (
+            torch.empty(4, queries * channels, dtype=dtype),
+            torch.empty(1024, 16 * channels, dtype=dtype),
+        )
         slot_R = torch.zeros(4, dtype=torch.int64)
-        arguments = path.arguments(query_RQ, entries_PJ, slot_R, 256, keys, channels, torch.empty_like(query_RQ))
+        arguments = path.arguments(query_RQ, entries_PJ, slot_R, 256, 8, channels, torch.empty_like(query_RQ))
         yield Variant("attend", name, path._attend_kernel, *arguments)
 
 

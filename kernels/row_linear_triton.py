@@ -105,7 +105,7 @@ class Normed:
 class Turned:
     """What stands behind the product of queries, keys and values.
 
-    turn_C: (C/2, 2) float32, cosine and sine for each pair of channels side by side.   slot_1: the row's place among
+    turn_C2: (C/2, 2) float32, cosine and sine for each pair of channels side by side.   slot_1: the row's place among
     entries_PJ (P, J): keys, then values.   queries, keys: heads.
     """
 
@@ -133,12 +133,11 @@ def row_linear(
     """(1, O) in the weight's dtype, or what the options make of it: (1, F) gated, the queries (1, H * C) turned, and
     with `add_to` (1, O) float32 that tensor.
 
-    x_1D: (1, D) of any float dtype, contiguous in D.   weight_OD: rows contiguous.
+    x_1D: (1, D) of any float dtype, contiguous in D.   weight_OD: rows contiguous.   Raises ValueError for shapes,
+    strides and dtypes that do not fit.
     """
-    positional, switches, options, y_1O = arguments(
-        x_1D, weight_OD, bias_O, norm=norm, gated=gated, add_to=add_to, turned=turned
-    )
-    _launch((triton.cdiv(positional[10], switches["BLOCK_O"]),), positional, switches, options)
+    grid, launch, y_1O = arguments(x_1D, weight_OD, bias_O, norm=norm, gated=gated, add_to=add_to, turned=turned)
+    _launch(grid, *launch)
     return y_1O
 
 
@@ -151,9 +150,17 @@ def arguments(
     gated: bool = False,
     add_to: Tensor | None = None,
     turned: Turned | None = None,
-) -> tuple[tuple, dict, dict, Tensor]:
-    """Positional arguments, switches and options of the launch, and its result."""
+) -> tuple[tuple[int], tuple[tuple, dict, dict], Tensor]:
+    """The grid; positional arguments, switches and options of the launch; its result."""
     outputs, inputs = weight_OD.shape
+    if tuple(x_1D.shape) != (1, inputs) or x_1D.stride(1) != 1 or weight_OD.stride(1) != 1:
+        raise ValueError(
+            f"x must be (1, {inputs}), columns contiguous as those of the weight, found {tuple(x_1D.shape)}"
+        )
+    if gated and outputs % 2:
+        raise ValueError(f"a gated layer has as many gates as ups, found {outputs} rows")
+    if add_to is not None and add_to.dtype != torch.float32:
+        raise ValueError(f"what is added to must be float32, found {add_to.dtype}")
     if gated:
         outputs //= 2
     if add_to is not None:
@@ -190,7 +197,7 @@ def arguments(
         "BLOCK_O": block_o,
         "BLOCK_D": min(block_d, triton.next_power_of_2(inputs)),
     }
-    return positional, switches, OPTIONS, y_1O
+    return (triton.cdiv(outputs, block_o),), (positional, switches, OPTIONS), y_1O
 
 
 def _launch(grid: tuple[int, ...], positional: tuple, switches: dict, options: dict) -> None:

@@ -38,6 +38,8 @@ def test_no_spills_and_wide_loads_where_most_is_computed():
         ("truncated_sample", ""),
         ("linear_cross_entropy", ""),
         ("layer", ""),
+        ("row_linear", ""),
+        ("attend", ""),
     ):
         assert_within_limits(rows_of("--kernel", kernel, "--variant", name, "--target", "sm_90", "--target", "gfx942"))
 
@@ -46,7 +48,15 @@ def test_no_spills_and_wide_loads_where_most_is_computed():
 def test_no_spills_and_wide_loads_for_every_variant_and_target():
     rows = rows_of()
     assert {row["target"] for row in rows} == set(TARGETS)
-    kernels = {"fused_logits", "fused_head", "truncated_sample", "linear_cross_entropy", "layer"}
+    kernels = {
+        "fused_logits",
+        "fused_head",
+        "truncated_sample",
+        "linear_cross_entropy",
+        "layer",
+        "row_linear",
+        "attend",
+    }
     assert {row["kernel"] for row in rows} == kernels
     assert_within_limits(rows)
 
