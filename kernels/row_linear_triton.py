@@ -20,6 +20,7 @@ Arithmetic in float32, in one order for each shape; another one than a product o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -120,23 +121,14 @@ class Turned:
         return 2 * len(self.turn_C2)
 
 
-def row_linear(
-    x_1D: Tensor,
-    weight_OD: Tensor,
-    bias_O: Tensor | None = None,
-    *,
-    norm: Normed | None = None,
-    gated: bool = False,
-    add_to: Tensor | None = None,
-    turned: Turned | None = None,
-) -> Tensor:
-    """(1, O) in the weight's dtype, or what the options make of it: (1, F) gated, the queries (1, H * C) turned, and
-    with `add_to` (1, O) float32 that tensor.
+def row_linear(x_1D: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None, **around: Any) -> Tensor:
+    """(1, O) in the weight's dtype, or what stands `around` the product makes of it, see `arguments`: (1, F) gated, the
+    queries (1, H * C) turned, and with `add_to` that tensor.
 
     x_1D: (1, D) of any float dtype, contiguous in D.   weight_OD: rows contiguous.   Raises ValueError for shapes,
     strides and dtypes that do not fit.
     """
-    grid, launch, y_1O = arguments(x_1D, weight_OD, bias_O, norm=norm, gated=gated, add_to=add_to, turned=turned)
+    grid, launch, y_1O = arguments(x_1D, weight_OD, bias_O, **around)
     _launch(grid, *launch)
     return y_1O
 
@@ -151,7 +143,10 @@ def arguments(
     add_to: Tensor | None = None,
     turned: Turned | None = None,
 ) -> tuple[tuple[int], tuple[tuple, dict, dict], Tensor]:
-    """The grid; positional arguments, switches and options of the launch; its result."""
+    """The grid; positional arguments, switches and options of the launch; its result.
+
+    add_to: (1, O) float32.
+    """
     outputs, inputs = weight_OD.shape
     if tuple(x_1D.shape) != (1, inputs) or x_1D.stride(1) != 1 or weight_OD.stride(1) != 1:
         raise ValueError(

@@ -5,9 +5,11 @@ import torch
 from tiny import tiny_model
 
 from decode.passes import KEYS_MULTIPLE, Pass, Span
-from decode.prepare import PreparedLlama
+from decode.prepare import PreparedLlama, joined_halves
+from minillama import Llama
 from minillama.config import RopeScaling
 
+PLACE = "model.layers.0.mlp"
 SHAPES = {
     "grouped": {},
     "multi-head": {"num_key_value_heads": 4},
@@ -112,3 +114,18 @@ def test_running_past_the_end_of_the_cache_is_an_error():
     cache = prepared.cache(2, 10)
     with pytest.raises(ValueError, match="position 64 runs past the end of a cache of 64 positions"):
         Pass(prepared.config, [Span(0, 2, 5)], [3, 60], cache)
+
+
+def test_weights_that_are_joined_are_held_once_and_saved_twice(tmp_path):
+    """As on a GPU, where a model goes on with views of the joined tensor."""
+    model = tiny_model(3)
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+    mlp = model.model.layers[0].mlp
+    joined = joined_halves(mlp.gate_proj.weight, mlp.up_proj.weight)
+    assert torch.equal(joined, torch.cat((expected[f"{PLACE}.gate_proj.weight"], expected[f"{PLACE}.up_proj.weight"])))
+    assert mlp.up_proj.weight.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr()
+    again = joined_halves(mlp.gate_proj.weight, mlp.up_proj.weight)
+    assert again.data_ptr() == joined.data_ptr()
+    model.save_pretrained(tmp_path / "saved")
+    for name, weight in Llama.from_pretrained(tmp_path / "saved").state_dict().items():
+        assert torch.equal(weight, expected[name])
