@@ -192,7 +192,7 @@ class PreparedLayer:
         self.output = model.linear(output_DH.transpose(1, 2).flatten(1), attention.o_proj.bias)
         gate, up = mlp.gate_proj, mlp.up_proj
         self.gate_up: Linear
-        if model.storage == "plain" and not gate.weight.is_cuda:  # where there is no room for a joined copy
+        if model.storage == "plain" and not (model.in_triton or gate.weight.is_cuda):  # no room for a joined copy
             self.gate_up = PlainPair(model.linear(gate.weight, gate.bias), model.linear(up.weight, up.bias))
         else:
             bias_O = None if gate.bias is None else torch.cat((gate.bias.detach(), up.bias.detach()))

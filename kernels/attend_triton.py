@@ -3,9 +3,9 @@
     out = softmax(q kᵀ / sqrt(C)) v       over the keys 0 .. position of the row, by the online softmax
 
 A program has one position and one key head: the queries that share it (padded to the 16 rows of a matrix product), its
-keys and values in blocks of 64. It reads what the row has filled and no more, whatever its neighbours have: how far,
-stands in device memory, so a graph holds it. Bytes: keys and values once for each position, which is what a step needs;
-a prompt read this way reads its keys again and again, out of the L2. At few rows and many keys there are fewer programs
+keys and values in blocks. It reads what the row has filled and no more, whatever its neighbours have: how far, stands
+in device memory, so a graph holds it. Bytes: keys and values once for each position, which is what a step needs; a
+prompt read this way reads its keys again and again, out of the L2. At few rows and many keys there are fewer programs
 than multiprocessors; splitting keys over programs is what is left then.
 
 A position's bits depend neither on the others of the pass nor on how many keys the cache has room for.
@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-KEYS_AT_ONCE = 64
+# Bytes of a block of keys of one head: 64 keys of 128 channels in half precision, 32 in float32, more would spill.
+BLOCK_BYTES, MOST_KEYS, LEAST_KEYS = 16_384, 64, 16
 LEAST_ROWS = 16  # of a matrix product
 OPTIONS = {"num_warps": 4, "num_stages": 2}
 
@@ -89,10 +90,11 @@ def arguments(
     shape = capacity, entries_PJ.stride(0), kv_heads, groups, width, width**-0.5
     # The interpreter multiplies bf16 as if it were integers; products of bf16 are exact in float32.
     exact = os.environ.get("TRITON_INTERPRET") == "1" or query_RQ.dtype == torch.float32
+    padded = max(LEAST_ROWS, triton.next_power_of_2(width))
     switches = {
         "GROUPS": max(LEAST_ROWS, triton.next_power_of_2(groups)),
-        "WIDTH": max(LEAST_ROWS, triton.next_power_of_2(width)),
-        "KEYS": KEYS_AT_ONCE,
+        "WIDTH": padded,
+        "KEYS": max(LEAST_KEYS, min(MOST_KEYS, BLOCK_BYTES // (padded * query_RQ.dtype.itemsize))),
         "EXACT": exact,
     }
     return (query_RQ, entries_PJ, slot_R, out_RQ, *shape), switches, OPTIONS

@@ -26,7 +26,9 @@ def assert_within_limits(rows):
         assert row.keys() >= KEYS
         assert row["spills"] == 0, row
         if row["kernel"] != "layer":  # whose bytes are nothing
-            assert row["load_bytes"] == (16 if row["aligned"] else 2), row
+            # A row of W is divided among the lanes of a program, twice as many on AMD's.
+            least = 8 if (row["kernel"], row["target"]) == ("row_linear", "gfx942") else 16
+            assert row["load_bytes"] in ((least, 16) if row["aligned"] else (2,)), row
         assert 0 < row["registers"] <= 255, row
         assert row["occupancy"] >= 0.125, row
 
