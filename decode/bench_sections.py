@@ -216,7 +216,8 @@ def speculation_rows(
     finally:
         worker.close()
     plain = settings[0]
-    reference = System("transformers", system.dtype if hasattr(torch, system.dtype) else "float32")
+    exact = system.dtype in ("float32", "bfloat16") or bench.device != "cpu"
+    reference = System("transformers", system.dtype if exact else "float32")
     rows = []
     for setting in settings:
         row = _text_row(system, models, batch, text, last[setting], seconds[setting])

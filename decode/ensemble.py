@@ -20,6 +20,7 @@ from decode.expression import parse, spell
 from decode.lanes import Lanes
 from decode.prepare import PreparedLlama
 from kernels import Sampling, describe_flag, fused_logits
+from kernels.packed_linear import lossless_storage
 from kernels.request import MAX_MEMBERS
 from minillama import InputError, Llama
 
@@ -214,5 +215,6 @@ def _has_room(model: Llama) -> bool:
             free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return True
-    packed = sum(p.numel() for p in model.parameters()) * (2 if model.dtype == torch.bfloat16 else 4)
+    itemsize = 4 if lossless_storage(model.dtype) == "float32" else 2
+    packed = sum(p.numel() for p in model.parameters()) * itemsize
     return packed * 1.1 < free

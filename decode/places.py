@@ -9,12 +9,15 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.packed_linear import INT8_ROWS, has_bfloat16_instructions
+from kernels.packed_linear import INT8_ROWS, has_bfloat16_instructions, has_float16_product
 from minillama import InputError
 from minillama.device import pick_device
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+# Up to so many rows int8 weights are faster than float16's, and those faster than float32's (three layers of Llama's and
+# SmolLM2's shapes on an AVX-512 processor without bf16 instructions; docs/bench.md).
+INT8_BEFORE_FLOAT16, FLOAT16_ROWS = 2, 32
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class Place:
 
     @property
     def packed(self) -> str:
-        """The storage as PreparedLlama knows it: a CPU multiplies float16 weights in float32."""
-        return "float32" if self.storage == "float16" else self.storage
+        """The storage as PreparedLlama knows it: a CPU that has no product of float16 weights takes float32 ones."""
+        return "float32" if self.storage == "float16" and not has_float16_product() else self.storage
 
     @property
     def weight_bytes(self) -> int:
@@ -91,7 +94,9 @@ def fastest_storage(rows: int) -> str:
     """What this processor decodes fastest with (ratios of all three: docs/decoding.md)."""
     if has_bfloat16_instructions():
         return "bfloat16"
-    return "int8" if rows <= INT8_ROWS // 2 else "float32"
+    if not has_float16_product():
+        return "int8" if rows <= INT8_ROWS // 2 else "float32"
+    return "int8" if rows <= INT8_BEFORE_FLOAT16 else "float16" if rows <= FLOAT16_ROWS else "float32"
 
 
 def per_member(

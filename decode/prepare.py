@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from decode.passes import Pass, cache_positions
 from kernels import PackedLinear, backend
-from kernels.packed_linear import has_bfloat16_instructions
+from kernels.packed_linear import lossless_storage
 from minillama import KVCache, Llama
 from minillama.model import Layer, RMSNorm
 from minillama.parallel import LlamaPart
@@ -60,7 +60,7 @@ class PreparedLlama:
         self.part = model.part if isinstance(model, LlamaPart) else None
         on_cpu = self.device.type == "cpu"
         if storage == "auto":
-            storage = "bfloat16" if model.dtype == torch.bfloat16 and has_bfloat16_instructions() else "float32"
+            storage = lossless_storage(model.dtype)
         self.storage = storage if on_cpu else "plain"
         self.cache_dtype = torch.float32 if on_cpu else model.dtype
         self.embedding_VD = model.model.embed_tokens.weight.detach()

@@ -1,22 +1,26 @@
 """Linear layers for decoding on a CPU: the weight is brought once into the form that the processor reads fastest.
 
 `F.linear` leaves 2 to 4 times on the table at batches of 2 to 16: its weight lies row after row, and the library copies
-blocks of it into its own order at every call. Three storages, with y = x Wᵀ + b in all of them:
+blocks of it into its own order at every call. Four storages, with y = x Wᵀ + b in all of them:
 
 | dtype | storage | product | max |y - float64| over the RMS of y, D = 2,048 |
 |---|---|---|---|
-| float32 | packed by oneDNN | float32: exact up to the order of additions | 6e-6 |
+| float32 | packed by MKL on Intel's processors with AVX-512, else by oneDNN | float32: exact up to the order of additions | 6e-6 |
+| float16 | packed by FBGEMM | float16 x float32 into float32 | 2e-3; of bfloat16 weights 1e-5 |
 | bfloat16 | packed by oneDNN, or plain without the instructions | bf16 x bf16 into float32, result in bf16 | 2e-2 |
 | int8 | plain, one scale an output row | int8 x bf16 into float32, result in bf16 | 4e-2 |
 
-(weights and inputs normal; the errors contain the rounding of the weights; tests/kernels holds them.) `auto` is
-bfloat16 where the processor has the instructions and the weight is already bfloat16, so that nothing is lost by it, and
-float32 elsewhere. Which way a call takes depends on the storage and the number of rows only, never on a clock: two runs
-give the same bits.
+(weights and inputs normal; the errors contain the rounding of the weights; tests/kernels holds them.) float16 holds
+every bfloat16 number from 2^-17 to 65,504 exactly and smaller ones within 2^-25, so a released bfloat16 model loses
+nothing by it that float32 sums would show, for half of float32's bytes. `auto` takes, for a weight that is already
+bfloat16, bfloat16 where the processor has the instructions and float16 where it has not; float32 for any other.
+Which way a call takes depends on the storage and the number of rows only, never on a clock: two runs give the same
+bits.
 
-With `invariant=True` a row's bits do not depend on the rows beside it either. oneDNN adds in one order for any number
-of rows from two on (one row alone takes another kernel for wide layers), so what it costs is a second row beside a lone
-one. The numbers of rows for which that holds are found by trying, once for each shape, when the layer is packed.
+With `invariant=True` a row's bits do not depend on the rows beside it either. FBGEMM keeps them by itself; MKL and
+oneDNN add in one order for any number of rows from two on (one row alone takes another kernel for some layers), so what
+it costs is a second row beside a lone one. The numbers of rows for which that holds are found by trying, once for each
+shape, when the layer is packed.
 
     D inputs  O outputs  R rows (all leading dimensions of x together)
 """
@@ -25,13 +29,14 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-DTYPES = ("auto", "float32", "bfloat16", "int8")
+DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 
 # The number of rows that the packed layout is told to expect. It does not bind: a weight packed for 64 rows was as fast
 # as one packed for 16 at 16 and faster everywhere else (1 to 64 rows, AVX-512 and AVX2; one packed for 1 was slower
@@ -56,8 +61,11 @@ TILE_ROWS = 16
 BLOCK_ELEMENTS = 1 << 19
 
 
-# A product with a packed weight: (x, weight, bias, activation, its numbers, its algorithm).
-_packed_product: Any = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
+# Products with a packed weight. oneDNN's: (x, weight, bias, activation, its numbers, its algorithm); MKL's: (x, weight,
+# a tensor of the plain weight's shape, bias, rows); FBGEMM's: (x, weight with its bias).
+_onednn: Any = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
+_mkl: Any = torch.ops.mkl._mkl_linear.default if torch.backends.mkl.is_available() else None
+_fbgemm: Any = torch.ops.quantized.linear_dynamic_fp16.default
 # (dtype, outputs, inputs, threads) -> what `_steady_rows` found
 _STEADY: dict[tuple[str, int, int, int], tuple[int, int]] = {}
 
@@ -71,10 +79,35 @@ def has_bfloat16_instructions() -> bool:
         return False
     try:
         weight_OD = torch.ops.mkldnn._reorder_linear_weight(torch.ones(16, 16, dtype=torch.bfloat16), EXPECTED_ROWS)
-        torch.ops.mkldnn._linear_pointwise(torch.ones(2, 16, dtype=torch.bfloat16), weight_OD, None, "none", [], "")
+        _onednn(torch.ones(2, 16, dtype=torch.bfloat16), weight_OD, None, "none", [], "")
     except RuntimeError:  # how oneDNN refuses; then the plain storage is used
         return False
     return True
+
+
+@functools.cache
+def has_float16_product() -> bool:
+    """Whether this build of PyTorch multiplies packed float16 weights (FBGEMM: x86 with AVX2 or more)."""
+    try:
+        _fbgemm(torch.ones(1, 8), torch.ops.quantized.linear_prepack_fp16(torch.ones(8, 8), None))
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+@functools.cache
+def mkl_is_faster() -> bool:
+    """Whether MKL reads its packed float32 weights faster than oneDNN its own: so measured on an Intel processor with
+    AVX-512 (a SmolLM2 step's products at 1, 4, 16 rows, one core: 51, 60, 87 ms against 65, 67, 98), where a call costs
+    less too. With AVX2 its sums depend on the number of rows.
+    """
+    if _mkl is None or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return any(line.startswith("vendor_id") and "GenuineIntel" in line for line in lines)
+    except OSError:
+        return False
 
 
 class PackedLinear(nn.Module):
@@ -102,29 +135,34 @@ class PackedLinear(nn.Module):
         if weight_OD.dim() != 2 or weight_OD.device.type != "cpu":
             raise ValueError(f"weight must be (O, D) on the CPU, found {tuple(weight_OD.shape)} on {weight_OD.device}")
         if dtype == "auto":
-            keeps_all = weight_OD.dtype == torch.bfloat16 and has_bfloat16_instructions()
-            dtype = "bfloat16" if keeps_all else "float32"
+            dtype = lossless_storage(weight_OD.dtype)
+        if dtype == "float16" and not has_float16_product():
+            raise ValueError("float16 weights: this build of PyTorch has no product of them; use float32 or bfloat16")
+        if dtype == "float16" and weight_OD.abs().max() > torch.finfo(torch.float16).max:
+            raise ValueError(f"float16 holds no weight over 65,504, found {weight_OD.abs().max():g}; use float32")
         self.dtype = dtype
         self.out_features, self.in_features = weight_OD.shape
-        # Not buffers: oneDNN's opaque tensors cannot be moved, cast or saved, and the model's own weights are what is
-        # saved.
+        # Not buffers: the libraries' opaque tensors cannot be moved, cast or saved, and the model's own weights are
+        # what is saved.
+        self._weight: Any
         self._scale_O: Tensor | None = None
         self._bias_O = None if bias is None else bias.detach().float()
-        if dtype == "float32":
-            self._weight = _pack(weight_OD.float())
+        # How a product of a packed weight is made, of x in which type (asked for at every call, so kept).
+        self._of_packed: Callable[[Tensor], Tensor] | None = None
+        self._own: torch.dtype | None = None
+        # oneDNN alone has numbers of rows that it likes better than others.
+        self._least_rows, self._multiple = 1, 1
+        if dtype == "float16":
+            self._pack_float16(weight_OD)
+        elif dtype == "float32" and mkl_is_faster():
+            self._pack_with_mkl(weight_OD)
+        elif dtype == "float32" or (dtype == "bfloat16" and has_bfloat16_instructions()):
+            self._pack_with_onednn(weight_OD.to(getattr(torch, dtype)))
         elif dtype == "bfloat16":
-            weight_OD = weight_OD.bfloat16()
-            self._weight = _pack(weight_OD) if has_bfloat16_instructions() else weight_OD.contiguous().clone()
+            self._weight = weight_OD.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format)
         else:
             self._weight, self._scale_O = quantize_rows(weight_OD)
-        self._packed_bias_O = self._bias_O
-        if self._bias_O is not None and dtype == "bfloat16":
-            self._packed_bias_O = self._bias_O.bfloat16()
         self.invariant = invariant
-        # Of packed weights: the type that they are multiplied in. Asked for at every call, so kept.
-        self._own = (torch.float32 if dtype == "float32" else torch.bfloat16) if self._weight.is_mkldnn else None
-        packed512 = self._own is not None and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        self._least_rows = AVX512_LEAST_ROWS if packed512 else 1
         self._most_rows = TRIED_ROWS[-1]
         if invariant:
             key = (dtype, self.out_features, self.in_features, torch.get_num_threads())
@@ -133,10 +171,35 @@ class PackedLinear(nn.Module):
             least, self._most_rows = _STEADY[key]
             self._least_rows = max(least, self._least_rows)
 
+    def _pack_float16(self, weight_OD: Tensor) -> None:
+        self._weight = torch.ops.quantized.linear_prepack_fp16(weight_OD.float().contiguous(), self._bias_O)
+        self._own = torch.float32
+        self._of_packed = functools.partial(_fbgemm_product, self._weight)
+
+    def _pack_with_mkl(self, weight_OD: Tensor) -> None:
+        self._weight = torch.ops.mkl._mkl_reorder_linear_weight(weight_OD.float().contiguous(), EXPECTED_ROWS)
+        self._own = torch.float32
+        shape_OD = torch.zeros((), dtype=torch.float32).expand(weight_OD.shape)  # the operation asks it for its sizes
+        self._of_packed = functools.partial(_mkl_product, self._weight, shape_OD, self._bias_O)
+
+    def _pack_with_onednn(self, weight_OD: Tensor) -> None:
+        """A build without oneDNN keeps the weight plain."""
+        self._own = weight_OD.dtype
+        bias_O = None if self._bias_O is None else self._bias_O.to(weight_OD.dtype)
+        if not torch.backends.mkldnn.is_available():
+            self._weight = weight_OD.contiguous().clone()
+            self._of_packed = functools.partial(F.linear, weight=self._weight, bias=bias_O)
+            return
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OD.contiguous(), EXPECTED_ROWS)
+        self._of_packed = functools.partial(_onednn_product, self._weight, bias_O)
+        self._multiple = ROWS_MULTIPLE
+        if torch.backends.cpu.get_cpu_capability() == "AVX512":
+            self._least_rows = AVX512_LEAST_ROWS
+
     @property
     def nbytes(self) -> int:
         """Bytes of weight that one call reads."""
-        itemsize = {"float32": 4, "bfloat16": 2, "int8": 1}[self.dtype]
+        itemsize = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[self.dtype]
         return self.out_features * self.in_features * itemsize
 
     @property
@@ -145,12 +208,24 @@ class PackedLinear(nn.Module):
         return self.out_features * self.in_features
 
     def unpacked(self) -> Tensor:
-        """The weight (O, D) as a plain tensor: float32, or bfloat16, to which int8's are rounded; where it is stored
-        plain, the stored tensor itself.
+        """The weight (O, D) as a plain tensor: float32 where the product is, else bfloat16, to which int8's are rounded;
+        where it is stored plain, the stored tensor itself.
         """
         if self._scale_O is not None:
             return (self._weight.float() * self._scale_O.float()[:, None]).bfloat16()
-        return self._weight.to_dense() if self._weight.is_mkldnn else self._weight
+        if self.dtype == "float16":
+            return torch.ops.quantized.linear_unpack_fp16(self._weight)[0]
+        if not self._weight.is_mkldnn:
+            return self._weight
+        if self.dtype == "bfloat16" or not mkl_is_faster():
+            return self._weight.to_dense()
+        # MKL gives nothing back but products: those with single ones are the weight's columns, exactly.
+        weight_OD = torch.empty(self.out_features, self.in_features)
+        shape_OD = weight_OD[:1, :1].expand(weight_OD.shape)
+        for start in range(0, self.in_features, EXPECTED_ROWS):
+            one_RD = torch.eye(self.in_features)[start : start + EXPECTED_ROWS]
+            weight_OD[:, start : start + EXPECTED_ROWS] = _mkl_product(self._weight, shape_OD, None, one_RD).t()
+        return weight_OD
 
     def extra_repr(self) -> str:
         bias = self._bias_O is not None
@@ -160,7 +235,7 @@ class PackedLinear(nn.Module):
         """x Wᵀ + b."""
         # A step makes hundreds of these calls: those that need nothing more go straight to the library.
         if x.dtype == self._own and x.dim() == 2 and self._fits(x.shape[0]) and not torch.is_grad_enabled():
-            return _packed_product(x, self._weight, self._packed_bias_O, "none", [], "")
+            return self._of_packed(x)
         with torch.no_grad():
             x_RD = x.reshape(-1, self.in_features)
             if self._fits(x_RD.shape[0]):
@@ -175,7 +250,7 @@ class PackedLinear(nn.Module):
         """Whether a product of so many rows is made as it is."""
         if self.invariant and rows > self._most_rows:
             return False
-        return rows >= self._least_rows and (self._own is None or rows <= EVERY_ROWS or rows % ROWS_MULTIPLE == 0)
+        return rows >= self._least_rows and (rows <= EVERY_ROWS or rows % self._multiple == 0)
 
     def fitting_rows(self, rows: int) -> int:
         """The least number of rows, at least so many, whose product is made as it is: who pads once saves the layer
@@ -183,7 +258,7 @@ class PackedLinear(nn.Module):
         """
         if self._fits(rows) or (self.invariant and rows > self._most_rows):
             return rows
-        return rows + (max(self._least_rows - rows, 0) or -rows % ROWS_MULTIPLE)
+        return rows + (max(self._least_rows - rows, 0) or -rows % self._multiple)
 
     def _padded(self, x_RD: Tensor) -> Tensor:
         """The product with as many rows of zeros behind as it takes to fit."""
@@ -192,14 +267,15 @@ class PackedLinear(nn.Module):
         return self._product(F.pad(x_RD, (0, 0, 0, missing)))[:rows] if missing else self._product(x_RD)
 
     def _product(self, x_RD: Tensor) -> Tensor:
-        if self._own is not None:
-            return _packed_product(x_RD.to(self._own), self._weight, self._packed_bias_O, "none", [], "")
+        if self._of_packed is not None:
+            return self._of_packed(x_RD.to(self._own))
         if self._scale_O is not None and self._fits_int8_product(x_RD.shape[0]):
             # with float32 activations this operation is 5 to 40 times slower
             y_RO = torch._weight_int8pack_mm(x_RD.bfloat16(), self._weight, self._scale_O)
             return y_RO if self._bias_O is None else y_RO + self._bias_O
         if self.dtype == "bfloat16" and x_RD.shape[0] <= PLAIN_BFLOAT16_ROWS and not self.invariant:
-            return F.linear(x_RD.bfloat16(), self._weight, self._packed_bias_O)
+            bias_O = None if self._bias_O is None else self._bias_O.bfloat16()
+            return F.linear(x_RD.bfloat16(), self._weight, bias_O)
         return self._block_by_block(x_RD.float())
 
     def _fits_int8_product(self, rows: int) -> bool:
@@ -216,7 +292,7 @@ class PackedLinear(nn.Module):
             if not all(torch.equal(self._product(x_RD[part]), whole[part]) for part in parts):
                 break
             least = rows
-        if self.dtype != "float32":
+        if self.dtype not in ("float32", "float16"):
             # Results in bf16 show another order of additions too seldom to rely on: a lone row never goes alone.
             least = max(least, 2)
         return (least, most) if least <= TILE_ROWS else (TILE_ROWS, TILE_ROWS)
@@ -246,8 +322,20 @@ def quantize_rows(weight_OD: Tensor) -> tuple[Tensor, Tensor]:
     return quantized_OD, scale_O
 
 
-def _pack(weight_OD: Tensor) -> Tensor:
-    """oneDNN's own order of the weight; a build without oneDNN keeps it plain."""
-    if not torch.backends.mkldnn.is_available():
-        return weight_OD.contiguous().clone()
-    return torch.ops.mkldnn._reorder_linear_weight(weight_OD.contiguous(), EXPECTED_ROWS)
+def lossless_storage(dtype: torch.dtype) -> str:
+    """The storage, faster than float32 where there is one, that loses nothing of weights of this dtype."""
+    if dtype == torch.bfloat16 and has_bfloat16_instructions():
+        return "bfloat16"
+    return "float16" if dtype.itemsize == 2 and has_float16_product() else "float32"
+
+
+def _onednn_product(weight: Tensor, bias_O: Tensor | None, x_RD: Tensor) -> Tensor:
+    return _onednn(x_RD, weight, bias_O, "none", [], "")
+
+
+def _mkl_product(weight: Tensor, shape_OD: Tensor, bias_O: Tensor | None, x_RD: Tensor) -> Tensor:
+    return _mkl(x_RD, weight, shape_OD, bias_O, x_RD.shape[0])
+
+
+def _fbgemm_product(weight: Any, x_RD: Tensor) -> Tensor:
+    return _fbgemm(x_RD, weight)

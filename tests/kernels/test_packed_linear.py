@@ -7,10 +7,28 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kernels import PackedLinear
-from kernels.packed_linear import DTYPES, INT8_ROWS, has_bfloat16_instructions, quantize_rows
+from kernels.packed_linear import (
+    DTYPES,
+    INT8_ROWS,
+    has_bfloat16_instructions,
+    has_float16_product,
+    lossless_storage,
+    quantize_rows,
+)
 
 # worst |y - float64| over the RMS of y at D = 2,048, as the module's docstring states it
-STATED = {"float32": 6e-6, "bfloat16": 2e-2, "int8": 4e-2}
+STATED = {"float32": 6e-6, "float16": 2e-3, "bfloat16": 2e-2, "int8": 4e-2}
+
+needs_float16 = pytest.mark.skipif(not has_float16_product(), reason="no product of float16 weights in this build")
+
+
+@pytest.fixture(params=["mkl", "onednn"])
+def library(request, monkeypatch):
+    """Who packs float32: both ways are tried on any processor that has the libraries."""
+    if not getattr(torch.backends, {"mkl": "mkl", "onednn": "mkldnn"}[request.param]).is_available():
+        pytest.skip(f"this build has no {request.param}")
+    monkeypatch.setattr("kernels.packed_linear.mkl_is_faster", lambda: request.param == "mkl")
+    monkeypatch.setattr("kernels.packed_linear._STEADY", {})
 
 
 @pytest.mark.parametrize("dtype", STATED)
@@ -22,6 +40,30 @@ def test_the_error_stays_within_what_the_docstring_states(dtype, rows):
     truth_RO = x_RD.double() @ weight_OD.double().T
     error = (PackedLinear(weight_OD, dtype=dtype)(x_RD).double() - truth_RO).abs().max()
     assert error <= STATED[dtype] * truth_RO.pow(2).mean().sqrt()
+
+
+@needs_float16
+def test_float16_loses_nothing_of_bfloat16_weights_that_float32_sums_would_show():
+    generator = torch.Generator().manual_seed(0)
+    weight_OD = (torch.randn(1024, 2048, generator=generator) / 2048**0.5).bfloat16()
+    weight_OD[::3] *= 2.0**-12  # among float16's subnormal numbers
+    x_RD = torch.randn(16, 2048, generator=generator)
+    truth_RO = x_RD.double() @ weight_OD.double().T
+    packed = PackedLinear(weight_OD, dtype="float16")
+    error = (packed(x_RD).double() - truth_RO).abs().max()
+    assert error <= 1e-5 * truth_RO.pow(2).mean().sqrt()
+    assert (packed.unpacked() - weight_OD.float()).abs().max() <= 2.0**-25
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 65, 200])
+@pytest.mark.parametrize("bias", [True, False])
+def test_float32_is_exact_and_comes_back_from_either_library(library, rows, bias):
+    linear = nn.Linear(200, 136, bias=bias)
+    packed = PackedLinear(linear, dtype="float32")
+    x_RD = torch.randn(rows, 200)
+    truth_RO = x_RD.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0.0)
+    assert packed(x_RD).double() == pytest.approx(truth_RO.detach().numpy(), abs=1e-5)
+    assert torch.equal(packed.unpacked(), linear.weight)
 
 
 @given(
@@ -43,8 +85,8 @@ def test_any_shape_and_dtype(shape, inputs, outputs, dtype, x_dtype, bias, seed)
     assert y.shape == (*shape, outputs)
     assert y.dtype == x_dtype
     truth = x.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0.0)
-    exact = packed.dtype == "float32" and x_dtype == torch.float32
-    assert ((y.double() - truth).abs() <= (1e-5 if exact else 0.06) * (1 + truth.abs())).all()
+    exact = packed.dtype in ("float32", "float16") and x_dtype == torch.float32
+    assert ((y.double() - truth).abs() <= ((1e-5 if packed.dtype == "float32" else 3e-3) if exact else 0.06) * (1 + truth.abs())).all()
 
 
 def test_rows_do_not_change_the_storage_and_the_original_may_go():
@@ -64,8 +106,19 @@ def test_rows_do_not_change_the_storage_and_the_original_may_go():
 def test_auto_loses_nothing():
     weight = torch.randn(32, 64)
     assert PackedLinear(weight).dtype == "float32"
-    expected = "bfloat16" if has_bfloat16_instructions() else "float32"
-    assert PackedLinear(weight.bfloat16()).dtype == expected
+    assert PackedLinear(weight.bfloat16()).dtype == lossless_storage(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "product", "expected"),
+    [(True, True, "bfloat16"), (True, False, "bfloat16"), (False, True, "float16"), (False, False, "float32")],
+)
+def test_what_loses_nothing_of_bfloat16_weights(monkeypatch, instructions, product, expected):
+    monkeypatch.setattr("kernels.packed_linear.has_bfloat16_instructions", lambda: instructions)
+    monkeypatch.setattr("kernels.packed_linear.has_float16_product", lambda: product)
+    assert lossless_storage(torch.bfloat16) == expected
+    assert lossless_storage(torch.float16) == ("float16" if product else "float32")
+    assert lossless_storage(torch.float32) == "float32"
 
 
 def test_quantized_rows_are_within_half_a_step():
@@ -83,11 +136,14 @@ def test_what_cannot_be_packed_is_refused():
         PackedLinear(torch.ones(2, 2), dtype="float64")
     with pytest.raises(ValueError, match=r"\(O, D\)"):
         PackedLinear(torch.ones(2))
+    if has_float16_product():
+        with pytest.raises(ValueError, match=r"over 65,504, found 70000; use float32"):
+            PackedLinear(torch.tensor([[1.0, -7e4]]), dtype="float16")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", STATED)
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (576, 1536), (1536, 576), (2048, 512), (40, 24)])
-def test_an_invariant_layers_rows_keep_their_bits_in_any_number(dtype, inputs, outputs):
+def test_an_invariant_layers_rows_keep_their_bits_in_any_number(library, dtype, inputs, outputs):
     generator = torch.Generator().manual_seed(0)
     weight_OD = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
     packed = PackedLinear(weight_OD, torch.randn(outputs, generator=generator), dtype=dtype, invariant=True)
