@@ -35,6 +35,12 @@ class System:
     def label(self) -> str:
         return f"{self.name} {self.dtype}"
 
+    def computes_like(self, other: "System") -> bool:
+        """Whether a difference of tokens between the two can be a tie: float16 weights of ours are multiplied in
+        float32.
+        """
+        return self.dtype == other.dtype or {self.dtype, other.dtype} == {"float16", "float32"}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -200,13 +206,14 @@ def step_rows(
         peers = {system: samples for system, samples in found.items() if system.name == "transformers"}
         fastest = min(peers, key=lambda peer: peers[peer].seconds or math.inf, default=None)
         for system, samples in found.items():
-            reference = next((peer for peer in peers if peer.dtype == system.dtype), fastest)
+            reference = next((peer for peer in peers if system.computes_like(peer)), fastest)
             row = _row(bench, system, samples, models, case)
             if fastest is not None and (peer_seconds := peers[fastest].seconds) and samples.seconds:
                 row["ratio_to_transformers"] = round(peer_seconds / samples.seconds, 3)
                 row["transformers_dtype"] = fastest.dtype
             if reference is not None:
-                row |= compare(bench, models, case.prompts, reference, peers[reference].tokens, samples.tokens)
+                expected, same = peers[reference].tokens, system.computes_like(reference)
+                row |= compare(bench, models, case.prompts, reference, expected, samples.tokens, judge=same)
             rows.append(row)
     for system in systems if profile else ():
         mine = [row for row in rows if (row["system"], row["dtype"]) == (system.name, system.dtype)]
@@ -270,11 +277,13 @@ def compare(
     expected: Sequence[list[int]],
     tokens: Sequence[list[int]],
     stops: Sequence[int] | None = None,
+    judge: bool = True,
 ) -> dict[str, Any]:
     """How many results are the same, and of each that is not the first difference with its margin in the reference.
 
     margin: the combined logit of the reference's token less that of the other one, both behind the same prefix. Within
-    `tolerance` it is a tie, and float32 rounding may choose either. Margins are those of the reference's own dtype.
+    `tolerance` it is a tie, and float32 rounding may choose either. Margins are those of the reference's own dtype;
+    without `judge`, for weights that are rounded otherwise, nobody asks for them.
     """
     differing = [index for index, (one, other) in enumerate(zip(expected, tokens)) if list(one) != list(other)]
     differences = []
@@ -288,7 +297,7 @@ def compare(
         one, other = (row[at] if at < len(row) else None for row in (expected[index], tokens[index]))
         place: dict[str, Any] = {"sentence": index, "position": at}
         differences.append((case | {"first": one, "second": other}, place))
-    judged = [(case, row) for case, row in differences if None not in (case["first"], case["second"])]
+    judged = [(case, row) for case, row in differences if judge and None not in (case["first"], case["second"])]
     loaded = bench.loaded.get(reference) if stops is None else None
     worker = loaded or (bench.start(reference, models, stops) if judged else None)
     if worker is not None:

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from corpora.metrics import text_metrics
 from corpora.pairs import one_line
 from decode.bench_measure import Bench, Case, System, compare, step_rows
@@ -134,9 +132,9 @@ def text_rows(
         row["order"] = "longest first" if longest_first else "continuous" if system.name == "ours" else "input"
         if baseline is not None:
             row["ratio_to_transformers"] = round(statistics.median(seconds[baseline]) / row["seconds"], 3)
-            same = next((r for r in runs if r[0].name == "transformers" and r[0].dtype == system.dtype), baseline)
-            expected = last[same]["tokens"]
-            row |= compare(bench, models, text.prompts, same[0], expected, last[run]["tokens"], text.stops)
+            same = next((r for r in runs if r[0].name == "transformers" and system.computes_like(r[0])), baseline)
+            expected, alike = last[same]["tokens"], system.computes_like(same[0])
+            row |= compare(bench, models, text.prompts, same[0], expected, last[run]["tokens"], text.stops, alike)
         if tokenizer is not None and text.references is not None:
             row |= _score(tokenizer, last[run]["tokens"], text.references, text.target)
         rows.append(row)

@@ -15,7 +15,7 @@ from minillama.device import pick_device
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-# Up to so many rows int8 weights are faster than float16's, and those faster than float32's (three layers of Llama's and
+# Up to so many rows int8 weights are faster than float16's, and those faster than float32's (layers of Llama's and
 # SmolLM2's shapes on an AVX-512 processor without bf16 instructions; docs/bench.md).
 INT8_BEFORE_FLOAT16, FLOAT16_ROWS = 2, 32
 

@@ -5,7 +5,7 @@ blocks of it into its own order at every call. Four storages, with y = x Wᵀ + 
 
 | dtype | storage | product | max |y - float64| over the RMS of y, D = 2,048 |
 |---|---|---|---|
-| float32 | packed by MKL on Intel's processors with AVX-512, else by oneDNN | float32: exact up to the order of additions | 6e-6 |
+| float32 | packed, by MKL or oneDNN: `mkl_is_faster` | float32: exact up to the order of additions | 6e-6 |
 | float16 | packed by FBGEMM | float16 x float32 into float32 | 2e-3; of bfloat16 weights 1e-5 |
 | bfloat16 | packed by oneDNN, or plain without the instructions | bf16 x bf16 into float32, result in bf16 | 2e-2 |
 | int8 | plain, one scale an output row | int8 x bf16 into float32, result in bf16 | 4e-2 |
@@ -208,7 +208,7 @@ class PackedLinear(nn.Module):
         return self.out_features * self.in_features
 
     def unpacked(self) -> Tensor:
-        """The weight (O, D) as a plain tensor: float32 where the product is, else bfloat16, to which int8's are rounded;
+        """The weight (O, D) as a plain tensor: float32 where products are, else bfloat16, to which int8's are rounded;
         where it is stored plain, the stored tensor itself.
         """
         if self._scale_O is not None:
@@ -235,7 +235,7 @@ class PackedLinear(nn.Module):
         """x Wᵀ + b."""
         # A step makes hundreds of these calls: those that need nothing more go straight to the library.
         if x.dtype == self._own and x.dim() == 2 and self._fits(x.shape[0]) and not torch.is_grad_enabled():
-            return self._of_packed(x)
+            return self._of_packed(x)  # type: ignore[misc]  # there is one where there is an own type
         with torch.no_grad():
             x_RD = x.reshape(-1, self.in_features)
             if self._fits(x_RD.shape[0]):
