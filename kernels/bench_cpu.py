@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from kernels import PackedLinear, fused_head, fused_logits_cpu
 from kernels.moved_bytes import plain_eager
-from kernels.packed_linear import has_bfloat16_instructions
+from kernels.packed_linear import DTYPES, has_bfloat16_instructions, has_float16_product
 from kernels.request import Request
 
 
@@ -81,7 +81,8 @@ def linear_rows(batches: list[int], inputs: int, outputs: int, rounds: int) -> l
     generator = torch.Generator().manual_seed(0)
     weight_OD = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
     half_OD = weight_OD.bfloat16()
-    packed = {dtype: PackedLinear(weight_OD, dtype=dtype) for dtype in ("float32", "bfloat16", "int8")}
+    dtypes = [dtype for dtype in DTYPES if dtype != "auto" and (dtype != "float16" or has_float16_product())]
+    packed = {dtype: PackedLinear(weight_OD, dtype=dtype) for dtype in dtypes}
     rows = []
     for batch in batches:
         x_BD = torch.randn(batch, inputs, generator=generator)
@@ -93,7 +94,7 @@ def linear_rows(batches: list[int], inputs: int, outputs: int, rounds: int) -> l
             "weight @ x.T bfloat16": partial(torch.mm, half_OD, half_BD.T),
         }
         for dtype, layer in packed.items():
-            rivals[f"packed {dtype}"] = partial(layer, x_BD if dtype == "float32" else half_BD)
+            rivals[f"packed {dtype}"] = partial(layer, x_BD if dtype in ("float32", "float16") else half_BD)
         with torch.inference_mode():
             times = alternate(rivals, rounds)
         median = {name: values["median_ms"] for name, values in times.items()}

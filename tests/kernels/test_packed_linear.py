@@ -12,8 +12,11 @@ from kernels.packed_linear import (
     INT8_ROWS,
     has_float16_product,
     lossless_storage,
+    mkl_is_faster,
     quantize_rows,
 )
+
+MKL_IS_FASTER = mkl_is_faster()
 
 # worst |y - float64| over the RMS of y at D = 2,048, as the module's docstring states it
 STATED = {"float32": 6e-6, "float16": 2e-3, "bfloat16": 2e-2, "int8": 4e-2}
@@ -28,6 +31,7 @@ def library(request, monkeypatch):
         pytest.skip(f"this build has no {request.param}")
     monkeypatch.setattr("kernels.packed_linear.mkl_is_faster", lambda: request.param == "mkl")
     monkeypatch.setattr("kernels.packed_linear._STEADY", {})
+    return request.param
 
 
 @pytest.mark.parametrize("dtype", STATED)
@@ -143,6 +147,8 @@ def test_what_cannot_be_packed_is_refused():
 @pytest.mark.parametrize("dtype", STATED)
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (576, 1536), (1536, 576), (2048, 512), (40, 24)])
 def test_an_invariant_layers_rows_keep_their_bits_in_any_number(library, dtype, inputs, outputs):
+    if library == "mkl" and not MKL_IS_FASTER:
+        pytest.skip("with AVX2 MKL's sums depend on the number of rows, so it is not used there")
     generator = torch.Generator().manual_seed(0)
     weight_OD = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
     packed = PackedLinear(weight_OD, torch.randn(outputs, generator=generator), dtype=dtype, invariant=True)
