@@ -59,7 +59,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--dtype",
         choices=DTYPES,
-        help="how weights are held (default float32 on a CPU, bfloat16 on a GPU); float16: half the bytes, and on a CPU "
+        help="how weights are held (default float32 on a CPU, bfloat16 on a GPU); float16: half the bytes, on a CPU "
         "exact for a bfloat16 model; int8: CPU only, one scale a row; auto: the fastest here, bfloat16 where the "
         "processor has the instructions, else int8 for one or two rows and float16 for more",
     )

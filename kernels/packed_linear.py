@@ -63,8 +63,10 @@ BLOCK_ELEMENTS = 1 << 19
 
 # Products with a packed weight. oneDNN's: (x, weight, bias, activation, its numbers, its algorithm); MKL's: (x, weight,
 # a tensor of the plain weight's shape, bias, rows); FBGEMM's: (x, weight with its bias).
-_onednn: Any = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
-_mkl: Any = torch.ops.mkl._mkl_linear.default if torch.backends.mkl.is_available() else None
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+HAS_MKL = HAS_ONEDNN and torch.backends.mkl.is_available()  # its operation is one for oneDNN's tensors
+_onednn: Any = torch.ops.mkldnn._linear_pointwise.default if HAS_ONEDNN else None
+_mkl: Any = torch.ops.mkl._mkl_linear.default if HAS_MKL else None
 _fbgemm: Any = torch.ops.quantized.linear_dynamic_fp16.default
 # (dtype, outputs, inputs, threads) -> what `_steady_rows` found
 _STEADY: dict[tuple[str, int, int, int], tuple[int, int]] = {}
@@ -101,7 +103,7 @@ def mkl_is_faster() -> bool:
     AVX-512 (a SmolLM2 step's products at 1, 4, 16 rows, one core: 51, 60, 87 ms against 65, 67, 98), where a call costs
     less too. With AVX2 its sums depend on the number of rows.
     """
-    if _mkl is None or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if not HAS_MKL or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
@@ -186,7 +188,7 @@ class PackedLinear(nn.Module):
         """A build without oneDNN keeps the weight plain."""
         self._own = weight_OD.dtype
         bias_O = None if self._bias_O is None else self._bias_O.to(weight_OD.dtype)
-        if not torch.backends.mkldnn.is_available():
+        if not HAS_ONEDNN:
             self._weight = weight_OD.contiguous().clone()
             self._of_packed = functools.partial(F.linear, weight=self._weight, bias=bias_O)
             return

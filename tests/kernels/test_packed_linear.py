@@ -9,6 +9,8 @@ from torch import nn
 from kernels import PackedLinear
 from kernels.packed_linear import (
     DTYPES,
+    HAS_MKL,
+    HAS_ONEDNN,
     INT8_ROWS,
     has_float16_product,
     lossless_storage,
@@ -27,7 +29,7 @@ needs_float16 = pytest.mark.skipif(not has_float16_product(), reason="no product
 @pytest.fixture(params=["mkl", "onednn"])
 def library(request, monkeypatch):
     """Who packs float32: both ways are tried on any processor that has the libraries."""
-    if not getattr(torch.backends, {"mkl": "mkl", "onednn": "mkldnn"}[request.param]).is_available():
+    if not {"mkl": HAS_MKL, "onednn": HAS_ONEDNN}[request.param]:
         pytest.skip(f"this build has no {request.param}")
     monkeypatch.setattr("kernels.packed_linear.mkl_is_faster", lambda: request.param == "mkl")
     monkeypatch.setattr("kernels.packed_linear._STEADY", {})
