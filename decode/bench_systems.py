@@ -45,7 +45,7 @@ class Ours:
             if stops is not None:
                 models[name].stop_tokens = tuple(stops)
         self.device = device
-        self.ensemble = Ensemble(models, combine, storage="auto" if dtype == "float16" else dtype)
+        self.ensemble = Ensemble(models, combine, storage=dtype)
 
     def generate(
         self,

@@ -23,6 +23,8 @@ GPU. The function of the model given is not changed.
 # R positions of all rows  B rows of a span  T positions of each  S cached positions  E key and value  D model width
 # H query heads  K key/value heads  G = H/K  C head width  F feed-forward width  V vocabulary
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -76,17 +78,32 @@ class PreparedLlama:
             from decode.gpu_layer import GpuLayer, GpuLinear, GpuNorm
 
             layer_kind, self.norm_kind, self.plain_kind = GpuLayer, GpuNorm, GpuLinear
-        self.layers = []
-        with torch.no_grad():
-            for number, layer in enumerate(model.model.layers):
-                assert isinstance(layer, Layer)
-                self.layers.append(layer_kind(layer, self))
-                if consume:
-                    model.model.layers[number] = nn.Identity()
-            self.norm = self.norm_kind(model.model.norm, self.storage)
-            self.head = self.linear(model.output_weight, None, self.norm)
-            if consume and model.lm_head is not None:
-                model.lm_head = None
+
+        def prepared(number: int) -> PreparedLayer:
+            layer = model.model.layers[number]
+            assert isinstance(layer, Layer)
+            with torch.no_grad():
+                made = layer_kind(layer, self)
+            if consume:
+                model.model.layers[number] = nn.Identity()
+            return made
+
+        def prepared_head() -> Linear:
+            with torch.no_grad():
+                return self.linear(model.output_weight, None, self.norm)
+
+        self.norm = self.norm_kind(model.model.norm, self.storage)
+        numbers = range(len(model.model.layers))
+        if self.storage == "float16":  # packed number by number, on one core: a minute and more for 10^9 of them
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                head = pool.submit(prepared_head)
+                self.layers = list(pool.map(prepared, numbers))
+                self.head = head.result()
+        else:
+            self.layers = [prepared(number) for number in numbers]
+            self.head = prepared_head()
+        if consume and model.lm_head is not None:
+            model.lm_head = None
 
     def linear(self, weight_OD: Tensor, bias_O: Tensor | None, norm: "Norm | None" = None) -> "Linear":
         """A linear layer in this model's storage, with the weights of the norm before it where it takes them."""

@@ -12,10 +12,10 @@ blocks of it into its own order at every call. Four storages, with y = x Wᵀ + 
 
 (weights and inputs normal; the errors contain the rounding of the weights; tests/kernels holds them.) float16 holds
 every bfloat16 number from 2^-17 to 65,504 exactly and smaller ones within 2^-25, so a released bfloat16 model loses
-nothing by it that float32 sums would show, for half of float32's bytes. `auto` takes, for a weight that is already
-bfloat16, bfloat16 where the processor has the instructions and float16 where it has not; float32 for any other.
-Which way a call takes depends on the storage and the number of rows only, never on a clock: two runs give the same
-bits.
+nothing by it that float32 sums would show, for half of float32's bytes; but FBGEMM packs number by number, 70 ns each
+where the others take 8. `auto` is bfloat16 where the processor has the instructions and the weight is already bfloat16,
+so that nothing is lost by it, and float32 elsewhere. Which way a call takes depends on the storage and the number of
+rows only, never on a clock: two runs give the same bits.
 
 With `invariant=True` a row's bits do not depend on the rows beside it either. FBGEMM keeps them by itself; MKL and
 oneDNN add in one order for any number of rows from two on (one row alone takes another kernel for some layers), so what
@@ -325,10 +325,10 @@ def quantize_rows(weight_OD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lossless_storage(dtype: torch.dtype) -> str:
-    """The storage, faster than float32 where there is one, that loses nothing of weights of this dtype."""
+    """The storage that loses nothing of weights of this dtype, packs in no time and reads fastest of those that do."""
     if dtype == torch.bfloat16 and has_bfloat16_instructions():
         return "bfloat16"
-    return "float16" if dtype.itemsize == 2 and has_float16_product() else "float32"
+    return "float32"
 
 
 def _onednn_product(weight: Tensor, bias_O: Tensor | None, x_RD: Tensor) -> Tensor:

@@ -115,15 +115,13 @@ def test_auto_loses_nothing():
 
 
 @pytest.mark.parametrize(
-    ("instructions", "product", "expected"),
-    [(True, True, "bfloat16"), (True, False, "bfloat16"), (False, True, "float16"), (False, False, "float32")],
+    ("instructions", "expected"),
+    [(True, "bfloat16"), (False, "float32")],
 )
-def test_what_loses_nothing_of_bfloat16_weights(monkeypatch, instructions, product, expected):
+def test_what_loses_nothing_of_bfloat16_weights(monkeypatch, instructions, expected):
     monkeypatch.setattr("kernels.packed_linear.has_bfloat16_instructions", lambda: instructions)
-    monkeypatch.setattr("kernels.packed_linear.has_float16_product", lambda: product)
     assert lossless_storage(torch.bfloat16) == expected
-    assert lossless_storage(torch.float16) == ("float16" if product else "float32")
-    assert lossless_storage(torch.float32) == "float32"
+    assert lossless_storage(torch.float16) == lossless_storage(torch.float32) == "float32"
 
 
 def test_quantized_rows_are_within_half_a_step():
