@@ -36,10 +36,10 @@ class System:
         return f"{self.name} {self.dtype}"
 
     def computes_like(self, other: "System") -> bool:
-        """Whether a difference of tokens between the two can be a tie: float16 weights of ours are multiplied in
-        float32.
+        """Whether tokens that differ from the other's should be ties. Ours multiplies float16 weights in float32 on a
+        CPU: of a bfloat16 model the same ones.
         """
-        return self.dtype == other.dtype or {self.dtype, other.dtype} == {"float16", "float32"}
+        return self.dtype == other.dtype or (self.name, self.dtype, other.dtype) == ("ours", "float16", "float32")
 
 
 @dataclass(frozen=True)

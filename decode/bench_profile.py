@@ -1,8 +1,8 @@
 """Where the time of a step goes, by torch.profiler: two runs of unequal length, so that prefill falls out.
 
-An operation counts by its own time. What runs inside the kernels that choose the token counts as `choose`, products as
-`matmul`. The profiler slows Python down and leaves operations as they are, so `python` is the time of a step without
-the profiler less the operations' own time.
+An operation counts by its own time. What the CPU runs to choose the token counts as `choose`, products as `matmul`.
+The profiler slows Python down and leaves operations as they are, so `python` is the time of a step without the profiler
+less the operations' own time; the waiting of one lane for another is in it.
 """
 
 from collections import defaultdict

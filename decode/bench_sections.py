@@ -191,8 +191,8 @@ def speculation_rows(
 ) -> list[dict[str, Any]]:
     """Speculation off and on, in turns: speed against plain decoding, what the run reports, tokens against plain ones.
 
-    acceptance: by drafter, the kept part of what it drafted. Differences are judged by transformers in the same dtype:
-    a tie, or a fault.
+    acceptance: by drafter, the kept part of what it drafted. Differences are judged by transformers, where it computes
+    alike: a tie, or a fault.
     """
     worker = bench.start(system, models, text.stops)
     if worker is None:
@@ -214,8 +214,10 @@ def speculation_rows(
     finally:
         worker.close()
     plain = settings[0]
-    exact = system.dtype in ("float32", "bfloat16") or bench.device != "cpu"
-    reference = System("transformers", system.dtype if exact else "float32")
+    on_gpu = bench.device != "cpu"
+    own = system.dtype in ("float32", "bfloat16") or (on_gpu and system.dtype == "float16")
+    reference = System("transformers", system.dtype if own else "float32")
+    judge = system.computes_like(reference)
     rows = []
     for setting in settings:
         row = _text_row(system, models, batch, text, last[setting], seconds[setting])
@@ -228,7 +230,7 @@ def speculation_rows(
             row["ratio_computed_for_a_gpu"] = ratio_by_bytes(models, last[plain]["steps"], row["steps"], reported)
         row["ratio_to_plain"] = round(statistics.median(seconds[plain]) / statistics.median(seconds[setting]), 3)
         expected, tokens = last[plain]["tokens"], last[setting]["tokens"]
-        rows.append(row | compare(bench, models, text.prompts, reference, expected, tokens, text.stops))
+        rows.append(row | compare(bench, models, text.prompts, reference, expected, tokens, text.stops, judge))
     return rows
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from decode import Ensemble, translate
 from decode.expression import parse
+from kernels.packed_linear import has_float16_product
 from minillama import InputError, Llama
 
 # Seconds on the wall, or the processor's of this process (`--clock cpu`): what one thread needs on a busy machine.
@@ -45,7 +46,8 @@ class Ours:
             if stops is not None:
                 models[name].stop_tokens = tuple(stops)
         self.device = device
-        self.ensemble = Ensemble(models, combine, storage=dtype)
+        kept = dtype != "float16" or has_float16_product()
+        self.ensemble = Ensemble(models, combine, storage=dtype if kept else "auto")
 
     def generate(
         self,

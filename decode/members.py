@@ -136,7 +136,10 @@ def load_ensemble(
             assert part is not None
             model = load_part(folder, part, place.dtype, place.device)
         steady = place.device.type == "cpu" if invariant is None else invariant
-        return PreparedLlama(model, place.packed, steady, consume=True)
+        try:
+            return PreparedLlama(model, place.packed, steady, consume=True)
+        except ValueError as error:  # weights that the storage cannot hold
+            raise InputError(f"{folder}: {error}") from error
 
     with ThreadPoolExecutor(len(different)) as pool:
         loaded = dict(zip(different, pool.map(load, different)))

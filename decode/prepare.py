@@ -41,6 +41,8 @@ TAIL = 16
 # More elements than these PyTorch divides among threads, at places that no row's end need be at: more rows are taken in
 # parts.
 ONE_THREAD_ELEMENTS = 32_768
+# Layers that are packed at once, where packing takes long: so many are held in both forms.
+PACKERS = 4
 # Rows of every product on a GPU under `invariant`.
 GPU_TILE_ROWS = 64
 
@@ -51,7 +53,8 @@ class PreparedLlama:
     storage: how the CPU holds the weights of linear layers, see `PackedLinear`; "plain" leaves them where they are,
     which costs no memory but for queries, keys and values.   invariant: see the head of this file; without it products
     take the library's fastest way.
-    consume: take the model's weights layer by layer, so that both are never held; the model is empty afterwards.
+    consume: take the model's weights layer by layer, so that no more than PACKERS are held twice; the model is empty
+    afterwards.
     """
 
     def __init__(self, model: Llama, storage: str = "auto", invariant: bool = True, consume: bool = False) -> None:
@@ -95,10 +98,10 @@ class PreparedLlama:
         self.norm = self.norm_kind(model.model.norm, self.storage)
         numbers = range(len(model.model.layers))
         if self.storage == "float16":  # packed number by number, on one core: a minute and more for 10^9 of them
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            with ThreadPoolExecutor(min(torch.get_num_threads(), PACKERS)) as pool:
+                layers = pool.map(prepared, numbers)
                 head = pool.submit(prepared_head)
-                self.layers = list(pool.map(prepared, numbers))
-                self.head = head.result()
+                self.layers, self.head = list(layers), head.result()
         else:
             self.layers = [prepared(number) for number in numbers]
             self.head = prepared_head()

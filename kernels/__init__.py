@@ -85,7 +85,8 @@ def _run(request: Request, out: FusedLogits | None) -> FusedLogits:
     else:
         from kernels import reference
 
-        result = reference.fused_logits(request)
+        with record_function("fused_logits"):
+            result = reference.fused_logits(request)
     return result if out is None else copy_into(out, result)
 
 

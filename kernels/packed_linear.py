@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,7 @@ _mkl: Any = torch.ops.mkl._mkl_linear.default if HAS_MKL else None
 _fbgemm: Any = torch.ops.quantized.linear_dynamic_fp16.default
 # (dtype, outputs, inputs, threads) -> what `_steady_rows` found
 _STEADY: dict[tuple[str, int, int, int], tuple[int, int]] = {}
+_TRYING = threading.Lock()  # layers may be packed on several threads
 
 
 @functools.cache
@@ -77,6 +79,8 @@ def has_bfloat16_instructions() -> bool:
     """Whether this processor multiplies bf16, and oneDNN packed weights of it: asked by packing one, since environment
     variables may forbid it. With AVX-512 but without the instructions oneDNN packs all the same, and emulates.
     """
+    if not HAS_ONEDNN:
+        return False
     if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported():
         return False
     try:
@@ -89,7 +93,9 @@ def has_bfloat16_instructions() -> bool:
 
 @functools.cache
 def has_float16_product() -> bool:
-    """Whether this build of PyTorch multiplies packed float16 weights (FBGEMM: x86 with AVX2 or more)."""
+    """Whether PyTorch multiplies packed float16 weights: by FBGEMM, on x86 with AVX2 or more, if that is the engine of
+    its quantized operations (`torch.backends.quantized.engine`, by default there).
+    """
     try:
         _fbgemm(torch.ones(1, 8), torch.ops.quantized.linear_prepack_fp16(torch.ones(8, 8), None))
     except (RuntimeError, NotImplementedError):
@@ -115,10 +121,11 @@ def mkl_is_faster() -> bool:
 class PackedLinear(nn.Module):
     """`nn.Linear` for inference on a CPU, without gradients.
 
-    linear: an `nn.Linear`, or a weight (O, D) with `bias` (O,). The given weight is not kept (int8 and packed storages
-    copy it), so it is free once the caller drops it. x: (..., D) of any float dtype; the result (..., O) has x's dtype.
+    linear: an `nn.Linear`, or a weight (O, D) with `bias` (O,), copied: the given one is free once the caller drops it.
+    x: (..., D) of any float dtype; the result (..., O) has x's dtype.
     invariant: a row's result has the same bits whatever the other rows are, and however many.
-    Raises ValueError for an unknown dtype, a weight that is not 2-dimensional or not on the CPU.
+    Raises ValueError for an unknown dtype, a weight that is not 2-dimensional, not on the CPU or too large for float16,
+    and an x of another width.
     """
 
     def __init__(
@@ -139,9 +146,12 @@ class PackedLinear(nn.Module):
         if dtype == "auto":
             dtype = lossless_storage(weight_OD.dtype)
         if dtype == "float16" and not has_float16_product():
-            raise ValueError("float16 weights: this build of PyTorch has no product of them; use float32 or bfloat16")
-        if dtype == "float16" and weight_OD.abs().max() > torch.finfo(torch.float16).max:
-            raise ValueError(f"float16 holds no weight over 65,504, found {weight_OD.abs().max():g}; use float32")
+            engine = torch.backends.quantized.engine
+            raise ValueError(f"float16 weights: PyTorch has no product of them here (engine {engine}); use float32")
+        if dtype == "float16" and weight_OD.numel():
+            largest = torch.stack(weight_OD.aminmax()).abs().max()
+            if not largest <= torch.finfo(torch.float16).max:  # what is no number, too
+                raise ValueError(f"float16 holds no weight over 65,504, found {largest:g}; use float32")
         self.dtype = dtype
         self.out_features, self.in_features = weight_OD.shape
         # Not buffers: the libraries' opaque tensors cannot be moved, cast or saved, and the model's own weights are
@@ -152,6 +162,7 @@ class PackedLinear(nn.Module):
         # How a product of a packed weight is made, of x in which type (asked for at every call, so kept).
         self._of_packed: Callable[[Tensor], Tensor] | None = None
         self._own: torch.dtype | None = None
+        self._by_mkl = False
         # oneDNN alone has numbers of rows that it likes better than others.
         self._least_rows, self._multiple = 1, 1
         if dtype == "float16":
@@ -168,8 +179,9 @@ class PackedLinear(nn.Module):
         self._most_rows = TRIED_ROWS[-1]
         if invariant:
             key = (dtype, self.out_features, self.in_features, torch.get_num_threads())
-            if key not in _STEADY:
-                _STEADY[key] = self._steady_rows()
+            with _TRYING:
+                if key not in _STEADY:
+                    _STEADY[key] = self._steady_rows()
             least, self._most_rows = _STEADY[key]
             self._least_rows = max(least, self._least_rows)
 
@@ -179,6 +191,7 @@ class PackedLinear(nn.Module):
         self._of_packed = functools.partial(_fbgemm_product, self._weight)
 
     def _pack_with_mkl(self, weight_OD: Tensor) -> None:
+        self._by_mkl = True
         self._weight = torch.ops.mkl._mkl_reorder_linear_weight(weight_OD.float().contiguous(), EXPECTED_ROWS)
         self._own = torch.float32
         shape_OD = torch.zeros((), dtype=torch.float32).expand(weight_OD.shape)  # the operation asks it for its sizes
@@ -210,8 +223,8 @@ class PackedLinear(nn.Module):
         return self.out_features * self.in_features
 
     def unpacked(self) -> Tensor:
-        """The weight (O, D) as a plain tensor: float32 where products are, else bfloat16, to which int8's are rounded;
-        where it is stored plain, the stored tensor itself.
+        """The weight (O, D) as a plain tensor: float32 for float32 and float16, else bfloat16, to which int8's are
+        rounded; where it is stored plain, the stored tensor itself.
         """
         if self._scale_O is not None:
             return (self._weight.float() * self._scale_O.float()[:, None]).bfloat16()
@@ -219,14 +232,15 @@ class PackedLinear(nn.Module):
             return torch.ops.quantized.linear_unpack_fp16(self._weight)[0]
         if not self._weight.is_mkldnn:
             return self._weight
-        if self.dtype == "bfloat16" or not mkl_is_faster():
+        if not self._by_mkl:
             return self._weight.to_dense()
-        # MKL gives nothing back but products: those with single ones are the weight's columns, exactly.
+        # MKL gives nothing back but products: those with unit vectors are the columns of the weight, exactly.
         weight_OD = torch.empty(self.out_features, self.in_features)
         shape_OD = weight_OD[:1, :1].expand(weight_OD.shape)
         for start in range(0, self.in_features, EXPECTED_ROWS):
-            one_RD = torch.eye(self.in_features)[start : start + EXPECTED_ROWS]
-            weight_OD[:, start : start + EXPECTED_ROWS] = _mkl_product(self._weight, shape_OD, None, one_RD).t()
+            unit_RD = torch.zeros(min(EXPECTED_ROWS, self.in_features - start), self.in_features)
+            unit_RD[:, start:].fill_diagonal_(1.0)
+            weight_OD[:, start : start + EXPECTED_ROWS] = _mkl_product(self._weight, shape_OD, None, unit_RD).t()
         return weight_OD
 
     def extra_repr(self) -> str:
@@ -235,6 +249,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x Wᵀ + b."""
+        if x.shape[-1] != self.in_features:  # MKL would not ask
+            raise ValueError(f"x must be (..., {self.in_features}), found {tuple(x.shape)}")
         # A step makes hundreds of these calls: those that need nothing more go straight to the library.
         if x.dtype == self._own and x.dim() == 2 and self._fits(x.shape[0]) and not torch.is_grad_enabled():
             return self._of_packed(x)  # type: ignore[misc]  # there is one where there is an own type
@@ -325,7 +341,7 @@ def quantize_rows(weight_OD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lossless_storage(dtype: torch.dtype) -> str:
-    """The storage that loses nothing of weights of this dtype, packs in no time and reads fastest of those that do."""
+    """Of the storages that lose nothing of weights of this dtype and pack at once, the one that is read fastest."""
     if dtype == torch.bfloat16 and has_bfloat16_instructions():
         return "bfloat16"
     return "float32"

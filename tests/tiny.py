@@ -2,7 +2,11 @@
 
 from dataclasses import replace
 
+from kernels.packed_linear import has_float16_product
 from minillama import Llama, LlamaConfig
+
+# How a CPU here can hold weights packed.
+STORAGES = ["float32", *(["float16"] if has_float16_product() else []), "bfloat16", "int8"]
 
 TINY = LlamaConfig(
     vocab_size=400,

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import STORAGES, tiny_model
 
 from decode.ensemble import Ensemble
 from decode.lanes import PRODUCTS, WORTH_SECONDS, Lanes, plan
@@ -87,7 +87,7 @@ def test_a_members_error_is_raised_when_nobody_is_at_work(two_threads, failing):
     assert torch.get_num_threads() == 2
 
 
-@pytest.mark.parametrize("storage", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("speculate", ["off", "auto", 2])
 def test_no_bit_depends_on_lanes_or_threads(two_threads, monkeypatch, storage, speculate):
     wide = {"hidden_size": 192, "intermediate_size": 512}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import STORAGES, tiny_model
 
 from decode.passes import KEYS_MULTIPLE, Pass, Span
 from decode.prepare import PreparedLlama, joined_halves
@@ -79,7 +79,7 @@ def test_ragged_passes_give_the_models_own_logits(model, storage, within):
         assert (logits_TV - expected_TV).abs().max() < within * expected_TV.abs().max()
 
 
-@pytest.mark.parametrize("storage", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("storage", STORAGES)
 @torch.inference_mode()
 def test_a_positions_bits_do_not_depend_on_its_pass(model, storage):
     prepared = PreparedLlama(model, storage)
