@@ -187,12 +187,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--combine", action="append", help="expression over the names (default: their sum); more for --speculation")
     add("--members", type=numbers, help="how many models of one shape (default 3,1)")
     add("--batch", type=numbers, default=[1, 4, 16], help="batch sizes (default 1,4,16)")
-    add(
-        "--dtype",
-        type=words,
-        default=["float32"],
-        help="ours: float32 (default), float16, bfloat16, int8, auto",
-    )
+    add("--dtype", type=words, default=["float32"], help="ours: float32 (default), float16, bfloat16, int8, auto")
     add("--peer-dtype", type=words, default=["float32"], help="the others' (default float32)")
     add("--systems", type=words, default=list(SYSTEMS), help=f"of {','.join(SYSTEMS)}; one not installed is left out")
     add("--steps", type=int, default=32, help="decoding steps timed (default 32)")

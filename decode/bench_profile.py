@@ -2,7 +2,7 @@
 
 An operation counts by its own time. What the CPU runs to choose the token counts as `choose`, products as `matmul`.
 The profiler slows Python down and leaves operations as they are, so `python` is the time of a step without the profiler
-less the operations' own time; the waiting of one lane for another is in it.
+less the operations' own time: what is left over, as noisy as the difference of two runs, a lane's waiting among it.
 """
 
 from collections import defaultdict

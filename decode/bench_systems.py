@@ -18,7 +18,7 @@ from torch import Tensor
 
 from decode import Ensemble, translate
 from decode.expression import parse
-from kernels.packed_linear import has_float16_product
+from decode.places import Place
 from minillama import InputError, Llama
 
 # Seconds on the wall, or the processor's of this process (`--clock cpu`): what one thread needs on a busy machine.
@@ -46,8 +46,7 @@ class Ours:
             if stops is not None:
                 models[name].stop_tokens = tuple(stops)
         self.device = device
-        kept = dtype != "float16" or has_float16_product()
-        self.ensemble = Ensemble(models, combine, storage=dtype if kept else "auto")
+        self.ensemble = Ensemble(models, combine, storage=Place(torch.device(device), dtype).packed)
 
     def generate(
         self,
