@@ -3,6 +3,7 @@
 Whole runs here, prefill included: seconds from the prompts to the last token, models loaded before.
 """
 
+import functools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Any
 
 from corpora.metrics import text_metrics
 from corpora.pairs import one_line
-from decode.bench_measure import Bench, Case, System, compare, step_rows
+from decode.bench_measure import Bench, Case, System, compare, shares, step_rows
 from decode.bench_shapes import Models, random_prompts, step_work
 from decode.bench_systems import STOP
 from decode.bench_worker import Refused, Worker
@@ -108,6 +109,7 @@ def text_rows(
         for rows in (own_batches or (batch,) if system.name == "ours" else (batch,))
     ]
     seconds: dict[tuple[System, bool, int], list[float]] = {run: [] for run in runs}
+    stolen: dict[tuple[System, bool, int], list[float]] = {run: [] for run in runs}
     last: dict[tuple[System, bool, int], dict[str, Any]] = {}
     memory: dict[System, dict[str, float]] = {}
     arguments = {"new_tokens": text.new_tokens, "ignore_eos": False}
@@ -117,8 +119,10 @@ def text_rows(
         for _ in range(bench.rounds):
             for run in runs:
                 how = {"batch": run[2]} | ({"longest_first": True} if run[1] else {})
-                last[run] = workers[run[0]].ask("generate", prompts=text.prompts, **arguments, **how)
+                ask = functools.partial(workers[run[0]].ask, "generate", prompts=text.prompts, **arguments, **how)
+                last[run], share = bench.quietly(ask)
                 seconds[run].append(last[run]["seconds"])
+                stolen[run].append(share)
         memory = {system: worker.ask("peak") for system, worker in workers.items()}
     finally:
         for worker in workers.values():
@@ -128,7 +132,7 @@ def text_rows(
     rows = []
     for run in runs:
         system, longest_first, in_flight = run
-        row = _text_row(system, models, in_flight, text, last[run], seconds[run]) | memory[system]
+        row = _text_row(system, models, in_flight, text, last[run], seconds[run], stolen[run]) | memory[system]
         row["order"] = "longest first" if longest_first else "continuous" if system.name == "ours" else "input"
         if baseline is not None:
             row["ratio_to_transformers"] = round(statistics.median(seconds[baseline]) / row["seconds"], 3)
@@ -142,7 +146,13 @@ def text_rows(
 
 
 def _text_row(
-    system: System, models: Models, batch: int, text: Text, result: dict[str, Any], seconds: list[float]
+    system: System,
+    models: Models,
+    batch: int,
+    text: Text,
+    result: dict[str, Any],
+    seconds: list[float],
+    stolen: list[float],
 ) -> dict[str, Any]:
     made = sum(len(row) - (row[-1:] == [STOP]) for row in result["tokens"])
     median = statistics.median(seconds)
@@ -157,6 +167,7 @@ def _text_row(
         "output_tokens": made,
         "seconds": round(median, 3),
         "seconds_of_rounds": [round(value, 3) for value in seconds],
+        "stolen_of_rounds": shares(stolen),
         "steps": result["steps"],
         "tokens_per_second": round(made / median, 1),
         "sentences_per_second": round(len(text) / median, 2),
@@ -199,6 +210,7 @@ def speculation_rows(
         return []
     arguments = {"prompts": text.prompts, "new_tokens": text.new_tokens, "batch": batch, "ignore_eos": False}
     seconds: dict[str | int, list[float]] = {setting: [] for setting in settings}
+    stolen: dict[str | int, list[float]] = {setting: [] for setting in settings}
     last: dict[str | int, dict[str, Any]] = {}
     try:
         for setting in settings:
@@ -206,8 +218,10 @@ def speculation_rows(
             worker.ask("generate", options={"speculate": setting}, **short)
         for _ in range(bench.rounds):
             for setting in settings:
-                last[setting] = worker.ask("generate", options={"speculate": setting}, **arguments)
+                ask = functools.partial(worker.ask, "generate", options={"speculate": setting}, **arguments)
+                last[setting], share = bench.quietly(ask)
                 seconds[setting].append(last[setting]["seconds"])
+                stolen[setting].append(share)
     except Refused as refusal:
         bench.note(f"speculation: {refusal}")
         return []
@@ -220,7 +234,7 @@ def speculation_rows(
     judge = system.computes_like(reference)
     rows = []
     for setting in settings:
-        row = _text_row(system, models, batch, text, last[setting], seconds[setting])
+        row = _text_row(system, models, batch, text, last[setting], seconds[setting], stolen[setting])
         reported = last[setting]["reported"]
         row |= {"speculate": setting, "reported": reported}
         row["acceptance"] = {

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from decode.bench_measure import QUIET
+
 
 def show(result: dict[str, Any]) -> None:
     machine = result["machine"]
@@ -55,7 +57,8 @@ def _steps(rows: list[dict[str, Any]]) -> None:
             f"  B={row['batch']:<3} {row['members']} members, context {row['context']:<6g} "
             f"{row['system']:13}{row['dtype']:9}{row['tokens_per_second']:9.1f} tok/s {row['ms_per_step']:9.2f} ms "
             f"{_ratio(row['ratio_to_transformers'])}, {row['share_of_read_bandwidth']:4.0%} of reads, "
-            f"{row['share_of_arithmetic']:4.0%} of products, {row['peak_memory_megabytes']:,.0f} MB, {_tokens(row)}"
+            f"{row['share_of_arithmetic']:4.0%} of products, {row['peak_memory_megabytes']:,.0f} MB, "
+            f"{_tokens(row)}{_stolen(row)}"
         )
 
 
@@ -76,7 +79,7 @@ def _texts(rows: list[dict[str, Any]]) -> None:
         print(
             f"  {row['sentences']:>6} sentences, B={row['batch']:<3} {row['combine']:22} {row['system']:13}"
             f"{row['dtype']:9}{setting:14}{row['seconds']:8.2f} s {row['tokens_per_second']:8.0f} tok/s "
-            f"{_ratio(ratio)}, {_tokens(row)}{score}"
+            f"{_ratio(ratio)}, {_tokens(row)}{score}{_stolen(row)}"
         )
         if row.get("acceptance"):
             kept = ", ".join(f"{name} {share:.0%}" for name, share in row["acceptance"].items())
@@ -87,6 +90,12 @@ def _texts(rows: list[dict[str, Any]]) -> None:
 
 def _ratio(ratio: float | None) -> str:
     return "   -  " if ratio is None else f"{ratio:5.2f}x"
+
+
+def _stolen(row: dict[str, Any]) -> str:
+    """How much of the worst round a virtual machine's neighbours took, where that is worth a word."""
+    share = max(row["stolen_of_rounds"], default=0.0)
+    return f", {share:.0%} of a round stolen" if share > QUIET else ""
 
 
 def _tokens(row: dict[str, Any]) -> str:
