@@ -1,10 +1,11 @@
 """Measuring several systems in one run: they take turns, medians are kept, tokens are compared.
 
-Decoding steps only: each system decodes the same prompts to `short` and to `long` new tokens, prefill included, and the
-difference of the two times is that of long - short steps. Nothing in a system needs to be opened for it.
+Decoding steps only: each system says when each of its steps ended. The first SETTLING ones, prefill among them, are
+left out; the time of a step is the median of all that remain, in all rounds, so what the machine did beside it for a
+moment is one step of many.
 """
 
-import math
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,8 +15,9 @@ from typing import Any, TypeVar
 
 from decode.bench_shapes import Models, resident_bytes, step_work
 from decode.bench_worker import PEERS, Refused, Worker
+from minillama import InputError
 
-SHORT = 4  # new tokens of the short run: the first steps settle the caches
+SETTLING = 4  # steps with which a run begins: prefill, and what is made at its first use
 # A logit may differ by so many float32 roundings of the sum's largest terms and by ABSOLUTE: it is the end of a sum
 # over hundreds of products in every layer. A choice between tokens closer than that is a tie.
 ROUNDINGS, ABSOLUTE = 16, 1e-5
@@ -58,24 +60,36 @@ class Case:
 
     @property
     def long(self) -> int:
-        return SHORT + self.steps
+        return SETTLING + self.steps
 
 
 @dataclass
 class Samples:
     """One system's rounds of one case."""
 
-    step_seconds: list[float] = field(default_factory=list)
-    prefill_seconds: list[float] = field(default_factory=list)
+    step_seconds: list[list[float]] = field(default_factory=list)
+    first_seconds: list[float] = field(default_factory=list)
     stolen: list[float] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
     memory: dict[str, float] = field(default_factory=dict)
 
     @property
-    def seconds(self) -> float | None:
-        """Of a step, the median; None where the steps took no more than the noise of two prefills."""
-        median = statistics.median(self.step_seconds)
-        return median if median > 0 else None
+    def seconds(self) -> float:
+        """Of a step: the median of all rounds' steps."""
+        return statistics.median(second for steps in self.step_seconds for second in steps)
+
+    def add(self, result: Mapping[str, Any], new_tokens: int) -> None:
+        """One round. Where prompts are read in several steps, the last row starts and the first one ends that much
+        apart from the others: only steps that decode all rows count.
+        """
+        clock = result["clock"]
+        last_starts = len(clock) - new_tokens
+        steps = clock[last_starts + SETTLING - 1 : new_tokens]
+        if len(steps) < 2:
+            raise InputError(f"--steps {new_tokens - SETTLING}: prompts of this length are read in more; give more")
+        self.step_seconds.append([end - start for start, end in itertools.pairwise(steps)])
+        self.first_seconds.append(clock[last_starts])
+        self.tokens = result["tokens"]
 
 
 @dataclass
@@ -191,18 +205,10 @@ class Bench:
         arguments: dict[str, Any] = {"prompts": case.prompts, "batch": case.batch}
         time.sleep(SETTLE)
         if first:
-            worker.ask("generate", new_tokens=SHORT, **arguments)
-
-        def both() -> tuple[dict[str, Any], dict[str, Any]]:
-            short = worker.ask("generate", new_tokens=SHORT, **arguments)
-            return short, worker.ask("generate", new_tokens=case.long, **arguments)
-
-        (short, long), stolen = self.quietly(both)
-        steps = long["steps"] - short["steps"]
-        found.step_seconds.append((long["seconds"] - short["seconds"]) / steps)
-        found.prefill_seconds.append(short["seconds"])
+            worker.ask("generate", new_tokens=SETTLING, **arguments)
+        result, stolen = self.quietly(lambda: worker.ask("generate", new_tokens=case.long, **arguments))
+        found.add(result, case.long)
         found.stolen.append(stolen)
-        found.tokens = long["tokens"]
 
     def profiles(self, system: System, models: Models, cases: Sequence[Case]) -> list[dict[str, Any]]:
         """Where the time of each case's steps goes, in a process of its own: a profiler's memory is no part of ours."""
@@ -211,7 +217,7 @@ class Bench:
             return []
         try:
             return [
-                worker.ask("profile", prompts=case.prompts, short=SHORT, long=case.long, batch=case.batch)
+                worker.ask("profile", prompts=case.prompts, short=SETTLING, long=case.long, batch=case.batch)
                 for case in cases
             ]
         finally:
@@ -248,12 +254,12 @@ def step_rows(
     rows = []
     for case, found in zip(cases, bench.samples(systems, models, cases)):
         peers = {system: samples for system, samples in found.items() if system.name == "transformers"}
-        fastest = min(peers, key=lambda peer: peers[peer].seconds or math.inf, default=None)
+        fastest = min(peers, key=lambda peer: peers[peer].seconds, default=None)
         for system, samples in found.items():
             reference = next((peer for peer in peers if system.computes_like(peer)), fastest)
             row = _row(bench, system, samples, models, case)
-            if fastest is not None and (peer_seconds := peers[fastest].seconds) and samples.seconds:
-                row["ratio_to_transformers"] = round(peer_seconds / samples.seconds, 3)
+            if fastest is not None:
+                row["ratio_to_transformers"] = round(peers[fastest].seconds / samples.seconds, 3)
                 row["transformers_dtype"] = fastest.dtype
             if reference is not None:
                 expected, same = peers[reference].tokens, system.computes_like(reference)
@@ -269,6 +275,8 @@ def step_rows(
 
 def _row(bench: Bench, system: System, samples: Samples, models: Models, case: Case) -> dict[str, Any]:
     count = len(next(iter(case.prompts.values())))
+    seconds = samples.seconds
+    read, work = step_work(models.configs(), counted_dtype(system.dtype), count, case.context)
     row: dict[str, Any] = {
         "shape": models.shape,
         "system": system.name,
@@ -276,24 +284,16 @@ def _row(bench: Bench, system: System, samples: Samples, models: Models, case: C
         "batch": case.batch,
         "members": len(models.folders),
         "context": case.context,
-        "tokens_per_second": None,
-        "ms_per_step": None,
-        "ms_per_step_of_rounds": [round(value * 1e3, 3) for value in samples.step_seconds],
+        "tokens_per_second": round(count / seconds, 2),
+        "ms_per_step": round(seconds * 1e3, 3),
+        "ms_per_step_of_rounds": [round(statistics.median(steps) * 1e3, 3) for steps in samples.step_seconds],
         "stolen_of_rounds": shares(samples.stolen),
-        "first_tokens_ms": round(statistics.median(samples.prefill_seconds) * 1e3, 1),
+        "first_tokens_ms": round(statistics.median(samples.first_seconds) * 1e3, 1),
+        "gigabytes_per_second": round(read / seconds / 1e9, 2),
+        "gigaflops": round(work / seconds / 1e9, 1),
         "ratio_to_transformers": None,
         "tokens_equal": None,
     }
-    if (seconds := samples.seconds) is not None:
-        read, work = step_work(models.configs(), counted_dtype(system.dtype), count, case.context)
-        row |= {
-            "tokens_per_second": round(count / seconds, 2),
-            "ms_per_step": round(seconds * 1e3, 3),
-            "gigabytes_per_second": round(read / seconds / 1e9, 2),
-            "gigaflops": round(work / seconds / 1e9, 1),
-        }
-    else:
-        bench.note(f"{system.label}, B={case.batch}: the steps took no more than the noise of two prefills")
     return row | samples.memory
 
 
@@ -306,12 +306,9 @@ def add_shares(rows: Sequence[dict[str, Any]], machine: Mapping[str, Any]) -> No
     """What part of the machine's best each row reached, in bytes read and in products."""
     products = machine["matmul_gigaflops"]
     for row in rows:
-        if row["ms_per_step"] is not None:
-            best = products.get(counted_dtype(row["dtype"]), products["float32"])
-            row["share_of_read_bandwidth"] = round(
-                row["gigabytes_per_second"] / machine["read_gigabytes_per_second"], 3
-            )
-            row["share_of_arithmetic"] = round(row["gigaflops"] / best, 3)
+        best = products.get(counted_dtype(row["dtype"]), products["float32"])
+        row["share_of_read_bandwidth"] = round(row["gigabytes_per_second"] / machine["read_gigabytes_per_second"], 3)
+        row["share_of_arithmetic"] = round(row["gigaflops"] / best, 3)
 
 
 def compare(

@@ -50,7 +50,14 @@ class CTranslate2:
 
     def generate(self, prompts: Prompts, new_tokens: int, batch: int, ignore_eos: bool = True) -> dict[str, Any]:
         (rows,) = prompts.values()
+        clock: list[float] = []
         start = now()
+
+        def counted(result: Any) -> bool:
+            if result.batch_id == 0:
+                clock.append(now() - start)
+            return False  # True would end the row
+
         results = self.generator.generate_batch(
             [[self.words[token] for token in row] for row in rows],
             max_batch_size=batch,
@@ -60,9 +67,11 @@ class CTranslate2:
             min_length=new_tokens,
             end_token=[len(self.words) - 1],
             include_prompt_in_result=False,
+            callback=counted,
         )
+        seconds = now() - start
         tokens = [list(result.sequences_ids[0]) for result in results]
-        return {"tokens": tokens, "seconds": now() - start, "steps": new_tokens, "reported": {}}
+        return {"tokens": tokens, "seconds": seconds, "steps": new_tokens, "clock": clock, "reported": {}}
 
 
 def convert_for_ctranslate2(source: Path, work: Path) -> Path:
@@ -112,6 +121,7 @@ class OpenVINO:
         start = now()
         self.request.reset_state()
         found: list[list[int]] = []
+        clock: list[float] = []
         ids_BT, filled = np.array(rows, dtype=np.int64), 0
         while len(found) < new_tokens:
             first, filled = filled, filled + ids_BT.shape[1]
@@ -124,8 +134,9 @@ class OpenVINO:
             logits_BTV = self.request.infer(inputs, share_inputs=True, share_outputs=True)["logits"]
             ids_BT = logits_BTV[:, -1].argmax(-1)[:, None].astype(np.int64)
             found.append(ids_BT[:, 0].tolist())
+            clock.append(now() - start)
         tokens = [list(row) for row in zip(*found)]
-        return {"tokens": tokens, "seconds": now() - start, "steps": new_tokens, "reported": {}}
+        return {"tokens": tokens, "seconds": clock[-1], "steps": new_tokens, "clock": clock, "reported": {}}
 
 
 def export_folder(source: Path, dtype: str, work: Path) -> Path:

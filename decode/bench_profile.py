@@ -2,9 +2,11 @@
 
 An operation counts by its own time. What the CPU runs to choose the token counts as `choose`, products as `matmul`.
 The profiler slows Python down and leaves operations as they are, so `python` is the time of a step without the profiler
-less the operations' own time: what is left over, as noisy as the difference of two runs, a lane's waiting among it.
+(the median) less the operations' own time: what is left over, a lane's waiting among it, and as noisy as both.
 """
 
+import itertools
+import statistics
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -58,12 +60,12 @@ def _own_times(run: Callable[[], object], device: str) -> tuple[dict[str, float]
 def profile_steps(generate: Callable[[int], dict[str, Any]], short: int, long: int, device: str) -> dict[str, Any]:
     """Milliseconds of a step by part, their shares, and the operations that take longest.
 
-    generate: decodes so many new tokens and returns its `seconds` and `steps`.
+    generate: decodes so many new tokens and returns its `clock`, the seconds at the end of each step.
     """
     generate(short)
-    plain_short, plain_long = generate(short), generate(long)
-    steps = plain_long["steps"] - plain_short["steps"]
-    step_ms = (plain_long["seconds"] - plain_short["seconds"]) * 1e3 / steps
+    clock = generate(long)["clock"][short - 1 :]
+    step_ms = statistics.median(end - start for start, end in itertools.pairwise(clock)) * 1e3
+    steps = long - short
     _own_times(lambda: generate(short), device)  # the profiler's own first use
     parts_short, operations_short = _own_times(lambda: generate(short), device)
     parts_long, operations_long = _own_times(lambda: generate(long), device)

@@ -36,7 +36,6 @@ def show(result: dict[str, Any]) -> None:
 def thirds(rows: list[dict[str, Any]]) -> list[tuple[int, int, float, str, float]]:
     """(members, batch, our tokens/s, best peer, its tokens/s over the members): no peer sums several models."""
     found = []
-    rows = [row for row in rows if row["ms_per_step"] is not None]
     peers = [row for row in rows if row["members"] == 1 and row["system"] in ("ctranslate2", "openvino")]
     for row in rows:
         if row["system"] != "ours" or row["members"] == 1:
@@ -51,8 +50,6 @@ def thirds(rows: list[dict[str, Any]]) -> list[tuple[int, int, float, str, float
 
 def _steps(rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        if row["ms_per_step"] is None:
-            continue
         print(
             f"  B={row['batch']:<3} {row['members']} members, context {row['context']:<6g} "
             f"{row['system']:13}{row['dtype']:9}{row['tokens_per_second']:9.1f} tok/s {row['ms_per_step']:9.2f} ms "

@@ -9,7 +9,7 @@ model. A method takes and returns what JSON can hold; a system's libraries are i
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from decode import Ensemble, translate
 from decode.expression import parse
 from decode.places import Place
+from decode.translate import Counters
 from minillama import InputError, Llama
 
 # Seconds on the wall, or the processor's of this process (`--clock cpu`): what one thread needs on a busy machine.
@@ -28,9 +29,21 @@ Prompts = dict[str, list[list[int]]]
 
 
 class System(Protocol):
-    """`generate` greedily continues the prompts and says what it took."""
+    """`generate` greedily continues the prompts and says what it took.
+
+    clock: seconds from the start to the end of each step, where the prompts are one batch.
+    """
 
     def generate(self, prompts: Prompts, new_tokens: int, batch: int, ignore_eos: bool = True) -> dict[str, Any]: ...
+
+
+class ClockedCounters(Counters):
+    """The engine's counters, and when each step was counted."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "steps":
+            self.__dict__.setdefault("moments", []).append(now())
 
 
 class Ours:
@@ -59,14 +72,17 @@ class Ours:
         """options: further arguments of `translate`."""
         options = options or {}
         synchronize(self.device)
+        counters = ClockedCounters()
         start = now()
         result = translate(
-            self.ensemble, prompts, max_new_tokens=new_tokens, batch_size=batch, ignore_eos=ignore_eos, **options
+            self.ensemble, prompts, new_tokens, batch, ignore_eos=ignore_eos, counters=counters, **options
         )
         synchronize(self.device)
         seconds = now() - start
         tokens = [[*row, STOP] if end == "stop" else row for row, end in zip(result.tokens, result.finished)]
-        return {"tokens": tokens, "seconds": seconds, "steps": result.steps, "reported": asdict(result.counters)}
+        clock = [moment - start for moment in counters.__dict__["moments"][1:]]
+        reported = asdict(result.counters)
+        return {"tokens": tokens, "seconds": seconds, "steps": result.steps, "clock": clock, "reported": reported}
 
     def profile(self, prompts: Prompts, short: int, long: int, batch: int) -> dict[str, Any]:
         """Where the time of a step goes; see bench_profile.py."""
@@ -108,22 +124,24 @@ class Transformers:
         if longest_first:
             order.sort(key=lambda index: -sum(len(rows[index]) for rows in prompts.values()))
         tokens: list[list[int]] = [[] for _ in range(count)]
-        steps = 0
+        clock: list[float] = []
         synchronize(self.device)
         start = now()
         for first in range(0, count, batch):
             indices = order[first : first + batch]
             rows = {name: [prompts[name][index] for index in indices] for name in self.models}
-            done = self._batch(rows, new_tokens, ignore_eos)
-            steps += len(done)
+            done = []
+            for step in self._batch(rows, new_tokens, ignore_eos):
+                done.append(step)
+                clock.append(now() - start)
             for index, row in zip(indices, zip(*done)):
                 end = next((at for at, token in enumerate(row) if token == STOP), None)
                 tokens[index] = list(row if end is None else row[: end + 1])
         synchronize(self.device)
-        return {"tokens": tokens, "seconds": now() - start, "steps": steps, "reported": {}}
+        return {"tokens": tokens, "seconds": now() - start, "steps": len(clock), "clock": clock, "reported": {}}
 
-    def _batch(self, rows: Prompts, new_tokens: int, ignore_eos: bool) -> list[list[int]]:
-        """The tokens of every step, a list of B each; STOP from where a row ended."""
+    def _batch(self, rows: Prompts, new_tokens: int, ignore_eos: bool) -> Iterator[list[int]]:
+        """The tokens of every step, as each ends, a list of B; STOP from where a row ended."""
         from transformers import DynamicCache
 
         states: dict[str, dict[str, Any]] = {}
@@ -141,20 +159,20 @@ class Transformers:
                 mask_BT = mask_BT.to(self.device)
                 positions_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
                 states[name] |= {"attention_mask": mask_BT, "position_ids": positions_BT}
-        found: list[list[int]] = []
         ended_B = torch.zeros(len(next(iter(rows.values()))), dtype=torch.bool, device=self.device)
-        while len(found) < new_tokens and not bool(ended_B.all()):
+        for _ in range(new_tokens):
+            if bool(ended_B.all()):
+                return
             next_B = self._sum(inputs, states).argmax(dim=-1)
             if not ignore_eos:
                 ended_B |= torch.isin(next_B, self.stops)
-            found.append(torch.where(ended_B, STOP, next_B).tolist())
+            yield torch.where(ended_B, STOP, next_B).tolist()
             for name, state in states.items():
                 inputs[name] = next_B[:, None]
                 if "attention_mask" in state:
                     mask_BT = state["attention_mask"]
                     state["attention_mask"] = torch.cat((mask_BT, torch.ones_like(mask_BT[:, :1])), dim=1)
                     state["position_ids"] = state["position_ids"][:, -1:] + 1
-        return found
 
     def _sum(self, inputs: dict[str, Tensor], states: dict[str, dict[str, Any]]) -> Tensor:
         """(B, V) float32: the members' weighted logits after the last position."""

@@ -100,18 +100,20 @@ def translate(
     speculate: str | int = "off",
     draws: Draws | None = None,
     explaining: bool = False,
+    counters: Counters | None = None,
 ) -> Translations:
     """Decode all prompts; `on_finished(index, translation)` is called as each one ends.
 
     prompts: token ids, a list per sentence, or {"L": [...], "S": [...]} with a list per member. With ignore_eos stop
     tokens are ordinary ones and every result has max_new_tokens, as far as the context reaches. speculate: "off",
     "auto" or the number of tokens to draft; the tokens are the same. draws: sample instead of taking the best token.
-    explaining: say of every token why it was chosen (decode/explain.py).
+    explaining: say of every token why it was chosen (decode/explain.py). counters: those to count in, for a caller who
+    watches them meanwhile.
     Raises InputError for prompts that do not fit a member's context, FloatingPointError when a member's logits are NaN
     or infinite.
     """
     rows = per_member(ensemble, prompts)
-    counters = Counters()
+    counters = Counters() if counters is None else counters
     results: list[Translation | None] = [None] * len(rows)
     stops = frozenset() if ignore_eos else ensemble.stop_tokens
     limits = max_new_tokens, batch_size

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_model
 
 from decode import bench, bench_measure
-from decode.bench_measure import FLOAT32_ROUNDING, ROUNDINGS, Bench, System, compare
+from decode.bench_measure import FLOAT32_ROUNDING, ROUNDINGS, Bench, Samples, System, compare
 from decode.bench_plot import plot
 from decode.bench_profile import part_of
 from decode.bench_sections import ratio_by_bytes
@@ -128,6 +128,20 @@ def test_a_measurement_that_neighbours_disturbed_is_repeated_and_the_quietest_ke
     assert seen == [30, 10, 20, 0]
     run.patience = 0
     assert run.quietly(measure) == (50, 0.5)
+
+
+def test_a_steps_time_is_the_median_of_those_that_decode_all_rows():
+    samples = Samples()
+    # 10 new tokens; the last row's prompt ends two steps behind the first one's, so the first row ends two steps early.
+    ends = [5, 10, 15, 16, 17, 18, 20, 22, 25, 26, 90, 91]
+    samples.add({"clock": ends, "tokens": [[1]]}, 10)
+    assert samples.first_seconds == [15]
+    assert samples.step_seconds == [[2, 2, 3, 1]]  # steps 7 to 10
+    samples.add({"clock": [1, 2, 3, 4, 5, 6, 7, 27, 28, 29], "tokens": [[1]]}, 10)
+    assert samples.step_seconds[1] == [1, 1, 1, 20, 1, 1]
+    assert samples.seconds == 1
+    with pytest.raises(InputError, match="--steps 2: .* give more"):
+        samples.add({"clock": list(range(8)), "tokens": [[1]]}, 6)
 
 
 def test_a_step_reads_every_weight_of_its_products_once():
