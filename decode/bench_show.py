@@ -106,8 +106,10 @@ def _tokens(row: dict[str, Any]) -> str:
         if "margin" in difference:
             kind = "tie" if difference["tie"] else "no tie"
             margin = f"margin {difference['margin']:.1e}, {kind} within {difference['tolerance']:.0e}"
-        else:
+        elif None in (difference["reference_token"], difference["token"]):
             margin = "one is longer"
+        else:
+            margin = "another storage, not judged"
         shown.append(f"{difference['sentence']}:{difference['position']} {margin}")
     more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
     return f"{row['sequences_equal']} of {row['sequences']} equal, {row['ties']} ties ({'; '.join(shown[:5])}{more})"

@@ -1,5 +1,7 @@
 """Run files as tables for docs/results.md: what each kind of run holds, and what of it a reader wants to see."""
 
+import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +20,9 @@ from eval.report_tables import (
     signature_table,
     speed_table,
 )
+
+# Of a path, alone or behind NAME=: where a file lay on that machine helps nobody.
+FOLDERS = re.compile(r"(?:^|(?<==))/.*/")
 
 
 @dataclass(frozen=True)
@@ -222,11 +227,8 @@ def _head(data: Mapping[str, Any], measured: Mapping[str, Any]) -> list[Part]:
     shape = data.get("models", {}).get("shape")
     of = f"{shape}: " if shape else ""
     parts = [Part(Heading(3, f"{of}{data['device']}{threads}{date}"))]
-    # a file by its name: where it lay on that machine helps nobody
-    arguments = [
-        Path(argument).name if argument.startswith("/") else argument for argument in data.get("arguments", [])
-    ]
-    command = (code(f"python -m decode.bench {' '.join(arguments)}"), "; ") if arguments else ()
+    arguments = shlex.join(FOLDERS.sub("", argument) for argument in data.get("arguments", []))
+    command = (code(f"python -m decode.bench {arguments}"), "; ") if arguments else ()
     return [*parts, Part(Paragraph((*command, code(versions))))]
 
 
