@@ -140,7 +140,7 @@ def test_a_steps_time_is_the_median_of_those_that_decode_all_rows():
     samples.add({"clock": [1, 2, 3, 4, 5, 6, 7, 27, 28, 29], "tokens": [[1]]}, 10)
     assert samples.step_seconds[1] == [1, 1, 1, 20, 1, 1]
     assert samples.seconds == 1
-    with pytest.raises(InputError, match="--steps 2: .* give more"):
+    with pytest.raises(InputError, match=r"--steps 2: .* give more"):
         samples.add({"clock": list(range(8)), "tokens": [[1]]}, 6)
 
 
