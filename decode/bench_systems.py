@@ -40,10 +40,14 @@ class System(Protocol):
 class ClockedCounters(Counters):
     """The engine's counters, and when each step was counted."""
 
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+        super().__init__()
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "steps":
-            self.__dict__.setdefault("moments", []).append(now())
+        if name == "steps" and value:
+            self.moments.append(now())
 
 
 class Ours:
@@ -80,7 +84,7 @@ class Ours:
         synchronize(self.device)
         seconds = now() - start
         tokens = [[*row, STOP] if end == "stop" else row for row, end in zip(result.tokens, result.finished)]
-        clock = [moment - start for moment in counters.__dict__["moments"][1:]]
+        clock = [moment - start for moment in counters.moments]
         reported = asdict(result.counters)
         return {"tokens": tokens, "seconds": seconds, "steps": result.steps, "clock": clock, "reported": reported}
 
