@@ -169,11 +169,11 @@ class Ensemble:
         lanes = self._lanes
         return lanes if self._may_part and positions >= lanes.least_rows and lanes.plan() is not None else None
 
-    def agree(self, numbers: Sequence[int]) -> list[int]:
+    def agree(self, numbers: Sequence[float]) -> list[float]:
         """Numbers that all processes of a split member go on with: those of the first."""
         if self.part is None:
             return list(numbers)
-        return self.part.agreed(torch.tensor(numbers, device=self.device)).tolist()
+        return self.part.agreed(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
 
     def _agreed(self, *results: Tensor) -> Sequence[Tensor]:
         if self.part is None:

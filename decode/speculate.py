@@ -9,13 +9,14 @@ as well: a draft is kept when it equals the draw.
 Drafters are the members themselves, whose passes are needed anyway, and the text so far (`lookup`: what followed the
 last occurrence of the last tokens, in the prompt or the output; names and numbers are copied in translation).
 
-`auto` chooses by expected tokens a second, from agreement and times measured as decoding goes on. Agreement costs next
-to nothing to watch while nothing is drafted; a pass with more positions is tried only when the draft would pay if it
-cost no more than a plain one.
+`auto` chooses by expected tokens a second, from agreement and times measured as decoding goes on, and from how many
+rows have something to copy just now. Agreement costs next to nothing to watch while nothing is drafted. A member that
+drafts stops before a token that is less likely to be kept than it costs, by how sure the member is of it. Longer passes
+are tried only when the draft would pay if their time grew as that of shorter ones does.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from minillama import InputError
@@ -30,38 +31,75 @@ TOGETHER = -4
 # Tokens whose last occurrence is looked for, longest first.
 LOOKUP_LENGTHS = (3, 2)
 MOST_DRAFTED = 7
-# `auto` drafts when it expects this much more than plain decoding.
-MARGIN = 1.15
-# Weight of the newest measurement in the running means.
+# How many tokens `auto` considers.
+LENGTHS = (1, 3, MOST_DRAFTED)
+# `auto` drafts when it expects this much more than plain decoding: of a lone row, and of several, whose drafts are of
+# unequal length and beside which prompts are read, which takes longer than passes that were measured.
+MARGIN, MARGIN_OF_ROWS = 1.1, 1.2
+# Weight of the newest measurement in a pass's running mean.
 NEWEST = 0.1
+# What a comparison still counts after the next one: agreement is that of about the last hundred.
+FADING = 0.99
 # Every so many plain steps the members' own choices are compared with the combined one.
-WATCH_EVERY = 8
+WATCH_EVERY = 16
 # Comparisons before an agreement is believed.
-ENOUGH = 24
+ENOUGH = 12
+# Parts in which a drafter's own probabilities are told apart, and what of them all is taken for known of each.
+SURENESSES = 8
+PRIOR = 4
 
 
 @dataclass(frozen=True)
 class Draft:
-    """Who drafts how many tokens at most: a member's number, or LOOKUP."""
+    """Who drafts how many tokens at most: a member's number, or LOOKUP.
+
+    least: the part of a plain step that one more drafted token costs; it must be as likely to be kept.
+    """
 
     drafter: int
     length: int
+    least: float = 0.0
 
 
 @dataclass
-class Tally:
-    """How often a drafter's next token was the combined choice; kept tokens out of drafted ones."""
+class Agreement:
+    """How often something was the combined choice, of late."""
 
-    rate: float = 0.0
-    seen: int = 0
-    drafted: int = 0
-    kept: int = 0
+    agreed: float = 0.0
+    seen: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        return self.agreed / self.seen if self.seen else 0.0
 
     def add(self, agreed: int, of: int) -> None:
-        if of:
-            self.seen += of
-            share = max(NEWEST * min(of, 4), of / self.seen)
-            self.rate += (agreed / of - self.rate) * share
+        fading = FADING**of
+        self.agreed = self.agreed * fading + agreed
+        self.seen = self.seen * fading + of
+
+
+@dataclass
+class Tally(Agreement):
+    """A drafter's next token against the combined choice; kept tokens out of drafted ones.
+
+    by_sureness: the same by the probability that the drafter itself gave the token, from 0 to 1 in equal parts.
+    """
+
+    drafted: int = 0
+    kept: int = 0
+    by_sureness: list[Agreement] = field(default_factory=lambda: [Agreement() for _ in range(SURENESSES)])
+
+    @property
+    def known(self) -> bool:
+        return self.seen >= ENOUGH
+
+    def of_sureness(self, sure: float) -> Agreement:
+        return self.by_sureness[min(int(sure * SURENESSES), SURENESSES - 1)]
+
+    def chance(self, sure: float) -> float:
+        """That a token with this probability is kept; where little was seen of such, nearer to what any has."""
+        alike = self.of_sureness(sure)
+        return (alike.agreed + PRIOR * self.rate) / (alike.seen + PRIOR)
 
 
 @dataclass
@@ -75,48 +113,64 @@ class Speculation:
     mode: str | int = "off"
     weights: Sequence[float] = ()
     tallies: dict[int, Tally] = field(default_factory=dict)
-    # seconds of a member's pass or of a choice, by the power of two at or above its positions
+    # seconds of a member's pass or of a choice, by its positions, rounded up (`_size`)
     seconds: dict[tuple[int, int], float] = field(default_factory=dict)
     steps: int = 0
 
     def __post_init__(self) -> None:
         self.mode = check_mode(self.mode)
-        self.tallies = {drafter: Tally() for drafter in self.drafters}
-
-    @property
-    def drafters(self) -> list[int]:
-        """One member's draft is its own whole choice: with a single member only the text so far can draft."""
-        return [LOOKUP, *(range(self.members) if self.members > 1 else ())]
+        self.tallies = {drafter: Tally() for drafter in (LOOKUP, *self.drafting_members)}
 
     def watches(self) -> bool:
         """Whether this plain step should compare the members' own choices with the combined one."""
         if self.mode == "off":
             return False
-        return self.steps % WATCH_EVERY == 0 or any(tally.seen < ENOUGH for tally in self.tallies.values())
+        return self.steps % WATCH_EVERY == 0 or any(not self.tallies[member].known for member in self.drafting_members)
 
-    def plan(self, rows: int) -> Draft | None:
-        """What to draft for `rows` rows that decode; None for a plain step."""
+    def plan(self, rows: int, copying: int = 0) -> Draft | None:
+        """What to draft for `rows` rows that decode, of which `copying` have something to copy; None: a plain step."""
         self.steps += 1
-        if self.mode == "off" or not rows or any(tally.seen < ENOUGH for tally in self.tallies.values()):
+        known = [drafter for drafter in self.drafting_members if self.tallies[drafter].known]
+        if copying and self.tallies[LOOKUP].known:
+            known.append(LOOKUP)
+        if self.mode == "off" or not rows or not known:
             return None
         if isinstance(self.mode, int):
-            return self._fixed(self.tallies, self.mode)
-        best, plan = MARGIN, None
-        for drafter in self.tallies:
-            for length in (1, 2, 3, 5, MOST_DRAFTED):
-                gain = self._gain(drafter, length, rows)
-                if gain > best:
-                    best, plan = gain, Draft(drafter, length)
-        return plan
+            length = self.mode
+            return Draft(max(known, key=lambda drafter: self._tokens_by_weights(drafter, length)), length)
+        return self._best(known, rows, copying)
 
-    def instead_of_lookup(self) -> Draft | None:
-        """What to draft where the text so far has nothing to copy: under a fixed number of tokens the best member's."""
-        if not isinstance(self.mode, int) or self.members == 1:
+    def _best(self, drafters: Sequence[int], rows: int, copying: int) -> Draft | None:
+        """The draft that brings most tokens a second, by what is known now; None for a plain step."""
+        plain = self._plain(rows)
+        if not plain:
             return None
-        return self._fixed(range(self.members), self.mode)
+        most = self._longest(rows)
+        choice = self._pass(CHOICE, rows)
+        gain, best = MARGIN if rows == 1 else MARGIN_OF_ROWS, None
+        for length in (length for length in LENGTHS if length <= most):
+            passes = [self._pass(member, rows * (length + 1)) for member in range(self.members)]
+            checking = sum(passes) + self._pass(CHOICE, rows * (length + 1))
+            for drafter in drafters:
+                tokens = self._tokens(drafter, length)
+                if drafter == LOOKUP:
+                    tokens = 1 + (tokens - 1) * copying / rows
+                    seconds = self._checking(rows + copying * length)
+                else:
+                    drafting = (length + 1) * self._pass(drafter, rows) + length * choice
+                    seconds = drafting + checking - passes[drafter]
+                # Where no pass but the whole plain step was measured yet, a draft is how they are.
+                found = tokens * plain / seconds if seconds else math.inf
+                if found > gain:
+                    gain, best = found, Draft(drafter, length)
+        if best is None or best.drafter == LOOKUP:
+            return best
+        return Draft(best.drafter, most, self._least(best.drafter, rows, gain))
 
-    def _fixed(self, drafters: Iterable[int], length: int) -> Draft:
-        return Draft(max(drafters, key=lambda drafter: self._tokens_by_weights(drafter, length)), length)
+    @property
+    def drafting_members(self) -> range:
+        """A member's draft is its own whole choice: of a single one it would be the choice."""
+        return range(self.members if self.members > 1 else 0)
 
     def _tokens(self, drafter: int, length: int) -> float:
         """Tokens that a step with this draft is expected to gain."""
@@ -128,29 +182,38 @@ class Speculation:
         own = 0.0 if drafter == LOOKUP or not self.weights else self.weights[drafter] / sum(self.weights)
         return self._tokens(drafter, length) / (1 + length * own)
 
-    def _gain(self, drafter: int, length: int, rows: int) -> float:
-        """Tokens a second with this draft over those without, by what is known now."""
-        tokens = self._tokens(drafter, length)
-        parts = [CHOICE, *range(self.members)]
-        plain = self._pass(STEP, rows) or self._pass(TOGETHER, rows) or sum(self._pass(part, rows) for part in parts)
-        drafting = 0.0
-        if drafter != LOOKUP:
-            drafting = (length + 1) * self._pass(drafter, rows) + length * self._pass(CHOICE, rows)
-        checked = rows * (length + 1)
-        checking = sum(self._pass(part, checked) for part in parts if part != drafter)
-        if drafter == LOOKUP:
-            checking = self._pass(TOGETHER, checked) or checking
-        if not plain:
-            return 0.0
-        # Where no pass but the whole plain step was measured yet, a draft is how they are.
-        return tokens * plain / (drafting + checking) if drafting + checking else math.inf
+    def _least(self, drafter: int, rows: int, gain: float) -> float:
+        """What part of a step that brings `gain` times the tokens of a plain one another drafted token costs."""
+        passes = self._pass(drafter, rows) + self._pass(CHOICE, rows)
+        few, most = rows * 2, rows * (MOST_DRAFTED + 1)
+        further = (self._checking(most) - self._checking(few)) / (MOST_DRAFTED - 1)
+        return min(gain * (passes + max(0.0, further)) / self._plain(rows), 1.0) if math.isfinite(gain) else 0.0
+
+    def _plain(self, rows: int) -> float:
+        """Seconds of a plain step."""
+        return self._pass(STEP, rows) or self._checking(rows)
+
+    def _checking(self, positions: int) -> float:
+        """Seconds of all members' passes and a choice."""
+        every = (self._pass(part, positions) for part in (CHOICE, *range(self.members)))
+        return self._pass(TOGETHER, positions) or sum(every)
 
     def _pass(self, part: int, positions: int) -> float:
-        """Seconds of a pass; one never measured is taken for as cheap as the next smaller one that was."""
+        """Seconds of a pass; one never measured by how those of fewer positions grow, 0 where there are none."""
         size = _size(positions)
-        while size and (part, size) not in self.seconds:
-            size //= 2
-        return self.seconds.get((part, size), 0.0)
+        if (part, size) in self.seconds:
+            return self.seconds[part, size]
+        measured = sorted(smaller for of, smaller in self.seconds if of == part and smaller < size)[-2:]
+        if not measured:
+            return 0.0
+        least, most = measured[0], measured[-1]
+        rise = self.seconds[part, most] - self.seconds[part, least]
+        return self.seconds[part, most] + (max(0.0, rise) / (most - least) * (size - most) if rise else 0.0)
+
+    def _longest(self, rows: int) -> int:
+        """Tokens that may be drafted for so many rows: passes grow by no more than twice what was measured already."""
+        most = 2 * max((size for _, size in self.seconds), default=1)
+        return min(MOST_DRAFTED, max(1, most // rows - 1))
 
     def timed(self, part: int, positions: int, seconds: float) -> None:
         key = (part, _size(positions))
@@ -162,12 +225,17 @@ class Speculation:
     def name(drafter: int, members: Sequence[str]) -> str:
         return "lookup" if drafter == LOOKUP else members[drafter]
 
-    def drafted(self, drafter: int, length: int, kept: int) -> None:
-        """A row kept `kept` of `length` drafted tokens; those behind the first that differs say nothing."""
+    def drafted(self, drafter: int, length: int, kept: int, sureness: Sequence[float] = ()) -> None:
+        """A row kept `kept` of `length` drafted tokens; those behind the first that differs say nothing.
+
+        sureness: the drafter's own probability of each, where it has any.
+        """
         tally = self.tallies[drafter]
         tally.drafted += length
         tally.kept += kept
         tally.add(kept, min(length, kept + 1))
+        for at, sure in enumerate(sureness[: kept + 1]):
+            tally.of_sureness(sure).add(int(at < kept), 1)
 
 
 def check_mode(mode: str | int) -> str | int:
@@ -184,17 +252,34 @@ def check_mode(mode: str | int) -> str | int:
 
 
 def _size(positions: int) -> int:
-    return 1 << (positions - 1).bit_length()
+    """The next number at or above that is a power of two or one and a half of them."""
+    power = 1 << (positions - 1).bit_length()
+    return power * 3 // 4 if positions <= power * 3 // 4 else power
 
 
-def lookup(context: Sequence[int], text: Sequence[int], length: int) -> list[int]:
-    """Up to `length` tokens that followed the latest earlier occurrence of the end of `text` in context + text."""
-    everything = [*context, *text]
-    for width in LOOKUP_LENGTHS:
-        if len(text) < width:
-            continue
-        end = everything[-width:]
-        for start in range(len(everything) - width - 1, -1, -1):
-            if everything[start : start + width] == end:
-                return everything[start + width : start + width + length]
-    return []
+class Copies:
+    """What followed the latest earlier occurrence of the last tokens, in a prompt and what was written behind it."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self._tokens: list[int] = []
+        self._written = 0
+        self._behind: dict[tuple[int, ...], int] = {}  # where what followed some tokens begins
+        self._append(prompt)
+
+    def next(self, written: Sequence[int], length: int) -> list[int]:
+        """Up to `length` tokens to go on with; `written` has grown since the last call, or is as it was."""
+        self._append(written[self._written :])
+        self._written = len(written)
+        for width in LOOKUP_LENGTHS:
+            start = self._behind.get(tuple(self._tokens[-width:])) if len(written) >= width else None
+            if start is not None:
+                return self._tokens[start : start + length]
+        return []
+
+    def _append(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            end = len(self._tokens)
+            for width in LOOKUP_LENGTHS:
+                if end >= width:
+                    self._behind[tuple(self._tokens[end - width :])] = end
+            self._tokens.append(token)

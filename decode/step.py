@@ -6,8 +6,9 @@ long one does not keep the others waiting; members whose prompt is shorter wait 
 
 # R positions at which a token is chosen  V vocabulary
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
@@ -19,7 +20,7 @@ from decode.draws import Draws
 from decode.ensemble import Choice, Ensemble
 from decode.explain import Explanation, explain
 from decode.rows import Rows
-from decode.speculate import CHOICE, LOOKUP, STEP, TOGETHER, Draft, Speculation, lookup
+from decode.speculate import CHOICE, LOOKUP, MOST_DRAFTED, STEP, TOGETHER, Copies, Draft, Speculation
 from kernels import Sampling
 
 # Positions of prompts that are read in one step, of the member with the longest.
@@ -37,6 +38,13 @@ class InFlight:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     explanations: list[Explanation] = field(default_factory=list)
+    _copies: Copies | None = None
+
+    def copied(self) -> list[int]:
+        """What could be copied from the first member's prompt or the output, as far as there is room for it."""
+        if self._copies is None:
+            self._copies = Copies(self.prompt[0])
+        return self._copies.next(self.tokens, min(MOST_DRAFTED, self.limit - len(self.tokens) - 1))
 
 
 class Work(Protocol):
@@ -62,20 +70,18 @@ def step(
     """
     parts = prompt_parts(active)
     decoding = [row for row, inflight in enumerate(active) if inflight.tokens]
-    plan = _agreed(ensemble, speculation.plan(len(decoding)), speculation)
+    copied = {} if speculation.mode == "off" else {row: active[row].copied() for row in decoding}
+    plan = _agreed(ensemble, speculation.plan(len(decoding), sum(map(bool, copied.values()))), speculation)
     drafts: list[list[int]] = [[] for _ in active]
+    sureness: list[list[float]] = [[] for _ in active]
     if plan is not None and plan.drafter == LOOKUP:
-        for row in decoding:
-            inflight = active[row]
-            room = inflight.limit - len(inflight.tokens) - 1
-            drafts[row] = lookup(inflight.prompt[0], inflight.tokens, min(plan.length, room))
-        if not any(drafts):
-            plan = _agreed(ensemble, speculation.instead_of_lookup(), speculation)
+        for row, tokens in copied.items():
+            drafts[row] = tokens[: plan.length]
     if plan is None and rows.graphs is not None and len(decoding) == len(active):
-        return _one_token_each(ensemble, rows, active, speculation, draws, work, explaining)
+        return _one_token_each(ensemble, rows, active, speculation, draws, work, explaining, copied)
     of_drafter = None
     if plan is not None and plan.drafter != LOOKUP:
-        of_drafter = _draft(ensemble, rows, active, parts, plan, speculation, draws, drafts)
+        of_drafter = _draft(ensemble, rows, active, parts, plan, speculation, draws, drafts, sureness)
 
     # A token is chosen behind every drafted one, and behind a prompt that ends here.
     chosen_at = [len(draft) + 1 if row.tokens else int(not any(row.unread)) for row, draft in zip(active, drafts)]
@@ -110,8 +116,10 @@ def step(
         speculation.timed(CHOICE, len(places), ended - choosing)
         if together:
             speculation.timed(TOGETHER, len(places), ended - started)
+    if plan is None or plan.drafter != LOOKUP:
+        _watch_copies(speculation, copied, choice, places)
     if plan is None and speculation.watches():
-        _watch(speculation, known, choice, active, decoding, places)
+        _watch_members(speculation, known, choice)
     picked = iter(zip(choice.tokens, choice.logprobs))
     for row, (draft, count) in enumerate(zip(drafts, chosen_at)):
         pairs = [next(picked) for _ in range(count)]
@@ -119,7 +127,7 @@ def step(
         gained[row] = pairs[: kept + 1]
         if draft and plan is not None:
             rows.forget(row, len(draft) - kept)
-            speculation.drafted(plan.drafter, len(draft), kept)
+            speculation.drafted(plan.drafter, len(draft), kept, sureness[row])
             work.add_draft(speculation.name(plan.drafter, ensemble.names), len(draft), kept)
     if explaining:
         _explain(ensemble, known, active, chosen_at, gained)
@@ -130,8 +138,8 @@ def _agreed(ensemble: Ensemble, plan: Draft | None, speculation: Speculation) ->
     """The processes of a split member draft alike, though each has a clock of its own."""
     if ensemble.part is None or speculation.mode == "off":
         return plan
-    drafter, length = ensemble.agree((0, 0) if plan is None else (plan.drafter, plan.length))
-    return Draft(drafter, length) if length else None
+    drafter, length, least = ensemble.agree((0, 0, 0) if plan is None else (plan.drafter, plan.length, plan.least))
+    return Draft(int(drafter), int(length), least) if length else None
 
 
 def _one_token_each(
@@ -142,6 +150,7 @@ def _one_token_each(
     draws: Draws | None,
     work: Work,
     explaining: bool,
+    copied: Mapping[int, Sequence[int]],
 ) -> list[list[tuple[int, float]]]:
     """A step in which every row decodes and nobody drafts, as one graph."""
     started = time.perf_counter()
@@ -151,9 +160,9 @@ def _one_token_each(
     work.steps += 1
     speculation.timed(STEP, len(active), time.perf_counter() - started)
     choice = Choice(chosen.tokens, chosen.logprobs)
+    _watch_copies(speculation, copied, choice, [(row, 0) for row in range(len(active))])
     if speculation.watches():
-        every = range(len(active))
-        _watch(speculation, chosen.logits, choice, active, every, [(row, 0) for row in every])
+        _watch_members(speculation, chosen.logits, choice)
     gained = [[pair] for pair in zip(choice.tokens, choice.logprobs)]
     if explaining:
         _explain(ensemble, chosen.logits, active, [1] * len(active), gained)
@@ -191,36 +200,52 @@ def _draft(
     speculation: Speculation,
     draws: Draws | None,
     drafts: list[list[int]],
+    sureness: list[list[float]],
 ) -> Tensor | None:
-    """Let a member write its own next tokens into `drafts`; its logits at all places where a token will be chosen.
+    """Let a member write its own next tokens into `drafts`, and into `sureness` how probable each is to it; its logits
+    at all places where a token will be chosen.
 
-    It reads its own last token too: the logits behind it are needed if the whole draft is kept. Prompts go along.
+    It reads its own last token too: the logits behind it are needed if the whole draft is kept. Prompts go along. As
+    soon as the next token is too unlikely to be kept for what it costs (`Draft.least`) the draft ends before it.
     """
     member = plan.drafter
-    wanted_tokens = [min(plan.length, row.limit - len(row.tokens) - 1) if row.tokens else 0 for row in active]
+    decoding = [row for row, inflight in enumerate(active) if inflight.tokens]
+    room = {row: min(plan.length, active[row].limit - len(active[row].tokens) - 1) for row in decoding}
+    chances = dict.fromkeys(decoding, 1.0)  # that all drafted so far is kept
     alone = torch.ones(1, device=ensemble.device)
     logits, places = [], []
-    for at in range(max(wanted_tokens) + 1):
-        new, wanted = [], []
+    at = 0
+    while at == 0 or any(len(drafts[row]) == at for row in decoding):
+        new: list[Sequence[int]] = []
+        wanted = []
         for row, inflight in enumerate(active):
             if inflight.tokens:
-                going = at <= wanted_tokens[row]
+                going = len(drafts[row]) == at
                 new.append([[inflight.tokens[-1], *drafts[row]][at]] if going else [])
                 wanted.append(int(going))
             else:
                 new.append(parts[row][member] if at == 0 else [])
                 wanted.append(int(at == 0 and not any(inflight.unread)))
         found = _timed(rows, member, new, wanted, speculation)
-        if found is None:
-            continue
         here = [(row, at) for row, count in enumerate(wanted) if count]
-        logits.append(found)
-        places += here
-        if at < max(wanted_tokens):
+        if found is not None:
+            logits.append(found)
+            places += here
+        if found is not None and any(room[row] > at for row, _ in here if row in room):
             own = _choose(ensemble, [found], active, here, draws, alone)
-            for (row, _), token in zip(here, own.tokens):
-                if at < wanted_tokens[row]:
+            likely = {}
+            for (row, _), token, logprob in zip(here, own.tokens, own.logprobs):
+                if room.get(row, 0) > at:
+                    sure = math.exp(logprob)
+                    chances[row] *= speculation.tallies[member].chance(sure)
+                    if chances[row] >= plan.least:
+                        likely[row] = token, sure
+            # A further pass of the drafter is shared by all rows that decode.
+            if sum(chances[row] for row in likely) >= plan.least * len(decoding):
+                for row, (token, sure) in likely.items():
                     drafts[row].append(token)
+                    sureness[row].append(sure)
+        at += 1
     if not logits:
         return None
     order = sorted(range(len(places)), key=places.__getitem__)  # row after row, as the other members give them
@@ -275,20 +300,23 @@ def _timed(
     return logits
 
 
-def _watch(
+def _watch_copies(
     speculation: Speculation,
-    logits: Sequence[Tensor],
+    copied: Mapping[int, Sequence[int]],
     choice: Choice,
-    active: Sequence[InFlight],
-    decoding: Sequence[int],
     places: Sequence[tuple[int, int]],
 ) -> None:
-    """Compare each drafter's next token with the combined choice of a step in which nobody drafted."""
-    chosen = {row: token for (row, _), token in zip(places, choice.tokens)}
-    for drafter, tally in speculation.tallies.items():
-        if drafter == LOOKUP:
-            guesses = {row: lookup(active[row].prompt[0], active[row].tokens, 1)[:1] for row in decoding}
-            tally.add(sum(guess == [chosen[row]] for row, guess in guesses.items()), len(guesses))
-        else:
-            own = logits[drafter].argmax(dim=-1).tolist()
-            tally.add(sum(token == mixed for token, mixed in zip(own, choice.tokens)), len(own))
+    """Compare what a row could have copied with its next token, where it was not drafted."""
+    guesses = [
+        copied[row][0] == token
+        for (row, at), token in zip(places, choice.tokens)
+        if at == 0 and copied.get(row)  # nothing is copied behind a prompt that just ended
+    ]
+    speculation.tallies[LOOKUP].add(sum(guesses), len(guesses))
+
+
+def _watch_members(speculation: Speculation, logits: Sequence[Tensor], choice: Choice) -> None:
+    """Compare each member's own choices with the combined ones of a step in which nobody drafted."""
+    for member in speculation.drafting_members:
+        own = logits[member].argmax(dim=-1).tolist()
+        speculation.tallies[member].add(sum(token == mixed for token, mixed in zip(own, choice.tokens)), len(own))

@@ -8,7 +8,7 @@ from tiny import TINY, tiny_model
 
 from decode import Ensemble, translate
 from decode.draws import Draws
-from decode.speculate import CHOICE, ENOUGH, LOOKUP, Speculation, lookup
+from decode.speculate import CHOICE, ENOUGH, LOOKUP, MOST_DRAFTED, PRIOR, Copies, Draft, Speculation, Tally
 from minillama import InputError
 
 EXPRESSIONS = ("L + S + A", "L + 0.5*S - 0.5*A", "L")
@@ -64,12 +64,33 @@ def test_drafts_are_kept_and_save_steps(models, prompts):
     assert fast.steps < 0.8 * plain.steps
 
 
+def copied(prompt, text, length):
+    return Copies(prompt).next(text, length)
+
+
 def test_lookup_copies_what_followed_the_last_occurrence():
-    assert lookup([9, 1, 2, 3, 4, 5], [7, 1, 2], 2) == [3, 4]
-    assert lookup([1, 2, 8, 1, 2, 9], [1, 2], 3) == [9, 1, 2]
-    assert lookup([5, 1, 2, 6, 3, 1, 2, 7], [3, 1, 2], 1) == [7]
-    assert lookup([1, 2, 3], [4, 5], 2) == []
-    assert lookup([], [1], 2) == []
+    assert copied([9, 1, 2, 3, 4, 5], [7, 1, 2], 2) == [3, 4]
+    assert copied([1, 2, 8, 1, 2, 9], [1, 2], 3) == [9, 1, 2]
+    assert copied([5, 1, 2, 6, 3, 1, 2, 7], [3, 1, 2], 1) == [7]
+    assert copied([1, 2, 3], [4, 5], 2) == []
+    assert copied([], [1, 2], 2) == []
+
+
+@given(
+    prompt=st.lists(st.integers(0, 2), max_size=12),
+    text=st.lists(st.integers(0, 2), max_size=12),
+    steps=st.lists(st.integers(0, 12), max_size=4),
+)
+def test_lookup_as_the_text_grows_is_a_search_of_the_whole(prompt, text, steps):
+    copies = Copies(prompt)
+    for end in [*sorted(min(step, len(text)) for step in steps), len(text)]:
+        everything = [*prompt, *text[:end]]
+        expected = []
+        for width in (3, 2):
+            starts = [i for i in range(len(everything) - width) if everything[i : i + width] == everything[-width:]]
+            if starts and end >= width and not expected:
+                expected = everything[starts[-1] + width :][:5]
+        assert copies.next(text[:end], 5) == expected
 
 
 @pytest.mark.parametrize("mode", ["often", "0", 0, 8, "-1"])
@@ -78,11 +99,15 @@ def test_an_unknown_mode_is_refused(mode):
         Speculation(2, mode)
 
 
+def agreed(policy, drafter, rate):
+    policy.tallies[drafter].agreed, policy.tallies[drafter].seen = rate * ENOUGH, ENOUGH
+
+
 def measured(members, rates, seconds):
     """A policy that has seen enough: agreement by drafter, seconds of one position and of each further one."""
     policy = Speculation(members, "auto")
     for drafter, rate in rates.items():
-        policy.tallies[drafter].rate, policy.tallies[drafter].seen = rate, ENOUGH
+        agreed(policy, drafter, rate)
     for part, (first, further) in seconds.items():
         for size in (1, 2, 4, 8, 16, 32, 64, 128):
             policy.seconds[part, size] = first + further * (size - 1)
@@ -94,16 +119,68 @@ def test_auto_drafts_where_it_pays_and_only_there():
     cheap_expert = {0: free, 1: (0.1, 0.0), CHOICE: (0.0, 0.0)}
     plan = measured(2, {LOOKUP: 0.1, 0: 0.9, 1: 0.8}, cheap_expert).plan(1)
     assert (plan.drafter, plan.length >= 3) == (1, True)  # the cheap member drafts, though the other agrees more often
-    assert measured(2, {LOOKUP: 0.7, 0: 0.3, 1: 0.3}, {0: free, 1: free, CHOICE: free}).plan(1).drafter == LOOKUP
+    copying = measured(2, {LOOKUP: 0.7, 0: 0.3, 1: 0.3}, {0: free, 1: free, CHOICE: free})
+    assert copying.plan(1, copying=1).drafter == LOOKUP
+    assert copying.plan(1, copying=0) is None  # nothing is there to copy, and nobody else is worth it
+    assert copying.plan(20, copying=1) is None  # one row in twenty gains next to nothing
     assert measured(2, {LOOKUP: 0.2, 0: 0.9, 1: 0.8}, {0: linear, 1: linear, CHOICE: free}).plan(16) is None
     assert measured(2, {LOOKUP: 0.0, 0: 0.0, 1: 0.0}, cheap_expert).plan(1) is None
     assert Speculation(2, "auto").plan(1) is None  # nothing is known yet
+
+
+def test_a_longer_draft_is_tried_only_where_passes_half_as_long_were_measured():
+    policy = measured(2, {LOOKUP: 0.0, 0: 0.9, 1: 0.9}, {0: (1.0, 0.0), 1: (0.01, 0.0), CHOICE: (0.0, 0.0)})
+    assert policy.plan(1).length == MOST_DRAFTED
+    policy.seconds = {key: value for key, value in policy.seconds.items() if key[1] <= 16}
+    assert [policy.plan(rows).length for rows in (4, 8, 16)] == [7, 3, 1]
+
+
+def test_a_draft_ends_before_a_token_that_costs_more_than_it_brings():
+    """The drafter takes a quarter of a step: its tokens must be kept more often than that, for what they bring."""
+    policy = measured(2, {LOOKUP: 0.0, 0: 0.5, 1: 0.8}, {0: (0.75, 0.0), 1: (0.25, 0.0), CHOICE: (0.0, 0.0)})
+    plan = policy.plan(1)
+    assert plan.drafter == 1
+    assert 0.25 < plan.least < 0.5
+    dearer = measured(2, {LOOKUP: 0.0, 0: 0.5, 1: 0.8}, {0: (0.75, 0.1), 1: (0.25, 0.0), CHOICE: (0.0, 0.0)})
+    assert dearer.plan(1).least > plan.least  # every position that is checked takes time too
+
+
+def test_drafts_that_end_early_lose_no_token(models, prompts, monkeypatch):
+    """A draft of unequal length in every row, down to none, and the same tokens and bits."""
+    ensemble = Ensemble({"L": models["L"], "S": models["S"]}, "L + 0.2*S")
+    plain = translate(ensemble, prompts, 40, batch_size=4, ignore_eos=True)
+    drafted = {}
+    for least in (0.0, 0.5, 1.1):
+
+        def plan(policy, rows, copying, least=least):
+            return Draft(1, 5, least) if all(policy.tallies[member].known for member in (0, 1)) else None
+
+        monkeypatch.setattr(Speculation, "plan", plan)
+        found = translate(ensemble, prompts, 40, batch_size=4, ignore_eos=True, speculate="auto")
+        assert (found.tokens, found.logprobs) == (plain.tokens, plain.logprobs)
+        drafted[least] = found.counters.drafted, found.counters.kept / max(1, found.counters.drafted)
+    assert drafted[0.0][0] > drafted[0.5][0] > drafted[1.1][0] == 0
+    assert drafted[0.5][1] > drafted[0.0][1]  # what is left out is what would not have been kept
+
+
+def test_how_sure_a_drafter_is_tells_how_likely_its_token_is_kept():
+    tally = Tally()
+    tally.add(50, 100)
+    assert tally.chance(0.9) == tally.chance(0.1) == tally.rate  # nothing is known of either
+    for _ in range(40):
+        tally.of_sureness(0.95).add(1, 1)
+        tally.of_sureness(0.05).add(0, 1)
+    assert tally.chance(1.0) > 0.9 > 0.1 > tally.chance(0.0)
+    alike = tally.of_sureness(0.3)
+    alike.add(PRIOR, PRIOR)
+    assert tally.chance(0.3) == pytest.approx((1 + tally.rate) / 2, rel=0.05)
 
 
 def test_a_fixed_number_is_drafted_by_whom_it_costs_least():
     """The large member agrees more often with what it dominates, and is the last that should draft."""
     policy = measured(2, {LOOKUP: 0.1, 0: 0.9, 1: 0.8}, {})
     policy.mode, policy.weights = 3, [10.0, 1.0]
-    assert (policy.plan(1).drafter, policy.plan(1).length) == (1, 3)
-    policy.tallies[LOOKUP].rate = 0.9
-    assert policy.plan(1).drafter == LOOKUP
+    assert (policy.plan(1, 1).drafter, policy.plan(1, 1).length) == (1, 3)
+    agreed(policy, LOOKUP, 0.9)
+    assert policy.plan(1, copying=1).drafter == LOOKUP
+    assert policy.plan(1, copying=0).drafter == 1
