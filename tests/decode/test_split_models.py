@@ -135,9 +135,9 @@ def test_the_command_writes_what_one_process_writes(model_folders, source, split
 def test_when_a_process_of_a_group_dies_the_other_ends_and_resume_does_the_rest(model_folders, source, victim):  # noqa: F811
     expected = unbroken(model_folders, source)
     command = arguments(model_folders, source, "--tensor-parallel", "2", "--resume")
-    processes = start_ranks([*command, "--batch-size", "6"], 2, source)
+    processes = start_ranks([*command, "--batch-size", "1"], 2, source)
     journal = source / "hyp.txt.journal"
-    while not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 6):
         time.sleep(0.002)
         assert processes[victim].is_alive()
     os.kill(processes[victim].pid, signal.SIGKILL)
