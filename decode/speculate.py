@@ -53,7 +53,8 @@ PRIOR = 4
 class Draft:
     """Who drafts how many tokens at most: a member's number, or LOOKUP.
 
-    least: the part of a plain step that one more drafted token costs; it must be as likely to be kept.
+    least: tokens that the time of one more drafted token would bring without it. That a draft is kept to its last token
+    must be as likely, and with several rows their sum as much as `least` of each.
     """
 
     drafter: int
@@ -72,7 +73,7 @@ class Agreement:
     def rate(self) -> float:
         return self.agreed / self.seen if self.seen else 0.0
 
-    def add(self, agreed: int, of: int) -> None:
+    def add(self, agreed: float, of: int) -> None:
         fading = FADING**of
         self.agreed = self.agreed * fading + agreed
         self.seen = self.seen * fading + of
@@ -80,13 +81,11 @@ class Agreement:
 
 @dataclass
 class Tally(Agreement):
-    """A drafter's next token against the combined choice; kept tokens out of drafted ones.
+    """A drafter's next token against the combined choice.
 
     by_sureness: the same by the probability that the drafter itself gave the token, from 0 to 1 in equal parts.
     """
 
-    drafted: int = 0
-    kept: int = 0
     by_sureness: list[Agreement] = field(default_factory=lambda: [Agreement() for _ in range(SURENESSES)])
 
     @property
@@ -130,14 +129,16 @@ class Speculation:
     def plan(self, rows: int, copying: int = 0) -> Draft | None:
         """What to draft for `rows` rows that decode, of which `copying` have something to copy; None: a plain step."""
         self.steps += 1
+        if self.mode == "off" or not rows:
+            return None
         known = [drafter for drafter in self.drafting_members if self.tallies[drafter].known]
         if copying and self.tallies[LOOKUP].known:
             known.append(LOOKUP)
-        if self.mode == "off" or not rows or not known:
+        if not known:
             return None
         if isinstance(self.mode, int):
-            length = self.mode
-            return Draft(max(known, key=lambda drafter: self._tokens_by_weights(drafter, length)), length)
+            length, share = self.mode, copying / rows
+            return Draft(max(known, key=lambda drafter: self._tokens_by_weights(drafter, length, share)), length)
         return self._best(known, rows, copying)
 
     def _best(self, drafters: Sequence[int], rows: int, copying: int) -> Draft | None:
@@ -163,7 +164,7 @@ class Speculation:
                 found = tokens * plain / seconds if seconds else math.inf
                 if found > gain:
                     gain, best = found, Draft(drafter, length)
-        if best is None or best.drafter == LOOKUP:
+        if best is None or best.drafter == LOOKUP or math.isinf(gain):
             return best
         return Draft(best.drafter, most, self._least(best.drafter, rows, gain))
 
@@ -177,17 +178,23 @@ class Speculation:
         rate = self.tallies[drafter].rate
         return length + 1 if rate >= 1 else (1 - rate ** (length + 1)) / (1 - rate)
 
-    def _tokens_by_weights(self, drafter: int, length: int) -> float:
-        """Expected tokens for each reading of all weights: a fixed length is no matter of clocks."""
-        own = 0.0 if drafter == LOOKUP or not self.weights else self.weights[drafter] / sum(self.weights)
+    def _tokens_by_weights(self, drafter: int, length: int, copying: float) -> float:
+        """Expected tokens for each reading of all weights: a fixed length is no matter of clocks.
+
+        copying: the share of rows with something to copy.
+        """
+        if drafter == LOOKUP:
+            return 1 + (self._tokens(drafter, length) - 1) * copying
+        own = self.weights[drafter] / sum(self.weights) if self.weights else 0.0
         return self._tokens(drafter, length) / (1 + length * own)
 
     def _least(self, drafter: int, rows: int, gain: float) -> float:
-        """What part of a step that brings `gain` times the tokens of a plain one another drafted token costs."""
-        passes = self._pass(drafter, rows) + self._pass(CHOICE, rows)
-        few, most = rows * 2, rows * (MOST_DRAFTED + 1)
-        further = (self._checking(most) - self._checking(few)) / (MOST_DRAFTED - 1)
-        return min(gain * (passes + max(0.0, further)) / self._plain(rows), 1.0) if math.isfinite(gain) else 0.0
+        """`Draft.least` where a draft brings `gain` times the tokens of a plain step."""
+        others = [part for part in (CHOICE, *range(self.members)) if part != drafter]
+        few, most = (sum(self._pass(part, rows * n) for part in others) for n in (2, MOST_DRAFTED + 1))
+        checking = max(0.0, most - few) / (MOST_DRAFTED - 1)
+        further = self._pass(drafter, rows) + self._pass(CHOICE, rows) + checking
+        return min(gain * further / self._plain(rows), 1.0)
 
     def _plain(self, rows: int) -> float:
         """Seconds of a plain step."""
@@ -225,17 +232,15 @@ class Speculation:
     def name(drafter: int, members: Sequence[str]) -> str:
         return "lookup" if drafter == LOOKUP else members[drafter]
 
-    def drafted(self, drafter: int, length: int, kept: int, sureness: Sequence[float] = ()) -> None:
-        """A row kept `kept` of `length` drafted tokens; those behind the first that differs say nothing.
+    def compared(self, drafter: int, agreed: Sequence[bool], sureness: Sequence[float] = ()) -> None:
+        """Whether each of a row's next tokens was what the drafter would write, up to the first that was not.
 
         sureness: the drafter's own probability of each, where it has any.
         """
         tally = self.tallies[drafter]
-        tally.drafted += length
-        tally.kept += kept
-        tally.add(kept, min(length, kept + 1))
-        for at, sure in enumerate(sureness[: kept + 1]):
-            tally.of_sureness(sure).add(int(at < kept), 1)
+        tally.add(sum(agreed), len(agreed))
+        for same, sure in zip(agreed, sureness):
+            tally.of_sureness(sure).add(int(same), 1)
 
 
 def check_mode(mode: str | int) -> str | int:

@@ -47,6 +47,10 @@ class InFlight:
         return self._copies.next(self.tokens, min(MOST_DRAFTED, self.limit - len(self.tokens) - 1))
 
 
+# By row the tokens that a member would write next, and its probability of each.
+Guesses = dict[int, tuple[list[int], list[float]]]
+
+
 class Work(Protocol):
     """What a step counts."""
 
@@ -73,15 +77,15 @@ def step(
     copied = {} if speculation.mode == "off" else {row: active[row].copied() for row in decoding}
     plan = _agreed(ensemble, speculation.plan(len(decoding), sum(map(bool, copied.values()))), speculation)
     drafts: list[list[int]] = [[] for _ in active]
-    sureness: list[list[float]] = [[] for _ in active]
+    guesses: Guesses = {}
     if plan is not None and plan.drafter == LOOKUP:
         for row, tokens in copied.items():
             drafts[row] = tokens[: plan.length]
     if plan is None and rows.graphs is not None and len(decoding) == len(active):
         return _one_token_each(ensemble, rows, active, speculation, draws, work, explaining, copied)
-    of_drafter = None
+    of_drafter: Tensor | None = None
     if plan is not None and plan.drafter != LOOKUP:
-        of_drafter = _draft(ensemble, rows, active, parts, plan, speculation, draws, drafts, sureness)
+        of_drafter = _draft(ensemble, rows, active, parts, plan, speculation, draws, drafts, guesses)
 
     # A token is chosen behind every drafted one, and behind a prompt that ends here.
     chosen_at = [len(draft) + 1 if row.tokens else int(not any(row.unread)) for row, draft in zip(active, drafts)]
@@ -114,20 +118,24 @@ def step(
     if len(places) == sum(len(draft) + 1 for draft in drafts):
         ended = time.perf_counter()
         speculation.timed(CHOICE, len(places), ended - choosing)
-        if together:
+        if together and positions == len(places):
             speculation.timed(TOGETHER, len(places), ended - started)
-    if plan is None or plan.drafter != LOOKUP:
+    if copied and (plan is None or plan.drafter != LOOKUP):
         _watch_copies(speculation, copied, choice, places)
     if plan is None and speculation.watches():
-        _watch_members(speculation, known, choice)
+        _watch_members(ensemble, speculation, known, choice)
     picked = iter(zip(choice.tokens, choice.logprobs))
     for row, (draft, count) in enumerate(zip(drafts, chosen_at)):
         pairs = [next(picked) for _ in range(count)]
         kept = next((i for i, token in enumerate(draft) if pairs[i][0] != token), len(draft))
         gained[row] = pairs[: kept + 1]
-        if draft and plan is not None:
+        if plan is None:
+            continue
+        # What a member would have written behind its draft is compared too: else only likely tokens ever were.
+        tokens, sureness = guesses.get(row, (draft, []))
+        speculation.compared(plan.drafter, [a == b for a, (b, _) in zip(tokens, gained[row])], sureness)
+        if draft:
             rows.forget(row, len(draft) - kept)
-            speculation.drafted(plan.drafter, len(draft), kept, sureness[row])
             work.add_draft(speculation.name(plan.drafter, ensemble.names), len(draft), kept)
     if explaining:
         _explain(ensemble, known, active, chosen_at, gained)
@@ -160,9 +168,10 @@ def _one_token_each(
     work.steps += 1
     speculation.timed(STEP, len(active), time.perf_counter() - started)
     choice = Choice(chosen.tokens, chosen.logprobs)
-    _watch_copies(speculation, copied, choice, [(row, 0) for row in range(len(active))])
+    if copied:
+        _watch_copies(speculation, copied, choice, [(row, 0) for row in range(len(active))])
     if speculation.watches():
-        _watch_members(speculation, chosen.logits, choice)
+        _watch_members(ensemble, speculation, chosen.logits, choice)
     gained = [[pair] for pair in zip(choice.tokens, choice.logprobs)]
     if explaining:
         _explain(ensemble, chosen.logits, active, [1] * len(active), gained)
@@ -200,10 +209,11 @@ def _draft(
     speculation: Speculation,
     draws: Draws | None,
     drafts: list[list[int]],
-    sureness: list[list[float]],
-) -> Tensor | None:
-    """Let a member write its own next tokens into `drafts`, and into `sureness` how probable each is to it; its logits
-    at all places where a token will be chosen.
+    guesses: Guesses,
+) -> Tensor:
+    """Let a member write its own next tokens into `drafts`; its logits at all places where a token will be chosen.
+
+    guesses: to it goes what the member would have written, up to the token before which a draft ended.
 
     It reads its own last token too: the logits behind it are needed if the whole draft is kept. Prompts go along. As
     soon as the next token is too unlikely to be kept for what it costs (`Draft.least`) the draft ends before it.
@@ -227,27 +237,27 @@ def _draft(
                 new.append(parts[row][member] if at == 0 else [])
                 wanted.append(int(at == 0 and not any(inflight.unread)))
         found = _timed(rows, member, new, wanted, speculation)
+        assert found is not None  # a row that decodes reads its last token
         here = [(row, at) for row, count in enumerate(wanted) if count]
-        if found is not None:
-            logits.append(found)
-            places += here
-        if found is not None and any(room[row] > at for row, _ in here if row in room):
+        logits.append(found)
+        places += here
+        if any(room[row] > at for row, _ in here if row in room):
             own = _choose(ensemble, [found], active, here, draws, alone)
             likely = {}
             for (row, _), token, logprob in zip(here, own.tokens, own.logprobs):
                 if room.get(row, 0) > at:
                     sure = math.exp(logprob)
+                    tokens, sureness = guesses.setdefault(row, ([], []))
+                    tokens.append(token)
+                    sureness.append(sure)
                     chances[row] *= speculation.tallies[member].chance(sure)
                     if chances[row] >= plan.least:
-                        likely[row] = token, sure
+                        likely[row] = token
             # A further pass of the drafter is shared by all rows that decode.
             if sum(chances[row] for row in likely) >= plan.least * len(decoding):
-                for row, (token, sure) in likely.items():
+                for row, token in likely.items():
                     drafts[row].append(token)
-                    sureness[row].append(sure)
         at += 1
-    if not logits:
-        return None
     order = sorted(range(len(places)), key=places.__getitem__)  # row after row, as the other members give them
     return torch.cat(logits)[torch.tensor(order, device=ensemble.device)]
 
@@ -315,8 +325,13 @@ def _watch_copies(
     speculation.tallies[LOOKUP].add(sum(guesses), len(guesses))
 
 
-def _watch_members(speculation: Speculation, logits: Sequence[Tensor], choice: Choice) -> None:
-    """Compare each member's own choices with the combined ones of a step in which nobody drafted."""
-    for member in speculation.drafting_members:
-        own = logits[member].argmax(dim=-1).tolist()
-        speculation.tallies[member].add(sum(token == mixed for token, mixed in zip(own, choice.tokens)), len(own))
+def _watch_members(ensemble: Ensemble, speculation: Speculation, logits: Sequence[Tensor], choice: Choice) -> None:
+    """Compare each member's own choices with the combined ones of a step in which nobody drafted.
+
+    The processes of a split member count alike, though the last bit of their logits may differ.
+    """
+    members = speculation.drafting_members
+    own = [logits[member].argmax(dim=-1).tolist() for member in members]
+    counts = ensemble.agree([sum(a == b for a, b in zip(tokens, choice.tokens)) for tokens in own])
+    for member, count in zip(members, counts):
+        speculation.tallies[member].add(count, len(choice.tokens))

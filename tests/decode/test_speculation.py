@@ -163,6 +163,38 @@ def test_drafts_that_end_early_lose_no_token(models, prompts, monkeypatch):
     assert drafted[0.5][1] > drafted[0.0][1]  # what is left out is what would not have been kept
 
 
+def test_what_a_draft_ended_before_is_compared_too(models, prompts, monkeypatch):
+    """Else agreement would be that of likely tokens alone, and a policy that drafts nothing would never find out."""
+    ensemble = Ensemble({"L": models["L"], "S": models["S"]}, "L + 0.2*S")
+    rates = {}
+    for least in (0.0, 1.1):
+        policies = []
+
+        def plan(policy, rows, copying, least=least, policies=policies):
+            policies.append(policy)
+            return Draft(1, 1, least) if policy.tallies[1].known else None
+
+        monkeypatch.setattr(Speculation, "plan", plan)
+        translate(ensemble, prompts, 40, batch_size=7, ignore_eos=True, speculate="auto")
+        tally = policies[0].tallies[1]
+        rates[least] = tally.rate
+        assert tally.seen > 60
+        assert sum(alike.seen for alike in tally.by_sureness) > 60
+    assert rates[1.1] == pytest.approx(rates[0.0], abs=0.2)
+    assert 0 < rates[1.1] < 1
+
+
+def test_what_processes_count_is_agreed_on(models, prompts, monkeypatch):
+    """A member's logits may differ in a last bit from process to process; what they draft must not."""
+    ensemble = Ensemble({"L": models["L"], "S": models["S"]}, "L + 0.2*S")
+    monkeypatch.setattr(Ensemble, "agree", lambda self, numbers: [0.0 for _ in numbers])
+    watched = []
+    monkeypatch.setattr(Speculation, "plan", lambda policy, rows, copying: watched.append(policy))
+    translate(ensemble, prompts, 20, batch_size=7, ignore_eos=True, speculate="auto")
+    assert [watched[0].tallies[member].rate for member in (0, 1)] == [0, 0]
+    assert watched[0].tallies[1].known
+
+
 def test_how_sure_a_drafter_is_tells_how_likely_its_token_is_kept():
     tally = Tally()
     tally.add(50, 100)
