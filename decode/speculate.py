@@ -31,8 +31,8 @@ TOGETHER = -4
 # Tokens whose last occurrence is looked for, longest first.
 LOOKUP_LENGTHS = (3, 2)
 MOST_DRAFTED = 7
-# How many tokens `auto` considers.
-LENGTHS = (1, 3, MOST_DRAFTED)
+# How many tokens `auto` considers, whatever they are.
+LENGTHS = (1, 3)
 # `auto` drafts when it expects this much more than plain decoding: of a lone row, and of several, whose drafts are of
 # unequal length and beside which prompts are read, which takes longer than passes that were measured.
 MARGIN, MARGIN_OF_ROWS = 1.1, 1.2
@@ -47,6 +47,8 @@ ENOUGH = 12
 # Parts in which a drafter's own probabilities are told apart, and what of them all is taken for known of each.
 SURENESSES = 8
 PRIOR = 4
+# Of those the least at which a draft of any length is considered to go on.
+SURER = (4, 7)
 
 
 @dataclass(frozen=True)
@@ -84,20 +86,37 @@ class Tally(Agreement):
     """A drafter's next token against the combined choice.
 
     by_sureness: the same by the probability that the drafter itself gave the token, from 0 to 1 in equal parts.
+    shares: how many of late were of each part.
     """
 
     by_sureness: list[Agreement] = field(default_factory=lambda: [Agreement() for _ in range(SURENESSES)])
+    shares: list[float] = field(default_factory=lambda: [0.0] * SURENESSES)
 
     @property
     def known(self) -> bool:
         return self.seen >= ENOUGH
 
-    def of_sureness(self, sure: float) -> Agreement:
-        return self.by_sureness[min(int(sure * SURENESSES), SURENESSES - 1)]
+    def add_sure(self, agreed: bool, sure: float) -> None:
+        part = _part(sure)
+        self.by_sureness[part].add(int(agreed), 1)
+        self.shares = [share * FADING for share in self.shares]
+        self.shares[part] += 1
 
     def chance(self, sure: float) -> float:
         """That a token with this probability is kept; where little was seen of such, nearer to what any has."""
-        alike = self.of_sureness(sure)
+        return self._chance(_part(sure))
+
+    def sure_from(self, part: int) -> tuple[float, float]:
+        """How likely a token is of this part or a surer one, and how likely it is so and kept."""
+        seen = sum(self.shares)
+        if not seen:  # nobody has asked how sure the drafter was
+            return 1.0, self.rate
+        surer = range(part, SURENESSES)
+        kept = sum(self.shares[one] * self._chance(one) for one in surer)
+        return sum(self.shares[one] for one in surer) / seen, kept / seen
+
+    def _chance(self, part: int) -> float:
+        alike = self.by_sureness[part]
         return (alike.agreed + PRIOR * self.rate) / (alike.seen + PRIOR)
 
 
@@ -147,19 +166,17 @@ class Speculation:
         if not plain:
             return None
         most = self._longest(rows)
-        choice = self._pass(CHOICE, rows)
         gain, best = MARGIN if rows == 1 else MARGIN_OF_ROWS, None
-        for length in (length for length in LENGTHS if length <= most):
-            passes = [self._pass(member, rows * (length + 1)) for member in range(self.members)]
-            checking = sum(passes) + self._pass(CHOICE, rows * (length + 1))
-            for drafter in drafters:
-                tokens = self._tokens(drafter, length)
-                if drafter == LOOKUP:
-                    tokens = 1 + (tokens - 1) * copying / rows
+        lengths = [length for length in LENGTHS if length <= most]
+        for drafter in drafters:
+            for length, surer in [(length, 0) for length in lengths] + [(most, part) for part in SURER]:
+                if drafter != LOOKUP:
+                    tokens, seconds = self._by_member(drafter, length, surer, rows)
+                elif not surer:
+                    tokens = 1 + (self._tokens(drafter, length) - 1) * copying / rows
                     seconds = self._checking(rows + copying * length)
                 else:
-                    drafting = (length + 1) * self._pass(drafter, rows) + length * choice
-                    seconds = drafting + checking - passes[drafter]
+                    continue
                 # Where no pass but the whole plain step was measured yet, a draft is how they are.
                 found = tokens * plain / seconds if seconds else math.inf
                 if found > gain:
@@ -167,6 +184,19 @@ class Speculation:
         if best is None or best.drafter == LOOKUP or math.isinf(gain):
             return best
         return Draft(best.drafter, most, self._least(best.drafter, rows, gain))
+
+    def _by_member(self, member: int, length: int, surer: int, rows: int) -> tuple[float, float]:
+        """Tokens of a row and seconds of a step in which a member drafts up to `length` tokens for each row, stopping
+        before one of a part of its sureness below `surer`.
+        """
+        going, kept = self.tallies[member].sure_from(surer)
+        tokens = sum(kept**at for at in range(length + 1))
+        # A pass of the drafter is made as long as one row goes on.
+        passes = sum(1 - (1 - going**at) ** rows for at in range(1, length + 1))
+        positions = round(rows * sum(going**at for at in range(length + 1)))
+        seconds = sum(self._pass(part, positions) for part in (CHOICE, *range(self.members)) if part != member)
+        own = self._pass(member, rows)
+        return tokens, seconds + own + passes * (own + self._pass(CHOICE, rows))
 
     @property
     def drafting_members(self) -> range:
@@ -240,7 +270,7 @@ class Speculation:
         tally = self.tallies[drafter]
         tally.add(sum(agreed), len(agreed))
         for same, sure in zip(agreed, sureness):
-            tally.of_sureness(sure).add(int(same), 1)
+            tally.add_sure(same, sure)
 
 
 def check_mode(mode: str | int) -> str | int:
@@ -254,6 +284,10 @@ def check_mode(mode: str | int) -> str | int:
     if not 1 <= number <= MOST_DRAFTED:
         raise InputError(f"speculate {mode}: 1 to {MOST_DRAFTED} tokens can be drafted at a time")
     return number
+
+
+def _part(sure: float) -> int:
+    return min(int(sure * SURENESSES), SURENESSES - 1)
 
 
 def _size(positions: int) -> int:

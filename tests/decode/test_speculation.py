@@ -200,12 +200,28 @@ def test_how_sure_a_drafter_is_tells_how_likely_its_token_is_kept():
     tally.add(50, 100)
     assert tally.chance(0.9) == tally.chance(0.1) == tally.rate  # nothing is known of either
     for _ in range(40):
-        tally.of_sureness(0.95).add(1, 1)
-        tally.of_sureness(0.05).add(0, 1)
+        tally.add_sure(True, 0.95)
+        tally.add_sure(False, 0.05)
     assert tally.chance(1.0) > 0.9 > 0.1 > tally.chance(0.0)
-    alike = tally.of_sureness(0.3)
-    alike.add(PRIOR, PRIOR)
+    for _ in range(PRIOR):
+        tally.add_sure(True, 0.3)
     assert tally.chance(0.3) == pytest.approx((1 + tally.rate) / 2, rel=0.05)
+
+
+def test_a_drafter_that_knows_when_it_is_right_drafts_though_it_is_seldom_right():
+    """Half its tokens are worth nothing and it knows which: they are not drafted, and the others pay."""
+    times = {0: (1.0, 0.0), 1: (0.4, 0.0), CHOICE: (0.0, 0.0)}
+    policy = measured(2, {LOOKUP: 0.0, 0: 0.0, 1: 0.4}, times)
+    assert policy.plan(1) is None
+    for _ in range(40):
+        policy.compared(1, [True], [0.95])
+        policy.compared(1, [False], [0.2])
+    tally = policy.tallies[1]
+    assert tally.sure_from(0) == pytest.approx((1, 0.5), abs=0.05)
+    assert tally.sure_from(7) == pytest.approx((0.5, 0.5), abs=0.05)
+    plan = policy.plan(1)
+    assert plan.drafter == 1
+    assert tally.chance(0.2) < plan.least < tally.chance(0.95)
 
 
 def test_a_fixed_number_is_drafted_by_whom_it_costs_least():
