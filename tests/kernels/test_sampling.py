@@ -179,7 +179,7 @@ def test_noise_in_float32_is_that_of_float64():
     assert found.isfinite().all()
     # near u = 1, where the noise is lowest and decides nothing, float32 has no finer steps
     ordinary = words < 2**32 - 2**25
-    assert ((found - truth).abs() <= 1e-5 * (1 + truth.abs()))[ordinary].all()
+    assert ((found - truth).abs() <= 2e-5 * (1 + truth.abs()))[ordinary].all()
 
 
 def test_what_cannot_be_drawn_from_is_refused():
