@@ -16,7 +16,7 @@ are tried only when the draft would pay if their time grew as that of shorter on
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from minillama import InputError
@@ -44,6 +44,8 @@ FADING = 0.99
 WATCH_EVERY = 16
 # Comparisons before an agreement is believed.
 ENOUGH = 12
+# For so many steps a plain one that was found best is taken for best while as many rows decode and copy.
+HOLDING = 8
 # Parts in which a drafter's own probabilities are told apart, and what of them all is taken for known of each.
 SURENESSES = 8
 PRIOR = 4
@@ -134,6 +136,8 @@ class Speculation:
     # seconds of a member's pass or of a choice, by its positions, rounded up (`_size`)
     seconds: dict[tuple[int, int], float] = field(default_factory=dict)
     steps: int = 0
+    # the step until which a plain one is taken for best, by the rows that decode and that copy
+    plain_until: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.mode = check_mode(self.mode)
@@ -148,7 +152,7 @@ class Speculation:
     def plan(self, rows: int, copying: int = 0) -> Draft | None:
         """What to draft for `rows` rows that decode, of which `copying` have something to copy; None: a plain step."""
         self.steps += 1
-        if self.mode == "off" or not rows:
+        if self.mode == "off" or not rows or self.steps < self.plain_until.get((rows, copying), 0):
             return None
         known = [drafter for drafter in self.drafting_members if self.tallies[drafter].known]
         if copying and self.tallies[LOOKUP].known:
@@ -158,25 +162,22 @@ class Speculation:
         if isinstance(self.mode, int):
             length, share = self.mode, copying / rows
             return Draft(max(known, key=lambda drafter: self._tokens_by_weights(drafter, length, share)), length)
-        return self._best(known, rows, copying)
-
-    def _best(self, drafters: Sequence[int], rows: int, copying: int) -> Draft | None:
-        """The draft that brings most tokens a second, by what is known now; None for a plain step."""
         plain = self._plain(rows)
         if not plain:
             return None
+        best = self._best(known, rows, copying, plain)
+        if best is None:
+            self.plain_until[rows, copying] = self.steps + HOLDING
+        return best
+
+    def _best(self, drafters: Sequence[int], rows: int, copying: int, plain: float) -> Draft | None:
+        """The draft that brings most tokens a second as far as is known; None: a plain step, of `plain` seconds."""
         most = self._longest(rows)
         gain, best = MARGIN if rows == 1 else MARGIN_OF_ROWS, None
-        lengths = [length for length in LENGTHS if length <= most]
         for drafter in drafters:
-            for length, surer in [(length, 0) for length in lengths] + [(most, part) for part in SURER]:
-                if drafter != LOOKUP:
-                    tokens, seconds = self._by_member(drafter, length, surer, rows)
-                elif not surer:
-                    tokens = 1 + (self._tokens(drafter, length) - 1) * copying / rows
-                    seconds = self._checking(rows + copying * length)
-                else:
-                    continue
+            by_lookup = drafter == LOOKUP
+            expected = self._by_lookup(rows, copying, most) if by_lookup else self._by_member(drafter, rows, most)
+            for length, tokens, seconds in expected:
                 # Where no pass but the whole plain step was measured yet, a draft is how they are.
                 found = tokens * plain / seconds if seconds else math.inf
                 if found > gain:
@@ -185,18 +186,26 @@ class Speculation:
             return best
         return Draft(best.drafter, most, self._least(best.drafter, rows, gain))
 
-    def _by_member(self, member: int, length: int, surer: int, rows: int) -> tuple[float, float]:
-        """Tokens of a row and seconds of a step in which a member drafts up to `length` tokens for each row, stopping
-        before one of a part of its sureness below `surer`.
+    def _by_lookup(self, rows: int, copying: int, most: int) -> Iterator[tuple[int, float, float]]:
+        """Lengths of drafts by copying; of each the tokens of a row and the seconds of a step."""
+        for length in LENGTHS:
+            if length <= most:
+                tokens = 1 + (self._tokens(LOOKUP, length) - 1) * copying / rows
+                yield length, tokens, self._checking(rows + copying * length)
+
+    def _by_member(self, member: int, rows: int, most: int) -> Iterator[tuple[int, float, float]]:
+        """Lengths of a member's drafts for each row; of each the tokens of a row and the seconds of a step.
+
+        Drafts of the greatest length also end before a token of a part of its sureness below one of SURER.
         """
-        going, kept = self.tallies[member].sure_from(surer)
-        tokens = sum(kept**at for at in range(length + 1))
-        # A pass of the drafter is made as long as one row goes on.
-        passes = sum(1 - (1 - going**at) ** rows for at in range(1, length + 1))
-        positions = round(rows * sum(going**at for at in range(length + 1)))
-        seconds = sum(self._pass(part, positions) for part in (CHOICE, *range(self.members)) if part != member)
-        own = self._pass(member, rows)
-        return tokens, seconds + own + passes * (own + self._pass(CHOICE, rows))
+        own, choosing = self._pass(member, rows), self._pass(CHOICE, rows)
+        for length, surer in [(length, 0) for length in LENGTHS if length <= most] + [(most, part) for part in SURER]:
+            going, kept = self.tallies[member].sure_from(surer)
+            # A pass of the drafter is made as long as one row goes on.
+            passes = sum(1 - (1 - going**at) ** rows for at in range(1, length + 1))
+            positions = round(rows * _series(going, length))
+            others = sum(self._pass(part, positions) for part in (CHOICE, *range(self.members)) if part != member)
+            yield length, _series(kept, length), others + own + passes * (own + choosing)
 
     @property
     def drafting_members(self) -> range:
@@ -205,8 +214,7 @@ class Speculation:
 
     def _tokens(self, drafter: int, length: int) -> float:
         """Tokens that a step with this draft is expected to gain."""
-        rate = self.tallies[drafter].rate
-        return length + 1 if rate >= 1 else (1 - rate ** (length + 1)) / (1 - rate)
+        return _series(self.tallies[drafter].rate, length)
 
     def _tokens_by_weights(self, drafter: int, length: int, copying: float) -> float:
         """Expected tokens for each reading of all weights: a fixed length is no matter of clocks.
@@ -284,6 +292,11 @@ def check_mode(mode: str | int) -> str | int:
     if not 1 <= number <= MOST_DRAFTED:
         raise InputError(f"speculate {mode}: 1 to {MOST_DRAFTED} tokens can be drafted at a time")
     return number
+
+
+def _series(rate: float, length: int) -> float:
+    """Tokens that a step gains where each of `length` drafted is as likely as `rate` to be kept behind those kept."""
+    return sum(rate**at for at in range(length + 1))
 
 
 def _part(sure: float) -> int:

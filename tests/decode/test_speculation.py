@@ -8,7 +8,7 @@ from tiny import TINY, tiny_model
 
 from decode import Ensemble, translate
 from decode.draws import Draws
-from decode.speculate import CHOICE, ENOUGH, LOOKUP, MOST_DRAFTED, PRIOR, Copies, Draft, Speculation, Tally
+from decode.speculate import CHOICE, ENOUGH, HOLDING, LOOKUP, MOST_DRAFTED, PRIOR, Copies, Draft, Speculation, Tally
 from minillama import InputError
 
 EXPRESSIONS = ("L + S + A", "L + 0.5*S - 0.5*A", "L")
@@ -213,6 +213,7 @@ def test_a_drafter_that_knows_when_it_is_right_drafts_though_it_is_seldom_right(
     times = {0: (1.0, 0.0), 1: (0.4, 0.0), CHOICE: (0.0, 0.0)}
     policy = measured(2, {LOOKUP: 0.0, 0: 0.0, 1: 0.4}, times)
     assert policy.plan(1) is None
+    policy.steps += HOLDING
     for _ in range(40):
         policy.compared(1, [True], [0.95])
         policy.compared(1, [False], [0.2])
@@ -222,6 +223,15 @@ def test_a_drafter_that_knows_when_it_is_right_drafts_though_it_is_seldom_right(
     plan = policy.plan(1)
     assert plan.drafter == 1
     assert tally.chance(0.2) < plan.least < tally.chance(0.95)
+
+
+def test_a_plain_step_found_best_is_not_asked_about_at_each_step():
+    policy = measured(2, {LOOKUP: 0.0, 0: 0.0, 1: 0.0}, {0: (1.0, 0.0), 1: (0.1, 0.0), CHOICE: (0.0, 0.0)})
+    assert policy.plan(1) is None
+    agreed(policy, 1, 0.9)
+    assert [policy.plan(1) for _ in range(HOLDING - 1)] == [None] * (HOLDING - 1)
+    assert policy.plan(1).drafter == 1
+    assert policy.plan(2).drafter == 1  # other rows are another question
 
 
 def test_a_fixed_number_is_drafted_by_whom_it_costs_least():
