@@ -44,8 +44,8 @@ FADING = 0.99
 WATCH_EVERY = 16
 # Comparisons before an agreement is believed.
 ENOUGH = 12
-# For so many steps a plain one that was found best is taken for best while as many rows decode and copy.
-HOLDING = 8
+# Steps of several rows for which `auto` asks nothing more once it found that a draft does not pay.
+RESTING = 8
 # Parts in which a drafter's own probabilities are told apart, and what of them all is taken for known of each.
 SURENESSES = 8
 PRIOR = 4
@@ -136,8 +136,8 @@ class Speculation:
     # seconds of a member's pass or of a choice, by its positions, rounded up (`_size`)
     seconds: dict[tuple[int, int], float] = field(default_factory=dict)
     steps: int = 0
-    # the step until which a plain one is taken for best, by the rows that decode and that copy
-    plain_until: dict[tuple[int, int], int] = field(default_factory=dict)
+    # the step up to which several rows go on without a question
+    resting_until: int = 0
 
     def __post_init__(self) -> None:
         self.mode = check_mode(self.mode)
@@ -151,8 +151,7 @@ class Speculation:
 
     def plan(self, rows: int, copying: int = 0) -> Draft | None:
         """What to draft for `rows` rows that decode, of which `copying` have something to copy; None: a plain step."""
-        self.steps += 1
-        if self.mode == "off" or not rows or self.steps < self.plain_until.get((rows, copying), 0):
+        if self.mode == "off" or not rows:
             return None
         known = [drafter for drafter in self.drafting_members if self.tallies[drafter].known]
         if copying and self.tallies[LOOKUP].known:
@@ -162,16 +161,22 @@ class Speculation:
         if isinstance(self.mode, int):
             length, share = self.mode, copying / rows
             return Draft(max(known, key=lambda drafter: self._tokens_by_weights(drafter, length, share)), length)
+        return self._best(known, rows, copying)
+
+    def rests(self, rows: int) -> bool:
+        """Whether rows go on with a plain step unasked; never a lone one, which may have something to copy at once."""
+        return rows > 1 and self.steps < self.resting_until
+
+    def rest(self) -> None:
+        """A draft did not pay just now, or came to nothing: with several rows that is so for a while."""
+        if self.mode == "auto" and all(self.tallies[member].known for member in self.drafting_members):
+            self.resting_until = self.steps + RESTING
+
+    def _best(self, drafters: Sequence[int], rows: int, copying: int) -> Draft | None:
+        """The draft that brings most tokens a second, by what is known now; None for a plain step."""
         plain = self._plain(rows)
         if not plain:
             return None
-        best = self._best(known, rows, copying, plain)
-        if best is None:
-            self.plain_until[rows, copying] = self.steps + HOLDING
-        return best
-
-    def _best(self, drafters: Sequence[int], rows: int, copying: int, plain: float) -> Draft | None:
-        """The draft that brings most tokens a second as far as is known; None: a plain step, of `plain` seconds."""
         most = self._longest(rows)
         gain, best = MARGIN if rows == 1 else MARGIN_OF_ROWS, None
         for drafter in drafters:

@@ -74,18 +74,22 @@ def step(
     """
     parts = prompt_parts(active)
     decoding = [row for row, inflight in enumerate(active) if inflight.tokens]
-    copied = {} if speculation.mode == "off" else {row: active[row].copied() for row in decoding}
-    plan = _agreed(ensemble, speculation.plan(len(decoding), sum(map(bool, copied.values()))), speculation)
+    speculation.steps += 1
+    resting = speculation.mode == "off" or speculation.rests(len(decoding))
+    copied = {} if resting else {row: active[row].copied() for row in decoding}
+    plan = None if resting else _agreed(ensemble, speculation.plan(len(decoding), sum(map(bool, copied.values()))))
     drafts: list[list[int]] = [[] for _ in active]
     guesses: Guesses = {}
     if plan is not None and plan.drafter == LOOKUP:
         for row, tokens in copied.items():
             drafts[row] = tokens[: plan.length]
-    if plan is None and rows.graphs is not None and len(decoding) == len(active):
-        return _one_token_each(ensemble, rows, active, speculation, draws, work, explaining, copied)
     of_drafter: Tensor | None = None
     if plan is not None and plan.drafter != LOOKUP:
         of_drafter = _draft(ensemble, rows, active, parts, plan, speculation, draws, drafts, guesses)
+    if not resting and not any(drafts):
+        speculation.rest()
+    if plan is None and rows.graphs is not None and len(decoding) == len(active):
+        return _one_token_each(ensemble, rows, active, speculation, draws, work, explaining, copied)
 
     # A token is chosen behind every drafted one, and behind a prompt that ends here.
     chosen_at = [len(draft) + 1 if row.tokens else int(not any(row.unread)) for row, draft in zip(active, drafts)]
@@ -142,9 +146,9 @@ def step(
     return gained
 
 
-def _agreed(ensemble: Ensemble, plan: Draft | None, speculation: Speculation) -> Draft | None:
+def _agreed(ensemble: Ensemble, plan: Draft | None) -> Draft | None:
     """The processes of a split member draft alike, though each has a clock of its own."""
-    if ensemble.part is None or speculation.mode == "off":
+    if ensemble.part is None:
         return plan
     drafter, length, least = ensemble.agree((0, 0, 0) if plan is None else (plan.drafter, plan.length, plan.least))
     return Draft(int(drafter), int(length), least) if length else None

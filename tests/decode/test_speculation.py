@@ -1,5 +1,7 @@
 """Speculation and batching change what a step does, never what comes out: the same tokens, the same bits."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from tiny import TINY, tiny_model
 
 from decode import Ensemble, translate
 from decode.draws import Draws
-from decode.speculate import CHOICE, ENOUGH, HOLDING, LOOKUP, MOST_DRAFTED, PRIOR, Copies, Draft, Speculation, Tally
+from decode.speculate import CHOICE, ENOUGH, LOOKUP, MOST_DRAFTED, PRIOR, RESTING, Copies, Draft, Speculation, Tally
 from minillama import InputError
 
 EXPRESSIONS = ("L + S + A", "L + 0.5*S - 0.5*A", "L")
@@ -166,6 +168,7 @@ def test_drafts_that_end_early_lose_no_token(models, prompts, monkeypatch):
 def test_what_a_draft_ended_before_is_compared_too(models, prompts, monkeypatch):
     """Else agreement would be that of likely tokens alone, and a policy that drafts nothing would never find out."""
     ensemble = Ensemble({"L": models["L"], "S": models["S"]}, "L + 0.2*S")
+    monkeypatch.setattr(Speculation, "rest", lambda policy: None)
     rates = {}
     for least in (0.0, 1.1):
         policies = []
@@ -213,7 +216,6 @@ def test_a_drafter_that_knows_when_it_is_right_drafts_though_it_is_seldom_right(
     times = {0: (1.0, 0.0), 1: (0.4, 0.0), CHOICE: (0.0, 0.0)}
     policy = measured(2, {LOOKUP: 0.0, 0: 0.0, 1: 0.4}, times)
     assert policy.plan(1) is None
-    policy.steps += HOLDING
     for _ in range(40):
         policy.compared(1, [True], [0.95])
         policy.compared(1, [False], [0.2])
@@ -225,13 +227,38 @@ def test_a_drafter_that_knows_when_it_is_right_drafts_though_it_is_seldom_right(
     assert tally.chance(0.2) < plan.least < tally.chance(0.95)
 
 
-def test_a_plain_step_found_best_is_not_asked_about_at_each_step():
-    policy = measured(2, {LOOKUP: 0.0, 0: 0.0, 1: 0.0}, {0: (1.0, 0.0), 1: (0.1, 0.0), CHOICE: (0.0, 0.0)})
-    assert policy.plan(1) is None
-    agreed(policy, 1, 0.9)
-    assert [policy.plan(1) for _ in range(HOLDING - 1)] == [None] * (HOLDING - 1)
-    assert policy.plan(1).drafter == 1
-    assert policy.plan(2).drafter == 1  # other rows are another question
+def test_several_rows_rest_from_questions_once_everybody_is_known_and_a_lone_one_never():
+    policy = Speculation(2, "auto")
+    policy.rest()
+    assert not policy.rests(4)  # nothing is known yet: a question costs nothing and may be the first to be answered
+    for member in policy.drafting_members:
+        agreed(policy, member, 0.1)
+    policy.rest()
+    assert not policy.rests(1)
+    resting = []
+    for policy.steps in range(1, RESTING + 2):
+        resting.append(policy.rests(4))
+    assert resting == [True] * (RESTING - 1) + [False] * 2
+
+
+@pytest.mark.parametrize("drafter", [None, 1])
+def test_rows_that_rest_are_decoded_without_a_question(models, prompts, monkeypatch, drafter):
+    """Whether nobody should draft or a draft came to nothing: then only every eighth step asks again."""
+    ensemble = Ensemble({"L": models["L"], "S": models["S"]}, "L + 0.2*S")
+    plain = translate(ensemble, prompts, 40, batch_size=len(prompts), ignore_eos=True)
+    asked = []
+
+    def plan(policy, rows, copying):
+        if not all(policy.tallies[member].known for member in policy.drafting_members):
+            return None
+        asked.append(policy.steps)
+        return drafter and Draft(drafter, 1, 1.1)
+
+    monkeypatch.setattr(Speculation, "plan", plan)
+    found = translate(ensemble, prompts, 40, batch_size=len(prompts), ignore_eos=True, speculate="auto")
+    assert (found.tokens, found.logprobs) == (plain.tokens, plain.logprobs)
+    assert len(asked) > 2
+    assert {b - a for a, b in pairwise(asked)} == {RESTING}
 
 
 def test_a_fixed_number_is_drafted_by_whom_it_costs_least():
