@@ -44,7 +44,8 @@ FADING = 0.99
 WATCH_EVERY = 16
 # Comparisons before an agreement is believed.
 ENOUGH = 12
-# Steps of several rows for which `auto` asks nothing more once it found that a draft does not pay.
+# `auto` asks again so many steps after it found that a draft does not pay. With fewer than twice as many rows what they
+# have to copy, and how sure a drafter is, changes faster: then after half as many steps as there are rows.
 RESTING = 8
 # Parts in which a drafter's own probabilities are told apart, and what of them all is taken for known of each.
 SURENESSES = 8
@@ -136,7 +137,7 @@ class Speculation:
     # seconds of a member's pass or of a choice, by its positions, rounded up (`_size`)
     seconds: dict[tuple[int, int], float] = field(default_factory=dict)
     steps: int = 0
-    # the step up to which several rows go on without a question
+    # the step before which nobody asks again what to draft
     resting_until: int = 0
 
     def __post_init__(self) -> None:
@@ -163,14 +164,19 @@ class Speculation:
             return Draft(max(known, key=lambda drafter: self._tokens_by_weights(drafter, length, share)), length)
         return self._best(known, rows, copying)
 
-    def rests(self, rows: int) -> bool:
-        """Whether rows go on with a plain step unasked; never a lone one, which may have something to copy at once."""
-        return rows > 1 and self.steps < self.resting_until
+    def rests(self) -> bool:
+        """Whether this step is a plain one unasked, as one was found best a moment ago."""
+        return self.steps < self.resting_until
 
-    def rest(self) -> None:
-        """A draft did not pay just now, or came to nothing: with several rows that is so for a while."""
-        if self.mode == "auto" and all(self.tallies[member].known for member in self.drafting_members):
-            self.resting_until = self.steps + RESTING
+    def rest(self, rows: int) -> None:
+        """A draft for so many rows does not pay just now, or came to nothing: that is so for a while."""
+        known = all(self.tallies[member].known for member in self.drafting_members)
+        if self.mode == "auto" and rows and known and self._plain(rows):
+            self.resting_until = self.steps + min(RESTING, rows // 2)
+
+    def copies(self) -> bool:
+        """Whether this step should look for what could be copied."""
+        return self.mode != "off" and not (self.rests() and self.tallies[LOOKUP].known)
 
     def _best(self, drafters: Sequence[int], rows: int, copying: int) -> Draft | None:
         """The draft that brings most tokens a second, by what is known now; None for a plain step."""
@@ -300,7 +306,7 @@ def check_mode(mode: str | int) -> str | int:
 
 
 def _series(rate: float, length: int) -> float:
-    """Tokens that a step gains where each of `length` drafted is as likely as `rate` to be kept behind those kept."""
+    """One and how many of `length` are reached when each is as likely as `rate`, once those before it are reached."""
     return sum(rate**at for at in range(length + 1))
 
 

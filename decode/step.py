@@ -75,8 +75,8 @@ def step(
     parts = prompt_parts(active)
     decoding = [row for row, inflight in enumerate(active) if inflight.tokens]
     speculation.steps += 1
-    resting = speculation.mode == "off" or speculation.rests(len(decoding))
-    copied = {} if resting else {row: active[row].copied() for row in decoding}
+    resting = speculation.mode == "off" or speculation.rests()
+    copied = {row: active[row].copied() for row in decoding} if speculation.copies() else {}
     plan = None if resting else _agreed(ensemble, speculation.plan(len(decoding), sum(map(bool, copied.values()))))
     drafts: list[list[int]] = [[] for _ in active]
     guesses: Guesses = {}
@@ -87,7 +87,7 @@ def step(
     if plan is not None and plan.drafter != LOOKUP:
         of_drafter = _draft(ensemble, rows, active, parts, plan, speculation, draws, drafts, guesses)
     if not resting and not any(drafts):
-        speculation.rest()
+        speculation.rest(len(decoding))
     if plan is None and rows.graphs is not None and len(decoding) == len(active):
         return _one_token_each(ensemble, rows, active, speculation, draws, work, explaining, copied)
 

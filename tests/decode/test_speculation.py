@@ -168,7 +168,7 @@ def test_drafts_that_end_early_lose_no_token(models, prompts, monkeypatch):
 def test_what_a_draft_ended_before_is_compared_too(models, prompts, monkeypatch):
     """Else agreement would be that of likely tokens alone, and a policy that drafts nothing would never find out."""
     ensemble = Ensemble({"L": models["L"], "S": models["S"]}, "L + 0.2*S")
-    monkeypatch.setattr(Speculation, "rest", lambda policy: None)
+    monkeypatch.setattr(Speculation, "rest", lambda policy, rows: None)
     rates = {}
     for least in (0.0, 1.1):
         policies = []
@@ -227,23 +227,34 @@ def test_a_drafter_that_knows_when_it_is_right_drafts_though_it_is_seldom_right(
     assert tally.chance(0.2) < plan.least < tally.chance(0.95)
 
 
-def test_several_rows_rest_from_questions_once_everybody_is_known_and_a_lone_one_never():
-    policy = Speculation(2, "auto")
-    policy.rest()
-    assert not policy.rests(4)  # nothing is known yet: a question costs nothing and may be the first to be answered
-    for member in policy.drafting_members:
-        agreed(policy, member, 0.1)
-    policy.rest()
-    assert not policy.rests(1)
-    resting = []
-    for policy.steps in range(1, RESTING + 2):
-        resting.append(policy.rests(4))
-    assert resting == [True] * (RESTING - 1) + [False] * 2
+@pytest.mark.parametrize(("rows", "resting"), [(0, 0), (1, 0), (2, 0), (4, 1), (16, RESTING - 1), (64, RESTING - 1)])
+def test_many_rows_rest_from_questions_and_few_hardly(rows, resting):
+    """What many have to copy and to draft changes slowly; a lone one may have something to copy at once."""
+    policy = measured(2, {LOOKUP: 0.1, 0: 0.1, 1: 0.1}, {0: (1.0, 0.0), 1: (1.0, 0.0), CHOICE: (0.1, 0.0)})
+    policy.rest(rows)
+    unasked = []
+    for policy.steps in range(1, 2 * RESTING):
+        unasked.append(policy.rests())
+        assert policy.copies() == (not policy.rests())
+    assert unasked == [at < resting for at in range(len(unasked))]
+
+
+def test_nobody_rests_before_there_is_an_answer():
+    times = {0: (1.0, 0.0), 1: (1.0, 0.0), CHOICE: (0.1, 0.0)}
+    for policy in (Speculation(2, "auto"), measured(2, {0: 0.1, 1: 0.1}, {}), measured(2, {0: 0.1}, times)):
+        policy.rest(16)
+        policy.steps += 1
+        assert not policy.rests()
+    unread = measured(2, {0: 0.1, 1: 0.1}, times)
+    unread.rest(16)
+    unread.steps += 1
+    assert unread.rests()
+    assert unread.copies()  # how good copying is has yet to be seen
 
 
 @pytest.mark.parametrize("drafter", [None, 1])
 def test_rows_that_rest_are_decoded_without_a_question(models, prompts, monkeypatch, drafter):
-    """Whether nobody should draft or a draft came to nothing: then only every eighth step asks again."""
+    """Whether nobody should draft or a draft came to nothing: then only every so many steps ask again."""
     ensemble = Ensemble({"L": models["L"], "S": models["S"]}, "L + 0.2*S")
     plain = translate(ensemble, prompts, 40, batch_size=len(prompts), ignore_eos=True)
     asked = []
@@ -258,7 +269,7 @@ def test_rows_that_rest_are_decoded_without_a_question(models, prompts, monkeypa
     found = translate(ensemble, prompts, 40, batch_size=len(prompts), ignore_eos=True, speculate="auto")
     assert (found.tokens, found.logprobs) == (plain.tokens, plain.logprobs)
     assert len(asked) > 2
-    assert {b - a for a, b in pairwise(asked)} == {RESTING}
+    assert {b - a for a, b in pairwise(asked)} == {min(RESTING, len(prompts) // 2)}
 
 
 def test_a_fixed_number_is_drafted_by_whom_it_costs_least():
