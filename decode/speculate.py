@@ -35,7 +35,7 @@ MOST_DRAFTED = 7
 LENGTHS = (1, 3)
 # `auto` drafts when it expects this much more than plain decoding: of a lone row, and of several, whose drafts are of
 # unequal length and beside which prompts are read, which takes longer than passes that were measured.
-MARGIN, MARGIN_OF_ROWS = 1.1, 1.2
+MARGIN, MARGIN_OF_ROWS = 1.1, 1.4
 # Weight of the newest measurement in a pass's running mean.
 NEWEST = 0.1
 # What a comparison still counts after the next one: agreement is that of about the last hundred.
@@ -165,8 +165,8 @@ class Speculation:
         return self._best(known, rows, copying)
 
     def rests(self) -> bool:
-        """Whether this step is a plain one unasked, as one was found best a moment ago."""
-        return self.steps < self.resting_until
+        """Whether this step is a plain one unasked: nothing is ever drafted, or a plain one was best a moment ago."""
+        return self.mode == "off" or self.steps < self.resting_until
 
     def rest(self, rows: int) -> None:
         """A draft for so many rows does not pay just now, or came to nothing: that is so for a while."""

@@ -75,7 +75,7 @@ def step(
     parts = prompt_parts(active)
     decoding = [row for row, inflight in enumerate(active) if inflight.tokens]
     speculation.steps += 1
-    resting = speculation.mode == "off" or speculation.rests()
+    resting = speculation.rests()
     copied = {row: active[row].copied() for row in decoding} if speculation.copies() else {}
     plan = None if resting else _agreed(ensemble, speculation.plan(len(decoding), sum(map(bool, copied.values()))))
     drafts: list[list[int]] = [[] for _ in active]
