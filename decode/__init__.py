@@ -7,7 +7,7 @@
 Nothing here knows how a model was trained.
 """
 
-from decode.ensemble import Ensemble
+from decode.engine.ensemble import Ensemble
 from decode.translate import Translations, translate
 
 __all__ = ["Ensemble", "Translations", "translate"]

@@ -27,11 +27,11 @@ from decode.bench_plot import plot
 from decode.bench_shapes import SHAPES, Models, prepare, sentence_prompts
 from decode.bench_show import show
 from decode.options import DEFAULT_ROWS
-from decode.speculate import check_mode
+from decode.engine.speculative import check_mode
 from kernels.bench import device_name, processor_name, save, versions
 from kernels.bench_cpu import alternate, read_speed
 from minillama import InputError
-from minillama.command import Parser
+from minillama.cli import Parser
 from minillama.errors import exit_code
 
 SPECULATE = ["off", "auto", "2", "4", "7"]

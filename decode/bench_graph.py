@@ -15,11 +15,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from decode.bench_shapes import SHAPES, random_model, random_prompts, step_work
-from decode.ensemble import Ensemble
-from decode.step_graph import ACTIVE
+from decode.engine.ensemble import Ensemble
+from decode.engine.cuda_graph import ACTIVE
 from decode.translate import translate
 from kernels import bench_gpu
-from minillama.command import Parser
+from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
 
 MEMBERS = {"L": "llama-3.2-3b", "S": "llama-3.2-1b", "T": "llama-3.2-1b"}

@@ -16,7 +16,7 @@ import torch
 
 from corpora import Prompt
 from corpora.prompts import FILE_NAME
-from decode.expression import parse
+from decode.engine.expression import parse
 from minillama import Llama, LlamaConfig, Tokenizer
 from minillama.chat import chat_format, render, stop_tokens
 from minillama.config import RopeScaling, read_config

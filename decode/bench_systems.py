@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from decode import Ensemble, translate
-from decode.expression import parse
-from decode.places import Place
+from decode.engine.expression import parse
+from decode.pipeline.placement import Place
 from decode.translate import Counters
 from minillama import InputError, Llama
 

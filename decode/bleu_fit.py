@@ -24,13 +24,13 @@ import numpy as np
 
 from corpora.metrics import text_metrics
 from corpora.pairs import one_line
-from decode.beam import Rules, search
-from decode.ensemble import Ensemble
-from decode.prepare import PreparedLlama
-from decode.progress import DecodeProgress
-from decode.teacher_forced import Array, Likelihood, TeacherForced, teacher_forced
+from decode.engine.beam import Rules, search
+from decode.engine.ensemble import Ensemble
+from decode.model.packed_llama import PreparedLlama
+from decode.pipeline.progress import DecodeProgress
+from decode.fitting.hidden_states import Array, Likelihood, TeacherForced, teacher_forced
 from decode.translate import Counters
-from decode.tuning import rounded
+from decode.fitting.fit import rounded
 from minillama import Tokenizer
 
 RADIUS = 0.3

@@ -15,26 +15,26 @@ from pathlib import Path
 
 import torch
 
-from decode.explain_page import Explained, PageWriter
-from decode.explain_text import TextWriter
-from decode.expression import spell
-from decode.fingerprint import fingerprint
-from decode.journal import journal_path, remove
-from decode.members import Options, Reader, Sentences, encode_sentences, load_ensemble, open_readers
-from decode.memory import Budget, capacities
+from decode.explain.page import Explained, PageWriter
+from decode.explain.text import TextWriter
+from decode.engine.expression import spell
+from decode.pipeline.fingerprint import fingerprint
+from decode.pipeline.journal import journal_path, remove
+from decode.pipeline.members import Options, Reader, Sentences, encode_sentences, load_ensemble, open_readers
+from decode.pipeline.memory import Budget, capacities
 from decode.options import check_files, decoding_options, named_folders, not_aligned, parser, read_texts
-from decode.places import Place, listed, per_member, places, splits
-from decode.ranks import Ranks
-from decode.report import describe_run, device_name, scores, summary, write_report
-from decode.results import Results
+from decode.pipeline.placement import Place, listed, per_member, places, splits
+from decode.pipeline.distributed import Ranks
+from decode.pipeline.report import describe_run, device_name, scores, summary, write_report
+from decode.pipeline.results import Results
 from decode.search_options import nbest_path
-from decode.session import Session, TooLong
-from decode.stream import windows
-from decode.weights_file import combination
-from decode.work import Done, Work
+from decode.pipeline.session import Session, TooLong
+from decode.pipeline.input import windows
+from decode.pipeline.weights_file import combination
+from decode.pipeline.work import Done, Work
 from minillama import InputError
 from minillama.errors import Interrupted, exit_code
-from minillama.parallel import PeerLost, check_divides
+from minillama.tensor_parallel import PeerLost, check_divides
 
 # Batches of standard input that are taken together at most: a large window keeps rows busy, a small one streams.
 WINDOW_BATCHES = 16

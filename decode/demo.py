@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from corpora import sample
-from decode.ensemble import Ensemble
-from decode.expression import spell
-from decode.members import Options, load_ensemble, open_readers
-from decode.places import places
-from decode.report import scores
-from decode.session import Session
+from decode.engine.ensemble import Ensemble
+from decode.engine.expression import spell
+from decode.pipeline.members import Options, load_ensemble, open_readers
+from decode.pipeline.placement import places
+from decode.pipeline.report import scores
+from decode.pipeline.session import Session
 from minillama import InputError
 
 FOLDER = Path(__file__).resolve().parent.parent / "demo"

@@ -23,20 +23,20 @@ import torch
 
 from corpora import read_lines
 from corpora.text import display_name
-from decode.explain_page import Explained, PageWriter
-from decode.expression import spell
-from decode.journal import journal_path
-from decode.members import Options, encode_sentences, load_ensemble, open_readers
+from decode.explain.page import Explained, PageWriter
+from decode.engine.expression import spell
+from decode.pipeline.journal import journal_path
+from decode.pipeline.members import Options, encode_sentences, load_ensemble, open_readers
 from decode.options import add_model_options, named_folders
-from decode.places import per_member, places
-from decode.ranks import Ranks
-from decode.results import Results
-from decode.session import Session
-from decode.weights_file import combination
-from decode.work import Work
+from decode.pipeline.placement import per_member, places
+from decode.pipeline.distributed import Ranks
+from decode.pipeline.results import Results
+from decode.pipeline.session import Session
+from decode.pipeline.weights_file import combination
+from decode.pipeline.work import Work
 from kernels.bench import device_name, save, versions
 from minillama import InputError
-from minillama.command import Parser
+from minillama.cli import Parser
 from minillama.errors import exit_code
 
 RESULTS = Path(__file__).parent / "results" / "explain"

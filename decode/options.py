@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from corpora import language_name, read_lines
-from decode.journal import journal_path
-from decode.members import TOO_LONG, Options
-from decode.output import check_writable
-from decode.places import DTYPES
+from decode.pipeline.journal import journal_path
+from decode.pipeline.members import TOO_LONG, Options
+from decode.pipeline.output import check_writable
+from decode.pipeline.placement import DTYPES
 from decode.search_options import add_search_options, nbest_path
-from decode.speculate import MOST_DRAFTED, check_mode
+from decode.engine.speculative import MOST_DRAFTED, check_mode
 from minillama import InputError
-from minillama.command import Parser
+from minillama.cli import Parser
 
 DEFAULT_ROWS = 128
 EXAMPLES = """examples:

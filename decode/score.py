@@ -18,19 +18,19 @@ from typing import Any
 from corpora import iter_lines, language_name
 from corpora.text import display_name, open_binary
 from decode.collab import WINDOW_BATCHES
-from decode.ensemble import Ensemble
-from decode.expression import spell
-from decode.given import Given, given_logprobs
-from decode.members import Options, Reader, encode_pair, load_ensemble, open_readers
+from decode.engine.ensemble import Ensemble
+from decode.engine.expression import spell
+from decode.engine.likelihood import Given, given_logprobs
+from decode.pipeline.members import Options, Reader, encode_pair, load_ensemble, open_readers
 from decode.options import add_model_options, named_folders
-from decode.output import OrderedWriter, check_writable
-from decode.places import listed, per_member, places
-from decode.progress import DecodeProgress
-from decode.report import device_name, finite
-from decode.stream import windows
-from decode.weights_file import combination
+from decode.pipeline.output import OrderedWriter, check_writable
+from decode.pipeline.placement import listed, per_member, places
+from decode.pipeline.progress import DecodeProgress
+from decode.pipeline.report import device_name, finite
+from decode.pipeline.input import windows
+from decode.pipeline.weights_file import combination
 from minillama import InputError
-from minillama.command import Parser
+from minillama.cli import Parser
 from minillama.errors import Interrupted, exit_code
 
 EXAMPLES = """examples:

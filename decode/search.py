@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from decode import beam
+from decode.engine import beam
 from decode.draws import Draws
-from decode.ensemble import Ensemble
-from decode.members import Options
+from decode.engine.ensemble import Ensemble
+from decode.pipeline.members import Options
 from decode.translate import Counters, Translation, decode
 
 

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from decode.beam import MOST_BEAMS
+from decode.engine.beam import MOST_BEAMS
 from minillama import InputError
 
 LARGEST_SEED = 2**63 - 1

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from decode.draws import Draws
-from decode.ensemble import Choice, Ensemble
-from decode.explain import Explanation, explain
-from decode.rows import Rows
-from decode.speculate import CHOICE, LOOKUP, MOST_DRAFTED, STEP, TOGETHER, Copies, Draft, Speculation
+from decode.engine.ensemble import Choice, Ensemble
+from decode.engine.attribution import Explanation, explain
+from decode.engine.kv_slots import Rows
+from decode.engine.speculative import CHOICE, LOOKUP, MOST_DRAFTED, STEP, TOGETHER, Copies, Draft, Speculation
 from kernels import Sampling
 
 # Positions of prompts that are read in one step, of the member with the longest.

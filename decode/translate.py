@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from decode.draws import Draws
-from decode.ensemble import Ensemble
-from decode.explain import Explanation
-from decode.rows import Rows
-from decode.speculate import Speculation
+from decode.engine.ensemble import Ensemble
+from decode.engine.attribution import Explanation
+from decode.engine.kv_slots import Rows
+from decode.engine.speculative import Speculation
 from decode.step import InFlight, step
 from minillama import InputError
 

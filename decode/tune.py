@@ -16,16 +16,16 @@ import numpy as np
 
 from corpora.text import display_name
 from decode.bleu_fit import Task, fit_bleu
-from decode.fingerprint import folder_digest
-from decode.members import load_ensemble
-from decode.places import listed
-from decode.prepare import PreparedLlama
-from decode.report import device_name, finite, versions
-from decode.teacher_forced import TeacherForced, teacher_forced
+from decode.pipeline.fingerprint import folder_digest
+from decode.pipeline.members import load_ensemble
+from decode.pipeline.placement import listed
+from decode.model.packed_llama import PreparedLlama
+from decode.pipeline.report import device_name, finite, versions
+from decode.fitting.hidden_states import TeacherForced, teacher_forced
 from decode.tune_options import BEAMS, LONGEST, ROUNDS, Job, parser, prepare
-from decode.tune_report import curve_lines, fit_lines
-from decode.tuning import best_scale, compare, describe, fit_weights, same_from_other_starts, spell_weights
-from decode.weights_file import write_toml
+from decode.fitting.report import curve_lines, fit_lines
+from decode.fitting.fit import best_scale, compare, describe, fit_weights, same_from_other_starts, spell_weights
+from decode.pipeline.weights_file import write_toml
 from minillama.errors import exit_code
 
 

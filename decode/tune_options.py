@@ -9,18 +9,18 @@ import numpy as np
 from corpora import language_name, read_lines
 from corpora.pairs import is_blank
 from corpora.text import display_name
-from decode.beam import MOST_BEAMS
-from decode.expression import parse
-from decode.fit import Bounds
-from decode.members import Options, Reader, encode_pair, open_readers
+from decode.engine.beam import MOST_BEAMS
+from decode.engine.expression import parse
+from decode.fitting.newton import Bounds
+from decode.pipeline.members import Options, Reader, encode_pair, open_readers
 from decode.options import add_model_options, named_folders, not_aligned
-from decode.output import check_writable
-from decode.places import Place, per_member, places
-from decode.teacher_forced import Array
-from decode.tuning import rounded, spell_weights
-from decode.weights_file import combination
+from decode.pipeline.output import check_writable
+from decode.pipeline.placement import Place, per_member, places
+from decode.fitting.hidden_states import Array
+from decode.fitting.fit import rounded, spell_weights
+from decode.pipeline.weights_file import combination
 from minillama import InputError
-from minillama.command import Parser
+from minillama.cli import Parser
 
 EXAMPLES = """examples:
   python -m decode.tune --model L=demo/L --model S_src=demo/S_src --model S_tgt=demo/S_tgt --source ja --target en \\

@@ -21,7 +21,7 @@ mkdir -p "$work"
 # On a processor without bf16 instructions its products are emulated, and slow.
 dtype=$("$python" -c '
 import torch
-from kernels.packed_linear import has_bfloat16_instructions
+from kernels.cpu.packed_linear import has_bfloat16_instructions
 print("bfloat16" if torch.cuda.is_available() or has_bfloat16_instructions() else "float32")')
 
 [ -f "$work/smollm2/config.json" ] || "$python" -m eval.smollm2 --output "$work/smollm2"

@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import minimize
 
 from corpora import read_lines
-from decode.members import open_readers
+from decode.pipeline.members import open_readers
 from minillama import Llama
 from minillama.files import write_whole
 

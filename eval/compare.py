@@ -13,7 +13,7 @@ from typing import Any
 from corpora import read_lines
 from eval.score import METRICS, score
 from eval.significance import SAMPLES, SEED
-from minillama.command import Parser
+from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
 from minillama.files import write_whole
 

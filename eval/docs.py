@@ -20,7 +20,7 @@ from eval.docs_tables import KINDS, Part
 from eval.document import Heading, Table
 from eval.figures import ROOT
 from eval.render import markdown_block, markdown_table
-from minillama.command import Parser
+from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
 from minillama.files import write_whole
 

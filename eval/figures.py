@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.pages import Block, Page, read_page
-from minillama.command import Parser
+from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,7 +18,7 @@ from eval.results import gather
 from eval.runner import Runner
 from eval.steps import Steps
 from eval.study import read_study
-from minillama.command import Parser
+from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
 from minillama.files import write_whole
 

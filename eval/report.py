@@ -26,7 +26,7 @@ from eval.report_tables import (
     speed_table,
     step_table,
 )
-from minillama.command import Parser
+from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
 from minillama.files import write_whole
 

@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from decode.report import device_name, versions
+from decode.pipeline.report import device_name, versions
 from eval.expressions import EXPRESSIONS, FITTED, tables
 from eval.graph import Step, Store, in_order
 from eval.steps import Row, Steps
@@ -107,7 +107,7 @@ def _fits(steps: Steps, store: Store) -> dict[str, Any]:
 
 def _fixed(against: dict[str, Any]) -> dict[str, float]:
     """Nats a token by expression, spelled as the tables spell it."""
-    from decode.expression import parse, spell
+    from decode.engine.expression import parse, spell
 
     names = ["L", "S_all", "S_MT", "S_srcMT", "S_tgtMT"]
     known = {spell(parse(e.combine, [n for n in names if n in e.combine])): e.combine for e in EXPRESSIONS.values()}

@@ -16,7 +16,7 @@ from corpora.languages import language_name
 from corpora.metrics import bleu_tokenizers, text_metrics
 from corpora.text import display_name, read_lines
 from eval.significance import SAMPLES, SEED, compare, compare_means
-from minillama.command import Parser
+from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
 from minillama.files import write_whole
 

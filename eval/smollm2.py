@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minillama.command import Parser
+from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
 from minillama.files import atomic_folder, umask
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from kernels.packed_linear import PackedLinear
-from kernels.request import (
+from kernels.cpu.packed_linear import PackedLinear
+from kernels.types import (
     MAX_GIVEN,
     MAX_TOP_K,
     FusedHead,
@@ -71,14 +71,14 @@ def _run(request: Request, out: FusedLogits | None) -> FusedLogits:
     kind = backend(request.device)
     if kind == "triton":
         if request.sample is not None and request.sample.truncated:
-            from kernels import truncated_sample_triton
+            from kernels.triton import top_k_top_p as truncated_sample_triton
 
             return truncated_sample_triton.run(request, out)
-        from kernels import fused_logits_triton
+        from kernels.triton import fused_logits as fused_logits_triton
 
         return fused_logits_triton.run(request, out)
     if kind == "cpu":
-        from kernels import fused_logits_cpu
+        from kernels.cpu import fused_logits as fused_logits_cpu
 
         with record_function("fused_logits"):  # so a profile of a step knows its operations
             result = fused_logits_cpu.run(request)
@@ -154,11 +154,11 @@ def verify(
     request = Request(rows, weights, draft=draft, every=every)
     kind = backend(device)
     if kind == "triton":
-        from kernels import fused_logits_triton
+        from kernels.triton import fused_logits as fused_logits_triton
 
         return fused_logits_triton.verify(request, out)
     if kind == "cpu":
-        from kernels import fused_logits_cpu
+        from kernels.cpu import fused_logits as fused_logits_cpu
 
         result = fused_logits_cpu.verify(request)
     else:
@@ -192,7 +192,7 @@ def fused_head(
     request = HeadRequest(hidden, output, weights, given, moments)
     kind = backend(device)
     if kind == "triton" and not moments:
-        from kernels import fused_head_triton
+        from kernels.triton import fused_head as fused_head_triton
 
         return fused_head_triton.run(request, out)
     if kind == "eager":
@@ -200,7 +200,7 @@ def fused_head(
 
         result = reference.fused_head(request)
     else:
-        from kernels import fused_head_chunked
+        from kernels import output_moments as fused_head_chunked
 
         result = fused_head_chunked.run(request)
     return result if out is None else copy_into(out, result)
@@ -226,7 +226,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tens
     from kernels import linear_cross_entropy_chunked as chunked
 
     if kind == "triton":
-        from kernels.linear_cross_entropy_triton import softmax_minus_target as softmax
+        from kernels.triton.softmax_minus_target import softmax_minus_target as softmax
     else:
         softmax = chunked.softmax_minus_target
     wanted = (hidden.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else (False, False)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from kernels import bench_cpu, moved_bytes
-from minillama.command import Parser
+from minillama.cli import Parser
 from minillama.errors import exit_code
 
 RESULTS = Path(__file__).parent / "results"

@@ -17,10 +17,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from kernels import PackedLinear, fused_head, fused_logits_cpu
+from kernels import PackedLinear, fused_head
+
+from kernels.cpu import fused_logits as fused_logits_cpu
 from kernels.moved_bytes import plain_eager
-from kernels.packed_linear import DTYPES, has_bfloat16_instructions, has_float16_product
-from kernels.request import Request
+from kernels.cpu.packed_linear import DTYPES, has_bfloat16_instructions, has_float16_product
+from kernels.types import Request
 
 
 def alternate(rivals: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:

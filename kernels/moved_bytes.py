@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels.request import SPLIT
+from kernels.types import SPLIT
 
 
 class MovedBytes(TorchDispatchMode):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.philox import gumbel, random_words
-from kernels.request import (
+from kernels.types import (
     EMPTY,
     INFINITE,
     NAN,

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from kernels.request import HeadRequest, Request, Sampling
-from minillama.command import Parser
+from kernels.types import HeadRequest, Request, Sampling
+from minillama.cli import Parser
 from minillama.errors import exit_code
 
 EXAMPLES = """examples:
@@ -117,7 +117,7 @@ def _logits_variant(
     sample: bool = False,
     **asked,
 ) -> Variant:
-    from kernels import fused_logits_triton as path
+    from kernels.triton import fused_logits as path
 
     rows = 4 * every
     request = Request(
@@ -139,7 +139,7 @@ def _logits_variant(
 
 
 def _truncated_variant(name: str, dtypes: list) -> Variant:
-    from kernels import truncated_sample_triton as path
+    from kernels.triton import top_k_top_p as path
 
     logits = tuple(torch.empty(4, 128_256, dtype=dtype) for dtype in dtypes)
     request = Request(logits, torch.ones(len(dtypes)), sample=_sampling(4, top_k=50, top_p=0.9))
@@ -148,7 +148,7 @@ def _truncated_variant(name: str, dtypes: list) -> Variant:
 
 
 def _head_variant(name: str, dtype: torch.dtype, widths: list[int], given: int = 0) -> Variant:
-    from kernels import fused_head_triton as path
+    from kernels.triton import fused_head as path
 
     rows, vocabulary = 64, 128_256
     request = HeadRequest(
@@ -166,7 +166,7 @@ def _head_variant(name: str, dtype: torch.dtype, widths: list[int], given: int =
 
 
 def _loss_variant(name: str, dtype: torch.dtype, vocabulary: int = 128_256) -> Variant:
-    from kernels import linear_cross_entropy_triton as path
+    from kernels.triton import softmax_minus_target as path
 
     logits, target, loss = torch.empty(4, vocabulary, dtype=dtype), torch.zeros(4, dtype=torch.int64), torch.empty(4)
     positional, switches = path.launch_arguments(logits, target, loss)
@@ -177,7 +177,7 @@ def _loss_variant(name: str, dtype: torch.dtype, vocabulary: int = 128_256) -> V
 
 def _layer_variants() -> Iterator[Variant]:
     """Llama-3.2-1B's layer in bf16, four rows."""
-    from kernels import layer_triton as path
+    from kernels.triton import layer as path
 
     rows, width, queries, keys, channels = 4, 2048, 32, 8, 64
     stream_RD, scale_D = torch.empty(rows, width + 16)[:, :width], torch.empty(width)
@@ -198,7 +198,7 @@ def _layer_variants() -> Iterator[Variant]:
 
 def _row_linear_variants() -> Iterator[Variant]:
     """The products of Llama-3.2-1B's layer in bf16."""
-    from kernels import row_linear_triton as path
+    from kernels.triton import gemv as path
 
     width, queries, keys, channels = 2048, 32, 8, 64
     x_1D, stream_1D, scale_D = torch.empty(1, width, dtype=torch.bfloat16), torch.empty(1, width), torch.empty(width)
@@ -224,7 +224,7 @@ def _row_linear_variants() -> Iterator[Variant]:
 
 def _attend_variants() -> Iterator[Variant]:
     """Attention of Llama-3.2-1B's and 3B's heads."""
-    from kernels import attend_triton as path
+    from kernels.triton import attention as path
 
     for name, dtype, queries, channels in (
         ("C=64 bf16", torch.bfloat16, 32, 64),

@@ -5,7 +5,7 @@ It knows nothing of translation, training or ensembles.
 
 from minillama.cache import KVCache
 from minillama.config import LlamaConfig
-from minillama.documents import Documents
+from minillama.packed_attention import Documents
 from minillama.errors import InputError
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer

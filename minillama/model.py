@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minillama.cache import KVCache
 from minillama.config import LlamaConfig
-from minillama.documents import Documents
+from minillama.packed_attention import Documents
 from minillama.files import atomic_folder
 from minillama.weights import load_weights, open_folder, resolve_folder, write_model
 

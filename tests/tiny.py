@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from kernels.packed_linear import has_float16_product
+from kernels.cpu.packed_linear import has_float16_product
 from minillama import Llama, LlamaConfig
 
 # How a CPU here can hold weights packed.

@@ -28,7 +28,7 @@ from corpora import Pairs, Prompt, read_pairs, sample
 from kernels.bench import device_name, processor_name, save, versions
 from minillama import InputError, Llama, LlamaConfig, Tokenizer
 from minillama.chat import chat_format
-from minillama.command import Parser
+from minillama.cli import Parser
 from minillama.config import read_config
 from minillama.device import pick_device
 from minillama.errors import exit_code

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from corpora import read_texts
-from minillama.command import Parser
+from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
 from minillama.files import atomic_folder
 from minillama.tokenizer import LLAMA3_PATTERN

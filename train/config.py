@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minillama.command import Parser, nearest
+from minillama.cli import Parser, nearest
 from minillama.errors import InputError
 
 

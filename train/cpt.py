@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from corpora import read_texts
-from minillama.command import Parser
+from minillama.cli import Parser
 from minillama.errors import exit_code
 from train.config import parse
 from train.data import documents

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from corpora import Prompt
 from minillama import InputError, Llama, Tokenizer
-from minillama.command import Parser
+from minillama.cli import Parser
 from minillama.errors import exit_code
 from minillama.files import atomic_folder
 from minillama.weights import resolve_folder, write_model

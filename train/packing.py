@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minillama.documents import Documents
+from minillama.packed_attention import Documents
 
 if TYPE_CHECKING:
     from train.data import Example

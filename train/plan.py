@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from minillama import InputError, LlamaConfig
-from minillama.command import Parser
+from minillama.cli import Parser
 from minillama.config import read_config, read_json
 from minillama.errors import exit_code
 from train.config import parse

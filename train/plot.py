@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minillama import InputError
-from minillama.command import Parser
+from minillama.cli import Parser
 from minillama.errors import exit_code
 
 EXAMPLES = """examples:

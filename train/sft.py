@@ -11,7 +11,7 @@ from dataclasses import replace
 from corpora import Pairs, Prompt, language_name, read_pairs
 from minillama import InputError
 from minillama.chat import chat_format
-from minillama.command import Parser
+from minillama.cli import Parser
 from minillama.errors import exit_code
 from train.config import parse
 from train.data import Example, responses

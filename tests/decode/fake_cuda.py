@@ -47,7 +47,11 @@ def sliced(x, index):
 @contextmanager
 def fake_cuda(monkeypatch):
     """No kernel of ours is launched inside; what they return is allocated."""
-    from kernels import attend_triton, fused_logits_triton, layer_triton, row_linear_triton, truncated_sample_triton
+    from kernels.triton import attention as attend_triton
+    from kernels.triton import fused_logits as fused_logits_triton
+    from kernels.triton import layer as layer_triton
+    from kernels.triton import gemv as row_linear_triton
+    from kernels.triton import top_k_top_p as truncated_sample_triton
 
     def drawn(request, out=None):
         return truncated_sample_triton.allocate(request) if out is None else out

@@ -3,11 +3,11 @@
 import torch
 
 from decode import Ensemble, translate
-from decode.beam import beam_search
+from decode.engine.beam import beam_search
 from decode.draws import Draws
-from decode.prepare import PreparedLlama
+from decode.model.packed_llama import PreparedLlama
 from minillama import KVCache, Llama
-from minillama.parallel import Part, load_part
+from minillama.tensor_parallel import Part, load_part
 
 TOKENS = [[5, 7, 11, 2, 9], [3, 3, 8, 6, 4]]
 WAYS = {

@@ -43,12 +43,12 @@ def _run(argv, log, environment):
     os.environ.update(environment)
     import torch
 
-    import decode.ranks
+    import decode.pipeline.distributed
     from decode.collab import main
     from minillama.errors import exit_code
 
     torch.set_num_threads(1)
-    decode.ranks.LOST_SECONDS = float(environment.get("LOST_SECONDS", decode.ranks.LOST_SECONDS))
+    decode.pipeline.distributed.LOST_SECONDS = float(environment.get("LOST_SECONDS", decode.pipeline.distributed.LOST_SECONDS))
     with open(log or os.devnull, "w", encoding="utf-8", buffering=1) as stream, redirect_stderr(stream):
         code = exit_code(lambda: main(argv))
     sys.exit(code)

@@ -10,10 +10,10 @@ from tiny import TINY, tiny_model
 
 from corpora import sample
 from decode import Ensemble
-from decode.beam import beam_search
+from decode.engine.beam import beam_search
 from decode.collab import main
-from decode.journal import Record
-from decode.nbest import NBestWriter
+from decode.pipeline.journal import Record
+from decode.pipeline.nbest import NBestWriter
 from decode.translate import translate
 from minillama import InputError, Llama, Tokenizer
 from minillama.errors import exit_code
@@ -232,7 +232,7 @@ def test_lists_that_wait_for_an_unfinished_line_are_kept_after_an_interruption(t
 @pytest.mark.slow
 def test_the_demos_model_on_fifty_prompts():
     from decode.demo import FOLDER
-    from decode.members import open_readers
+    from decode.pipeline.members import open_readers
 
     reader = open_readers({"L": str(FOLDER / "L")}, None, None)[0]
     prompts = [reader.encode(sentence, "ja", "en") for sentence in PAIRS.source]

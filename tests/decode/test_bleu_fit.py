@@ -7,10 +7,10 @@ from sacrebleu.metrics import BLEU
 from tiny import TINY, tiny_model
 
 from decode import Ensemble
-from decode.beam import beam_search
+from decode.engine.beam import beam_search
 from decode.bleu_fit import Expansion, Lists, Task, _chord, best_on_lists, bleu, fit_bleu, smoothed, text_of
-from decode.prepare import PreparedLlama
-from decode.teacher_forced import teacher_forced
+from decode.model.packed_llama import PreparedLlama
+from decode.fitting.hidden_states import teacher_forced
 from minillama import Tokenizer
 
 TRUE = {"A": 0.8, "B": 0.5, "C": -0.3}

@@ -15,7 +15,7 @@ from corpora import sample
 from corpora.pairs import one_line
 from decode import Ensemble, translate
 from decode.collab import main
-from decode.members import open_readers
+from decode.pipeline.members import open_readers
 from minillama import InputError, Llama
 from minillama.errors import exit_code
 

@@ -6,8 +6,8 @@ from tiny import TINY, tiny_model
 
 from decode import Ensemble, translate
 from decode.draws import Draws
-from decode.rows import Rows
-from decode.step_graph import StepGraphs
+from decode.engine.kv_slots import Rows
+from decode.engine.cuda_graph import StepGraphs
 
 pytestmark = pytest.mark.gpu
 

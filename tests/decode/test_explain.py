@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tiny import tiny_model
 
 from decode import Ensemble, translate
-from decode.beam import Rules, search
+from decode.engine.beam import Rules, search
 from decode.draws import Draws
-from decode.explain import Explanation, explain
+from decode.engine.attribution import Explanation, explain
 from decode.translate import Counters
 from kernels import fused_logits
 

@@ -16,11 +16,11 @@ from test_resume import kill_when
 
 from corpora import sample
 from decode.collab import main
-from decode.explain import Explanation
-from decode.explain_page import Explained, PageWriter
-from decode.explain_text import in_colours, plain
-from decode.journal import Record
-from decode.members import Options
+from decode.engine.attribution import Explanation
+from decode.explain.page import Explained, PageWriter
+from decode.explain.text import in_colours, plain
+from decode.pipeline.journal import Record
+from decode.pipeline.members import Options
 from minillama import Tokenizer
 
 SENTENCES = [*sample().source[:5], "", *sample().source[5:9]]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decode.expression import parse, spell
+from decode.engine.expression import parse, spell
 from minillama import InputError
 
 NAMES = ["L", "S_src", "S_tgt", "S_1"]

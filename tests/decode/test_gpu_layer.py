@@ -10,9 +10,9 @@ if not torch.cuda.is_available():  # read when a kernel is defined
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
-from decode.gpu_layer import GpuLayer
-from decode.passes import Pass, RowsPass, RowsPlaces, Span
-from decode.prepare import PreparedLlama
+from decode.model.cuda_layer import GpuLayer
+from decode.model.batch import Pass, RowsPass, RowsPlaces, Span
+from decode.model.packed_llama import PreparedLlama
 
 WHERE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if WHERE == "cuda" else []

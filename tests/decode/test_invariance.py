@@ -19,7 +19,7 @@ from processes import code_of, start_ranks
 from corpora import sample
 from decode.bench_shapes import Models, prepare, sentence_prompts
 from decode.collab import main
-from decode.expression import parse
+from decode.engine.expression import parse
 from minillama import Llama
 
 COUNT = 200

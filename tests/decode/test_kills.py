@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from corpora import sample
-from decode.journal import part_path, records
+from decode.pipeline.journal import part_path, records
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 SAMPLE = sample().source

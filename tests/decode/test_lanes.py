@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import STORAGES, tiny_model
 
-from decode.ensemble import Ensemble
+from decode.engine.ensemble import Ensemble
 from decode.lanes import PRODUCTS, WORTH_SECONDS, Lanes, plan
-from decode.prepare import PreparedLlama
+from decode.model.packed_llama import PreparedLlama
 from decode.translate import translate
 
 PROMPTS = [[5, 9, 20 + number, 7][: 2 + number % 3] for number in range(7)]

@@ -5,7 +5,7 @@ import os
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decode.stream import LineSource, windows
+from decode.pipeline.input import LineSource, windows
 
 
 def source_of(content: bytes) -> tuple[int, int]:

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from test_resume import arguments, outcome, source  # noqa: F401 (a fixture)
 
 from decode.collab import main
-from decode.members import load_ensemble, open_readers
-from decode.memory import Budget, available, capacities, parse_size, spell_size
-from decode.places import Place, fastest_storage, places
-from decode.rows import Rows
+from decode.pipeline.members import load_ensemble, open_readers
+from decode.pipeline.memory import Budget, available, capacities, parse_size, spell_size
+from decode.pipeline.placement import Place, fastest_storage, places
+from decode.engine.kv_slots import Rows
 from minillama import InputError, Llama
 from minillama.errors import exit_code
 
@@ -112,13 +112,13 @@ def test_rows_are_lowered_where_the_user_named_none_and_refused_where_he_did(mod
 
 
 def test_auto_takes_what_this_processor_is_fast_at(monkeypatch):
-    monkeypatch.setattr("decode.places.has_bfloat16_instructions", lambda: True)
+    monkeypatch.setattr("decode.pipeline.placement.has_bfloat16_instructions", lambda: True)
     assert [fastest_storage(rows) for rows in (1, 16)] == ["bfloat16", "bfloat16"]
-    monkeypatch.setattr("decode.places.has_bfloat16_instructions", lambda: False)
-    monkeypatch.setattr("decode.places.has_float16_product", lambda: True)
+    monkeypatch.setattr("decode.pipeline.placement.has_bfloat16_instructions", lambda: False)
+    monkeypatch.setattr("decode.pipeline.placement.has_float16_product", lambda: True)
     assert [fastest_storage(rows) for rows in (1, 2, 3, 16, 17)] == ["int8", "int8", "float16", "float16", "float32"]
     assert places("cpu", "float16", ["L"])["L"].packed == "float16"
-    monkeypatch.setattr("decode.places.has_float16_product", lambda: False)
+    monkeypatch.setattr("decode.pipeline.placement.has_float16_product", lambda: False)
     assert [fastest_storage(rows) for rows in (1, 8, 16)] == ["int8", "int8", "float32"]
     assert places("cpu", "float16", ["L"])["L"].packed == "float32"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

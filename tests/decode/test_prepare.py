@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import STORAGES, tiny_model
 
-from decode.passes import KEYS_MULTIPLE, Pass, Span
-from decode.prepare import PreparedLlama, joined_halves
+from decode.model.batch import KEYS_MULTIPLE, Pass, Span
+from decode.model.packed_llama import PreparedLlama, joined_halves
 from minillama import Llama
 from minillama.config import RopeScaling
 

@@ -14,7 +14,7 @@ from processes import code_of, start
 
 from corpora import sample
 from decode.collab import main
-from decode.journal import Record, Tail, begin, journal_path, part_path, records
+from decode.pipeline.journal import Record, Tail, begin, journal_path, part_path, records
 from minillama import InputError
 from minillama.errors import exit_code
 

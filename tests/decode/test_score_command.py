@@ -13,8 +13,8 @@ from tiny import TINY, tiny_model
 
 from corpora import sample
 from decode import Ensemble, translate
-from decode.given import ROWS_AT_ONCE, given_logprobs
-from decode.members import open_readers
+from decode.engine.likelihood import ROWS_AT_ONCE, given_logprobs
+from decode.pipeline.members import open_readers
 from decode.score import COLUMNS, main
 from minillama import InputError, Llama
 from minillama.errors import exit_code

@@ -13,7 +13,7 @@ from processes import code_of, start_ranks
 from test_resume import arguments, outcome, source, unbroken  # noqa: F401 (a fixture)
 
 from decode.collab import main
-from decode.ranks import Ranks, shares
+from decode.pipeline.distributed import Ranks, shares
 
 
 @given(st.lists(st.integers(1, 500), max_size=300), st.integers(1, 9), st.integers(1, 16))

@@ -10,7 +10,7 @@ from tiny import TINY, tiny_model
 
 from decode import Ensemble, translate
 from decode.draws import Draws
-from decode.speculate import CHOICE, ENOUGH, LOOKUP, MOST_DRAFTED, PRIOR, RESTING, Copies, Draft, Speculation, Tally
+from decode.engine.speculative import CHOICE, ENOUGH, LOOKUP, MOST_DRAFTED, PRIOR, RESTING, Copies, Draft, Speculation, Tally
 from minillama import InputError
 
 EXPRESSIONS = ("L + S + A", "L + 0.5*S - 0.5*A", "L")

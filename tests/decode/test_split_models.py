@@ -13,10 +13,10 @@ from test_resume import LINES, arguments, outcome, source, unbroken  # noqa: F40
 from tiny import TINY, tiny_model
 
 from decode.collab import main
-from decode.members import open_readers
-from decode.memory import Budget
-from decode.places import Place, places, splits
-from decode.prepare import PreparedLlama
+from decode.pipeline.members import open_readers
+from decode.pipeline.memory import Budget
+from decode.pipeline.placement import Place, places, splits
+from decode.model.packed_llama import PreparedLlama
 from minillama import InputError, Llama
 from minillama.errors import exit_code
 

@@ -9,9 +9,9 @@ from tiny import TINY, tiny_model
 
 from decode import Ensemble, translate
 from decode.draws import Draws
-from decode.ensemble import graphs_wanted
-from decode.rows import Rows
-from decode.step_graph import Shape, Static, StepGraphs, keys_read
+from decode.engine.ensemble import graphs_wanted
+from decode.engine.kv_slots import Rows
+from decode.engine.cuda_graph import Shape, Static, StepGraphs, keys_read
 from decode.translate import Counters, decode
 from minillama import InputError
 

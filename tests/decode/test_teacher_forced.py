@@ -10,13 +10,13 @@ from scipy.optimize import minimize
 from tiny import STORAGES, TINY, tiny_model
 
 from decode import Ensemble, translate
-from decode.fit import Bounds
-from decode.given import given_logprobs
-from decode.prepare import PreparedLlama
-from decode.rows import Rows
+from decode.fitting.newton import Bounds
+from decode.engine.likelihood import given_logprobs
+from decode.model.packed_llama import PreparedLlama
+from decode.engine.kv_slots import Rows
 from decode.step import Draws
-from decode.teacher_forced import END, teacher_forced
-from decode.tuning import best_scale, compare, fit_weights, rounded, same_from_other_starts
+from decode.fitting.hidden_states import END, teacher_forced
+from decode.fitting.fit import best_scale, compare, fit_weights, rounded, same_from_other_starts
 
 TRUE = {"L": 0.7, "S": 0.4, "A": -0.2}
 TEXTS = 60
@@ -134,7 +134,7 @@ def test_a_coarse_fit_first_leads_to_the_same_weights_for_less(data, monkeypatch
     whole = fit_weights(data, np.ones(3), np.ones(3))
     scale, nats = best_scale(data, np.ones(3))
     assert data.thinned(100).tokens < 300
-    monkeypatch.setattr("decode.tuning.COARSE_TOKENS", 100)
+    monkeypatch.setattr("decode.fitting.fit.COARSE_TOKENS", 100)
     coarse = fit_weights(data, np.ones(3), np.ones(3))
     assert coarse.weights_N == pytest.approx(whole.weights_N, abs=1e-5)
     assert coarse.minimum.steps < whole.minimum.steps

@@ -150,7 +150,7 @@ def test_a_member_with_a_nan_raises_and_is_named(models):
 def test_without_room_for_packed_copies_the_models_own_weights_are_used(models, monkeypatch):
     prompts = prompts_of(9, 5)
     expected = translate(Ensemble(models, WEIGHTS), prompts, 10)
-    monkeypatch.setattr("decode.ensemble._has_room", lambda model: False)
+    monkeypatch.setattr("decode.engine.ensemble._has_room", lambda model: False)
     plain = Ensemble(models, WEIGHTS)
     assert {member.model.storage for member in plain.members} == {"plain"}
     assert plain.members[0].model.head.weight_OD.data_ptr() == models["L"].output_weight.data_ptr()

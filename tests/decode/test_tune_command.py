@@ -12,7 +12,7 @@ from corpora import sample
 from decode.collab import main as collab
 from decode.score import main as score
 from decode.tune import main
-from decode.weights_file import read_weights, write_toml
+from decode.pipeline.weights_file import read_weights, write_toml
 from minillama import InputError
 from minillama.errors import exit_code
 

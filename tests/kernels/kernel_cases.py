@@ -14,7 +14,7 @@ import torch
 from hypothesis import strategies as st
 
 from kernels import reference
-from kernels.request import FusedLogits, Request
+from kernels.types import FusedLogits, Request
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CORNERS = ("none", "ties", "mask one member", "mask all members", "mask a row", "nan", "+inf", "3e38", "equal rows")

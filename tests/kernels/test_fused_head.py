@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kernel_cases import count, device
 
 from kernels import fused_head, reference
-from kernels.request import NAN, HeadRequest
+from kernels.types import NAN, HeadRequest
 
 
 def tensors(rows, vocabulary, widths, dtypes, seed, where):

@@ -10,7 +10,7 @@ from kernel_cases import DTYPES, FEW_ROUNDINGS, Case, assert_means_the_same, cas
 from scipy.special import log_softmax
 
 from kernels import describe_flag, fused_logits
-from kernels.request import EMPTY, INFINITE, NAN, RANGE
+from kernels.types import EMPTY, INFINITE, NAN, RANGE
 
 FIXTURES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 

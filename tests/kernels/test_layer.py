@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
-layer = pytest.importorskip("kernels.layer_triton")
-row = pytest.importorskip("kernels.row_linear_triton")
+layer = pytest.importorskip("kernels.triton.layer")
+row = pytest.importorskip("kernels.triton.gemv")
 
 WHERE = "cuda" if torch.cuda.is_available() else "cpu"
 RAN = "GPU" if WHERE == "cuda" else "interpreter"

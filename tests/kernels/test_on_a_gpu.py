@@ -9,7 +9,7 @@ import torch
 from kernel_cases import assert_means_the_same
 
 from kernels import Sampling, fused_head, fused_logits, reference, verify
-from kernels.request import HeadRequest, Request
+from kernels.types import HeadRequest, Request
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

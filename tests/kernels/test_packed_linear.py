@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kernels import PackedLinear
-from kernels.packed_linear import (
+from kernels.cpu.packed_linear import (
     HAS_MKL,
     HAS_ONEDNN,
     INT8_ROWS,
@@ -32,8 +32,8 @@ def library(request, monkeypatch):
     """Who packs float32: both ways are tried on any processor that has the libraries."""
     if not {"mkl": HAS_MKL, "onednn": HAS_ONEDNN}[request.param]:
         pytest.skip(f"this build has no {request.param}")
-    monkeypatch.setattr("kernels.packed_linear.mkl_is_faster", lambda: request.param == "mkl")
-    monkeypatch.setattr("kernels.packed_linear._STEADY", {})
+    monkeypatch.setattr("kernels.cpu.packed_linear.mkl_is_faster", lambda: request.param == "mkl")
+    monkeypatch.setattr("kernels.cpu.packed_linear._STEADY", {})
     return request.param
 
 
@@ -120,7 +120,7 @@ def test_auto_loses_nothing():
     [(True, "bfloat16"), (False, "float32")],
 )
 def test_what_loses_nothing_of_bfloat16_weights(monkeypatch, instructions, expected):
-    monkeypatch.setattr("kernels.packed_linear.has_bfloat16_instructions", lambda: instructions)
+    monkeypatch.setattr("kernels.cpu.packed_linear.has_bfloat16_instructions", lambda: instructions)
     assert lossless_storage(torch.bfloat16) == expected
     assert lossless_storage(torch.float16) == lossless_storage(torch.float32) == "float32"
 

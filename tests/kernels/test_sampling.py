@@ -9,7 +9,7 @@ from scipy.stats import chisquare
 
 from kernels import Sampling, fused_logits, reference
 from kernels.philox import gumbel, philox
-from kernels.request import Request, check_sampling
+from kernels.types import Request, check_sampling
 
 VOCABULARY, DRAWS, ROWS = 1000, 100_000, 2500
 

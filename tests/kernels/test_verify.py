@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from kernel_cases import device
 
 from kernels import fused_logits, reference, verify
-from kernels.request import NAN, Request
+from kernels.types import NAN, Request
 
 
 def accepted_prefix(best_BT, draft_BT):

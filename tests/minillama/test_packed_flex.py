@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillama.documents import Documents
-from minillama.packed_flex import FlexAttention, block_mask, visible_blocks
+from minillama.packed_attention import Documents
+from minillama.flex_attention import FlexAttention, block_mask, visible_blocks
 
 
 def dense(lengths, prefix):

@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_model
 
 from minillama import InputError
-from minillama.parallel import LlamaPart, Part, check_divides
+from minillama.tensor_parallel import LlamaPart, Part, check_divides
 
 FIELDS = {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
 

@@ -1,0 +1,88 @@
+"""The weighted sum inside a Triton program, with its corners, and the arithmetic whose result no order can change.
+
+Called by the kernels of fused_logits_triton.py and truncated_sample_triton.py; nothing is launched from here. `rows`
+are the members' pointers to one row, `weights` their weights, both tuples; reference.combine is the definition.
+
+    N members  C entries of a split  G a few tokens
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.types import INFINITE, NAN, RANGE
+
+FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
+ROW_SCALE = tl.constexpr(2.0**44)  # units of a whole row's sum, which is at most 2**18: 62 bits
+_RANGE, _INFINITE, _NAN = tl.constexpr(RANGE), tl.constexpr(INFINITE), tl.constexpr(NAN)
+
+
+@triton.jit
+def sum_of_weighted(rows, weights, offsets_C, inside_C, N: tl.constexpr, MASKED: tl.constexpr):
+    """x before any corner is looked at; entries outside are 0."""
+    for n in tl.static_range(N):
+        if MASKED:
+            part_C = tl.load(rows[n] + offsets_C, mask=inside_C, other=0.0).to(tl.float32)
+        else:
+            part_C = tl.load(rows[n] + offsets_C).to(tl.float32)
+        if n == 0:
+            x_C = part_C * weights[n]
+        else:
+            x_C = x_C + part_C * weights[n]
+    return x_C
+
+
+@triton.jit
+def sum_with_corners(rows, weights, offsets_C, inside_C, N: tl.constexpr):
+    """x with masks, -inf where masked or wrong, and a flag code an entry. Seldom run: a tile with something not
+    finite.
+    """
+    masked_C = offsets_C < 0
+    for n in tl.static_range(N):
+        masked_C = masked_C | (tl.load(rows[n] + offsets_C, mask=inside_C, other=0.0).to(tl.float32) == float("-inf"))
+    x_C = tl.zeros_like(offsets_C).to(tl.float32)
+    code_C = tl.zeros_like(offsets_C)
+    left_C = masked_C
+    for n in tl.static_range(N):
+        part_C = tl.load(rows[n] + offsets_C, mask=inside_C, other=0.0).to(tl.float32)
+        product_C = part_C * weights[n]
+        if n == 0:
+            x_C = product_C
+        else:
+            x_C = x_C + product_C
+        beyond_C = ((tl.abs(product_C) <= FLOAT32_MAX) & (tl.abs(x_C) <= FLOAT32_MAX)) == 0
+        beyond_C = beyond_C & (left_C == 0)
+        left_C = left_C | beyond_C
+        code_C = tl.where(beyond_C, tl.maximum(code_C, _RANGE * 16 + n + 1), code_C)
+        code_C = tl.where(part_C == float("inf"), tl.maximum(code_C, _INFINITE * 16 + n + 1), code_C)
+        code_C = tl.where(part_C != part_C, tl.maximum(code_C, _NAN * 16 + n + 1), code_C)
+    x_C = tl.where(masked_C | (code_C > 0), float("-inf"), x_C)
+    return x_C, code_C
+
+
+@triton.jit
+def x_at(rows, weights, token_G, wanted_G, N: tl.constexpr):
+    """x at a few tokens, -inf where masked."""
+    masked_G = wanted_G == 0
+    for n in tl.static_range(N):
+        part_G = tl.load(rows[n] + token_G, mask=wanted_G, other=0.0).to(tl.float32)
+        masked_G = masked_G | (part_G == float("-inf"))
+        if n == 0:
+            x_G = part_G * weights[n]
+        else:
+            x_G = x_G + part_G * weights[n]
+    return tl.where(masked_G, float("-inf"), x_G)
+
+
+@triton.jit
+def exact_sum(values_C, SIZE: tl.constexpr, SCALE: tl.constexpr):
+    """Sum of values within [-1, 1] that no order of additions can change."""
+    a, b = tl.split(tl.reshape(values_C, (SIZE // 2, 2)))
+    a, b = tl.split(tl.reshape(a + b, (SIZE // 4, 2)))
+    return tl.sum(((a + b) * SCALE).to(tl.int64), axis=0).to(tl.float32) * (1.0 / SCALE)
+
+
+@triton.jit
+def ordered_key(x):
+    """uint32 keys in the order of the floats; -0.0 has that of 0.0."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return tl.where(bits >= 0, bits ^ -2147483648, ~bits).to(tl.uint32, bitcast=True)
