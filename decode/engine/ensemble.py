@@ -70,13 +70,13 @@ class Ensemble:
         self.members = tuple(Member(name, packed[id(models[name])], weight) for name, weight in weights.items())
         self.weights_N = torch.tensor([m.weight for m in self.members], dtype=torch.float32, device=self.device)
         # The processes of members that are split by tensor parallelism; all take the tokens that the first one chose.
-        self.shard = next((member.model.shard for member in self.members if member.model.shard is not None), None)
+        self.tp = next((member.model.tp for member in self.members if member.model.tp is not None), None)
         devices = {member.model.device for member in self.members}
         if graphs is None:
             graphs = self.device.type == "cuda" and _graphs_enabled()
-        self.graphs = graphs and len(devices) == 1 and self.shard is None
+        self.graphs = graphs and len(devices) == 1 and self.tp is None
         on_cpu = {device.type for device in devices} == {"cpu"}
-        self.member_threads = member_threads and on_cpu and self.shard is None
+        self.member_threads = member_threads and on_cpu and self.tp is None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -111,9 +111,9 @@ class Ensemble:
 
     def agree(self, *results: Tensor) -> Sequence[Tensor]:
         """Results of the first process of a tensor-parallel group, in all of its processes, on the host."""
-        if self.shard is None:
+        if self.tp is None:
             return [result.cpu() for result in results]
-        flat = self.shard.agreed(torch.cat([result.flatten().double() for result in results]))  # loses no bit
+        flat = self.tp.broadcast(torch.cat([result.flatten().double() for result in results]))  # loses no bit
         pieces = flat.split([result.numel() for result in results])
         return [piece.view(result.shape).to(result.dtype).cpu() for piece, result in zip(pieces, results)]
 

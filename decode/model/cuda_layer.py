@@ -55,7 +55,7 @@ class CudaLayer(PackedLayer):
         x_RD = stream.own_RD
         # `matmul` and the weights themselves: no conversions around them.
         qkv, output, gate_up, down = (linear for linear in self.linears if isinstance(linear, CudaLinear))
-        if len(x_RD) == 1 and self.shard is None and not self.ordered:
+        if len(x_RD) == 1 and self.tp is None and not self.ordered:
             rope_C2 = torch.view_as_real(batch.rope_RHC)[0, 0]
             rope = Turned(rope_C2, batch.slot_R, entries_PJ, *self.heads)
             q_RQ = row_linear(x_RD, qkv.weight_OD, qkv.bias_O, norm=self.input_norm.before, turned=rope)

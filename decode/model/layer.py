@@ -29,7 +29,7 @@ from torch import Tensor
 from decode.model.batch import ForwardBatch
 from kernels import PackedLinear
 from minillama.model import Layer, RMSNorm
-from minillama.tensor_parallel import Part as Shard
+from minillama.tensor_parallel import TPGroup
 
 # Floats after each row of the residual stream: the first makes its length that of RMSNorm, the others align the rows.
 TAIL = 16
@@ -50,7 +50,7 @@ class Packing:
     weight_dtype: str
     invariant: bool
     in_triton: bool
-    shard: Shard | None
+    tp: TPGroup | None
     norm_type: type[Norm]
     linear_type: type[PlainLinear]
 
@@ -92,7 +92,7 @@ class PackedLayer:
     def __init__(self, layer: Layer, packing: Packing) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.packing = packing
-        self.shard, self.ordered = packing.shard, packing.invariant
+        self.tp, self.ordered = packing.tp, packing.invariant
         self.kv_heads, self.head_dim = attention.kv_heads, attention.head_dim
         self.groups = attention.heads // attention.kv_heads
         self.queries = attention.heads * self.head_dim
@@ -139,7 +139,7 @@ class PackedLayer:
 
     def summed(self, x_RD: Tensor) -> Tensor:
         """Of a tensor-parallel shard the sum over all shards, in float32."""
-        return x_RD if self.shard is None else self.shard.summed(x_RD.float(), self.ordered)
+        return x_RD if self.tp is None else self.tp.all_reduce(x_RD.float(), self.ordered)
 
     def attend(self, q_RKGC: Tensor, batch: ForwardBatch, number: int, out_RKGC: Tensor) -> None:
         """Every position's G queries of a key head against its row's keys."""

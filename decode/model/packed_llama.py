@@ -21,7 +21,7 @@ from kernels import backend
 from kernels.cpu.packed_linear import lossless_storage
 from minillama import KVCache, Llama
 from minillama.model import Layer
-from minillama.tensor_parallel import LlamaPart
+from minillama.tensor_parallel import LlamaShard
 
 # Layers that are packed at once where packing is slow: so many are held in both forms.
 PACKERS = 4
@@ -41,7 +41,7 @@ class PackedLlama:
         self.config = model.config
         self.device = model.device
         self.stop_tokens = model.stop_tokens
-        self.shard = model.part if isinstance(model, LlamaPart) else None
+        self.tp = model.tp if isinstance(model, LlamaShard) else None
         on_cpu = self.device.type == "cpu"
         if weight_dtype == "auto":
             weight_dtype = lossless_storage(model.dtype)
@@ -59,7 +59,7 @@ class PackedLlama:
             from decode.model.cuda_layer import CudaLayer, CudaLinear, CudaNorm
 
             layer_type, norm_type, linear_type = CudaLayer, CudaNorm, CudaLinear
-        packing = Packing(self.weight_dtype, invariant, self.in_triton, self.shard, norm_type, linear_type)
+        packing = Packing(self.weight_dtype, invariant, self.in_triton, self.tp, norm_type, linear_type)
 
         def pack_layer(number: int) -> PackedLayer:
             layer = model.model.layers[number]
@@ -103,10 +103,10 @@ class PackedLlama:
         Keys and values are written to the batch's positions of the cache. The cache's own `lengths_B` are not used: KV
         slots (decode/engine/kv_slots.py) own the lengths.
         """
-        if self.shard is None:
+        if self.tp is None:
             embedded_RD = F.embedding(tokens_R, self.embedding_VD)
         else:
-            embedded_RD = self.shard.embedded(tokens_R, self.embedding_VD)
+            embedded_RD = self.tp.embedding(tokens_R, self.embedding_VD)
         stream = ResidualStream(self.layers[0], embedded_RD, self.tail_E, cache.entries_LBSEKC.dtype)
         entries_LPJ = cache.entries_LBSEKC.flatten(3).flatten(1, 2)
         for number, (layer, entries_PJ) in enumerate(zip(self.layers, entries_LPJ.unbind())):
@@ -119,7 +119,7 @@ class PackedLlama:
         The weighted sum is formed in float32 from any dtype, so narrow logits are not widened here.
         """
         logits_RV = self.head.matmul(hidden_RD) if isinstance(self.head, PlainLinear) else self.head(hidden_RD)
-        return logits_RV if self.shard is None else self.shard.logits(logits_RV, self.config.vocab_size)
+        return logits_RV if self.tp is None else self.tp.gather_logits(logits_RV, self.config.vocab_size)
 
     def output_matrix(self) -> Tensor:
         """(V, D) by which `logits` multiplies what `hidden` returns, in the same dtype. A new tensor where a packed
