@@ -19,7 +19,7 @@ from decode.pipeline.placement import Placement
 from minillama import InputError, Llama, Tokenizer
 from minillama.chat import ChatFormat, chat_format, render, stop_tokens
 from minillama.files import resolve_folder
-from minillama.tensor_parallel import Part, load_part
+from minillama.tensor_parallel import TPGroup, load_shard
 from minillama.weights import Checkpoint, open_folder
 
 PROMPT_FILE = "prompt.toml"
@@ -136,12 +136,12 @@ def load_ensemble(
     weights: Mapping[str, float],
     placements: Mapping[str, Placement],
     invariant: bool | None = None,
-    shard: Part | None = None,
+    tp: TPGroup | None = None,
 ) -> tuple[Ensemble, float]:
     """Load the weights of all members at once and pack them; returns the ensemble and the seconds that took.
 
     A folder named twice is read once, unless its members have different placements. invariant: see PackedLlama; None:
-    on a CPU. shard: this process's part of the members whose placement has several processes.
+    on a CPU. tp: the group that shares the members whose placement has several processes.
     """
     started = time.monotonic()
     keys = {member.name: (member.folder, placements[member.name]) for member in members}
@@ -152,8 +152,8 @@ def load_ensemble(
         if placement.tp_size == 1:
             model = Llama.from_pretrained(folder, placement.dtype, placement.device)
         else:
-            assert shard is not None
-            model = load_part(folder, shard, placement.dtype, placement.device)
+            assert tp is not None
+            model = load_shard(folder, tp, placement.dtype, placement.device)
         batch_invariant = placement.device.type == "cpu" if invariant is None else invariant
         try:
             return PackedLlama(model, placement.packed_dtype, batch_invariant, consume=True)

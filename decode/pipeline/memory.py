@@ -15,7 +15,7 @@ from decode.pipeline.members import MemberSpec
 from decode.pipeline.placement import Placement
 from minillama import InputError, KVCache
 from minillama.machine import free_memory
-from minillama.tensor_parallel import Part
+from minillama.tensor_parallel import TPGroup
 
 # Slots beside those of the sequences: one holds the prefix that all prompts share.
 PREFIX_SLOTS = 1
@@ -44,9 +44,9 @@ class MemoryBudget:
                 on_device[member.name] = _weight_bytes(member, placement)
         self.limits = {d: parse_size(memory) if memory else available(d, processes) for d in self.weight_bytes}
 
-    def reduce_min(self, shard: Part) -> None:
+    def reduce_min(self, tp: TPGroup) -> None:
         """Lower the limits to the smallest of all processes that share a member: they decode the same batch."""
-        limits = shard.least(torch.tensor(list(self.limits.values()))).tolist()
+        limits = tp.all_reduce_min(torch.tensor(list(self.limits.values()))).tolist()
         self.limits = dict(zip(self.limits, limits))
 
     def fit(
