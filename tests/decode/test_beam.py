@@ -12,7 +12,7 @@ from corpora import sample
 from decode import Ensemble
 from decode.engine.beam import beam_search
 from decode.collab import main
-from decode.pipeline.journal import Record
+from decode.pipeline.record import Record
 from decode.pipeline.nbest import NBestWriter
 from decode.translate import translate
 from minillama import InputError, Llama, Tokenizer
