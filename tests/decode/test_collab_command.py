@@ -15,7 +15,7 @@ from corpora import sample
 from corpora.pairs import one_line
 from decode import Ensemble, translate
 from decode.collab import main
-from decode.pipeline.members import open_readers
+from decode.pipeline.members import open_members
 from minillama import InputError, Llama
 from minillama.errors import exit_code
 
@@ -65,11 +65,11 @@ def refusal(argv, capsys):
 
 def test_the_output_is_that_of_the_python_interface_line_by_line(model_folders, texts):
     assert main(arguments(model_folders, texts, "--output", str(texts / "hyp.txt"), combine="A + 0.5*C")) == 0
-    readers = open_readers({name: str(model_folders[name]) for name in ("A", "C")}, None, None)
+    members = open_members({name: str(model_folders[name]) for name in ("A", "C")}, None, None)
     models = {name: Llama.from_pretrained(model_folders[name]) for name in ("A", "C")}
-    prompts = [readers[0].encode(sentence, "ja", "en") for sentence in PAIRS.source[:6]]
+    prompts = [members[0].encode(sentence, "ja", "en") for sentence in PAIRS.source[:6]]
     result = translate(Ensemble(models, "A + 0.5*C"), prompts, max_new_tokens=12)
-    expected = [one_line(readers[0].tokenizer.decode(tokens)).strip() for tokens in result.tokens]
+    expected = [one_line(members[0].tokenizer.decode(tokens)).strip() for tokens in result.tokens]
     assert (texts / "hyp.txt").read_text(encoding="utf-8").split("\n") == [*expected, ""]
 
 

@@ -14,8 +14,9 @@ from tiny import TINY, tiny_model
 from corpora import sample
 from decode import Ensemble, translate
 from decode.engine.likelihood import ROWS_AT_ONCE, given_logprobs
-from decode.pipeline.members import open_readers
-from decode.score import COLUMNS, main
+from decode.pipeline.members import open_members
+from decode.pipeline.scoring import COLUMNS
+from decode.score import main
 from minillama import InputError, Llama
 from minillama.errors import exit_code
 
@@ -142,13 +143,13 @@ def test_figures_are_those_of_the_plain_models_line_by_line(model_folders, texts
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["line"] for row in rows] == [1, 2, 3, 4, 5]
     assert rows[1] == {"line": 2, "tokens": 0}
-    readers = open_readers({name: str(model_folders[name]) for name in "AC"}, {"A": None, "C": "paper-user"}, None)
+    members = open_members({name: str(model_folders[name]) for name in "AC"}, {"A": None, "C": "paper-user"}, None)
     models = {name: Llama.from_pretrained(model_folders[name]) for name in "AC"}
     stops = Ensemble(models).stop_tokens
     sources, targets = ((texts / name).read_text(encoding="utf-8").split("\n") for name in ("src.txt", "hyp.txt"))
     for line in (0, 2, 3, 4):
-        prompts = {reader.name: reader.encode(sources[line], "ja", "en") for reader in readers}
-        target = readers[0].tokenizer.encode(targets[line])
+        prompts = {member.name: member.encode(sources[line], "ja", "en") for member in members}
+        target = members[0].tokenizer.encode(targets[line])
         combined, (of_a, of_c) = in_float64(models, {"A": 1.0, "C": -0.5}, prompts, target, stops)
         row = rows[line]
         assert row["logprobs"] == pytest.approx(combined, abs=1e-4)

@@ -1,7 +1,7 @@
 """Standard input of any length: memory is flat.
 
 The slow test pipes COLLAB_STREAM_LINES lines (default 1,000,000; at most COLLAB_STREAM_SECONDS, default 900) through
-one small model of the demo's and prints the curve: `pytest -m slow -s tests/decode/test_stream_memory.py`.
+one small model of the demo's and prints the curve: `pytest -m slow -s tests/decode/pipeline/test_stream_memory.py`.
 """
 
 import os
@@ -15,7 +15,7 @@ import pytest
 
 from corpora import sample
 
-DEMO = Path(__file__).resolve().parents[2] / "demo"
+DEMO = Path(__file__).resolve().parents[3] / "demo"
 
 
 def peak_megabytes(pid: int) -> float:
