@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import time
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 from corpora import sample
@@ -44,11 +44,24 @@ def uninterrupted(folders, folder):
     return found
 
 
-def start(argv, log: Path | None = None, **environment):
-    """A process that runs `decode.collab` with these arguments; `log` gets its standard error."""
-    process = CONTEXT.Process(target=_run, args=(argv, log, environment))
+def start(argv, log: Path | None = None, pipes: Path | None = None, **environment):
+    """A process that runs `decode.collab` with these arguments; `log` gets its standard error.
+
+    pipes: a folder in which `stdin` and `stdout` are named pipes.
+    """
+    process = CONTEXT.Process(target=_run, args=(argv, log, pipes, environment))
     process.start()
     return process
+
+
+@contextmanager
+def start_with_pipes(argv, folder: Path):
+    """(process, its standard input, its standard output); standard error goes to `log` in the folder."""
+    for name in ("stdin", "stdout"):
+        os.mkfifo(folder / name)
+    process = start(argv, folder / "log", folder)
+    with open(folder / "stdin", "wb", buffering=0) as stdin, open(folder / "stdout", "rb") as stdout:
+        yield process, stdin, stdout
 
 
 def start_ranks(argv, world, folder: Path, **environment):
@@ -85,8 +98,11 @@ def code_of(process, seconds=120):
     return process.exitcode
 
 
-def _run(argv, log, environment):
+def _run(argv, log, pipes, environment):
     os.environ.update(environment)
+    if pipes is not None:
+        os.dup2(os.open(pipes / "stdin", os.O_RDONLY), sys.stdin.fileno())
+        os.dup2(os.open(pipes / "stdout", os.O_WRONLY), sys.stdout.fileno())
     import torch
 
     from minillama.errors import exit_code

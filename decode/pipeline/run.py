@@ -252,7 +252,8 @@ def prepare(arguments: argparse.Namespace, distributed: Distributed, stack: Exit
     folders = named_folders(arguments.model)
     names = list(folders)
     weights = combination(arguments, names)
-    options = Options.from_arguments(arguments, batch_size=arguments.batch_size or DEFAULT_BATCH_SIZE)
+    batch_size = DEFAULT_BATCH_SIZE if arguments.batch_size is None else arguments.batch_size
+    options = Options.from_arguments(arguments, batch_size=batch_size)
     sizes = tp_sizes(arguments.tensor_parallel, names)
     all_placements = placements(arguments.device, arguments.dtype, names, options.batch_size, sizes)
     where = {name: all_placements[name] for name in weights}
