@@ -11,8 +11,6 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from decode.engine.sequence import Sequence
 
 if TYPE_CHECKING:

@@ -65,9 +65,7 @@ class CudaLayer(PackedLayer):
             row_linear(h_RF, down.weight_OD, down.bias_O, add_to=x_RD)
             return
         h_RD = self.input_norm.of(x_RD)
-        q_RQ = layer_kernels.turned_and_stored(
-            qkv.matmul(h_RD), batch.rope_RHC, batch.slot_R, entries_PJ, *self.heads
-        )
+        q_RQ = layer_kernels.turned_and_stored(qkv.matmul(h_RD), batch.rope_RHC, batch.slot_R, entries_PJ, *self.heads)
         attended_RD = self.summed(output.matmul(self._attention(q_RQ, batch, number, entries_PJ)))
         h_RD = self.post_norm.of(x_RD, attended_RD)
         x_RD += self.summed(down.matmul(layer_kernels.silu_multiplied(gate_up.matmul(h_RD))))
