@@ -2,7 +2,8 @@
 
 Ours against transformers (eager, the same models, logits summed by hand) and, for a single model, CTranslate2 and
 OpenVINO where they are installed (peers.py). Every system has a process of its own and they alternate within one run,
-so that neighbours on the machine disturb all of them alike. The time of a step is the median of all steps after the first few.
+so that neighbours on the machine disturb all of them alike. The time of a step is the median of all steps after the
+first few.
 
 What a step reads and computes is counted from the shapes; the shares are of what this machine does at best, measured in
 the same run. Only ratios within one run can be compared.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from decode.model.packed_llama import PackedLlama
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """One slot of every member's cache.
 

@@ -124,7 +124,7 @@ class Update:
     completion: Completion | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """One prompt per member, how its tokens are chosen, and the state of its decoding.
 

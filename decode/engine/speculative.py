@@ -159,7 +159,7 @@ class Speculation:
     def _observe(self, inputs: SequenceOf[SlotInput], output: SamplerOutput) -> None:
         """Compare what each member would have proposed with what was chosen, in a step without drafts."""
         positions = [(entry.sequence, 0) for entry in inputs if entry.num_logits]
-        alone = torch.ones(1, device=self.runner.ensemble.device)
+        alone = torch.ones(1, device=self.runner.device)
         for member in self.costs:
             acceptance = self.acceptance[member]
             if acceptance.known and self.steps % OBSERVE_EVERY:
@@ -178,7 +178,7 @@ class Speculation:
         """
         confidence = {entry.sequence.id: 1.0 for entry in decoding}
         drafts: dict[int, list[int]] = {entry.sequence.id: [] for entry in decoding}
-        alone = torch.ones(1, device=self.runner.ensemble.device)
+        alone = torch.ones(1, device=self.runner.device)
         pieces, rows = [], []
         current = inputs
         while True:

@@ -129,7 +129,7 @@ class DecodeBatch(ForwardBatch):
 
 
 def rope_for_heads(config: LlamaConfig, position_R: Tensor) -> Tensor:
-    """(R, H + K, C/2) complex: `rope_at` for each head of queries and keys; on CUDA (R, 1, C/2), broadcast over heads."""
+    """(R, H + K, C/2) complex: `rope_at` for each head of queries and keys; on CUDA (R, 1, C/2), to be broadcast."""
     rope_R1C = rope_at(config, position_R)[:, None]
     if position_R.is_cuda:
         return rope_R1C
