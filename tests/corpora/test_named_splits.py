@@ -129,9 +129,9 @@ def test_too_few_rows_for_the_draw_is_an_error(tmp_path):
 
 @given(rows=st.integers(1, 300), seed=st.integers(0, 2**40), count=st.integers(0, 300))
 def test_a_longer_draw_begins_with_the_shorter(rows, seed, count):
-    whole = list(hub.draw(rows, seed))
+    whole = list(hub.random_order(rows, seed))
     assert sorted(whole) == list(range(rows))
-    assert list(itertools.islice(hub.draw(rows, seed), count)) == whole[:count]
+    assert list(itertools.islice(hub.random_order(rows, seed), count)) == whole[:count]
 
 
 def test_one_side_of_a_split_is_text():
@@ -145,7 +145,7 @@ def test_one_side_of_a_split_is_text():
     [
         ("alt:ja-en", "expected a name such as alt:ja-en:train"),
         ("alt:ja-en:valid", "unknown split 'valid', expected one of cpt, train, dev, test"),
-        ("alt:en-ja:train", "is en to ja, but ja to en is wanted: write alt:ja-en:train"),
+        ("alt:en-ja:train", "is en to ja, but ja to en is requested: write alt:ja-en:train"),
         ("wmt19:ja-en:train", "wmt19 has no pair ja-en, expected one such as de-en"),
         ("alt:ja-ja:train", "no pair ja-ja"),
         ("alt:ja-en:dev", "write alt:ja-en:dev,dev=500"),
