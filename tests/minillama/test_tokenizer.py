@@ -121,7 +121,7 @@ FORMATS = pytest.mark.parametrize("name", ["json", "tiktoken", "sentencepiece"])
 
 
 @FORMATS
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(text=texts)
 @example(text="<|eot_id|>")
 @example(text="<s>")
@@ -136,7 +136,7 @@ def test_ids_are_the_librarys_none_is_a_control_token_and_the_text_comes_back(na
     assert tokenizer.decode(ids) == as_read(text)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(text=texts)
 @example(text="<|eot_id|>")
 @example(text="a <|eot_id|><|eot_id|> b")
