@@ -1,4 +1,4 @@
-"""Chat prompts are, id for id, what transformers makes of the published templates; and no text can leave its turn."""
+"""Chat prompts equal, id for id, what transformers renders from the published templates; no text leaves its message."""
 
 import pytest
 from hypothesis import example, given, settings

@@ -1,4 +1,4 @@
-"""What cannot be run is refused by name, in one line, before a weight is read."""
+"""A model that cannot be run is refused by name, in one line, before a weight is read."""
 
 import json
 
@@ -98,7 +98,7 @@ def test_a_configuration_written_and_read_again_is_the_same(rope, tied, biases, 
     )
     written = json.loads(json.dumps(config.to_dict()))
     assert LlamaConfig.from_dict(written) == config
-    # Either spelling of the RoPE settings alone says everything.
+    # Either form of the RoPE settings is complete.
     official = {name: value for name, value in written.items() if name != "rope_parameters"}
     assert LlamaConfig.from_dict(official) == config
     newer = {name: value for name, value in written.items() if name not in ("rope_scaling", "rope_theta")}
