@@ -28,8 +28,10 @@ from decode.bench_shapes import SHAPES, Models, prepare, sentence_prompts
 from decode.bench_show import show
 from decode.options import DEFAULT_ROWS
 from decode.engine.speculative import check_mode
-from kernels.bench import device_name, processor_name, save, versions
-from kernels.bench_cpu import alternate, read_speed
+from benchmarks.common import machine_name as device_name
+from benchmarks.common import save
+from minillama.machine import processor_name, versions
+from benchmarks.common import alternate, read_speed
 from minillama import InputError
 from minillama.cli import Parser
 from minillama.errors import exit_code
@@ -60,17 +62,17 @@ def machine(device: str, quick: bool) -> dict[str, Any]:
             product = partial(torch.mm, x_DD, x_DD)
             milliseconds = alternate({"product": product}, rounds)["product"]["least_ms"]
         else:
-            from kernels import bench_gpu
+            from benchmarks import common, kernels as bench_gpu
 
-            rival = bench_gpu.each(torch.mm, [x_DD, x_DD], x_DD)
-            milliseconds = bench_gpu.alternate({"product": rival}, 2, rounds)["product"] / 1e3
+            rival = bench_gpu._each(torch.mm, [x_DD, x_DD], x_DD)
+            milliseconds = bench_gpu.alternate_graphs({"product": rival}, 2, rounds)["product"] / 1e3
         speeds[str(dtype).removeprefix("torch.")] = round(2 * size**3 / milliseconds / 1e6, 1)
     if device == "cpu":
         return {"read_gigabytes_per_second": read_speed(rounds, 32 if quick else 1024), "matmul_gigaflops": speeds}
-    from kernels import bench_gpu
+    from benchmarks import common, kernels as bench_gpu
 
     # a copy reads and writes: the device's bytes a second, whichever way they go
-    return {"read_gigabytes_per_second": bench_gpu.copy_speed(rounds), "matmul_gigaflops": speeds}
+    return {"read_gigabytes_per_second": common.copy_speed(rounds), "matmul_gigaflops": speeds}
 
 
 def better(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

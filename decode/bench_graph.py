@@ -18,7 +18,7 @@ from decode.bench_shapes import SHAPES, random_model, random_prompts, step_work
 from decode.engine.ensemble import Ensemble
 from decode.engine.cuda_graph import ACTIVE
 from decode.translate import translate
-from kernels import bench_gpu
+from benchmarks import common, kernels as bench_gpu
 from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
 
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise InputError("decode.bench_graph measures on a GPU, and there is none here")
-    roof = bench_gpu.copy_speed(10)
+    roof = common.copy_speed(10)
     print(f"{torch.cuda.get_device_name()}, a copy moves {roof} GB/s", flush=True)
     models = {name: random_model(SHAPES[shape], seed) for seed, (name, shape) in enumerate(MEMBERS.items())}
     for combine in options.combine or ["L + S + T", "L"]:

@@ -34,7 +34,9 @@ from decode.pipeline.results import Results
 from decode.pipeline.session import Session
 from decode.pipeline.weights_file import combination
 from decode.pipeline.work import Work
-from kernels.bench import device_name, save, versions
+from benchmarks.common import machine_name as device_name
+from benchmarks.common import save
+from minillama.machine import versions
 from minillama import InputError
 from minillama.cli import Parser
 from minillama.errors import exit_code

@@ -190,7 +190,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no kernel {options.kernel or ''} has a variant named '{options.variant}'", file=sys.stderr)
         return 2
     rows = []
-    layout = "{kernel:21}{variant:36}{target:8}{registers:>10}{spills:>8}{shared_bytes:>8}{load_bytes:>6}{occupancy:>11}"
+    layout = (
+        "{kernel:21}{variant:36}{target:8}{registers:>10}{spills:>8}{shared_bytes:>8}{load_bytes:>6}{occupancy:>11}"
+    )
     columns = ("kernel", "variant", "target", "registers", "spills", "shared_bytes", "load_bytes", "occupancy")
     if not options.json:
         print(layout.format(**{name: name.removesuffix("_bytes") for name in columns}))

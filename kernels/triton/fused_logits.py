@@ -364,7 +364,12 @@ def variants() -> Iterator[Variant]:
 
 
 def _variant(
-    name: str, dtypes: tuple[torch.dtype, ...], vocabulary: int = 128_256, targets: int = 0, sample: bool = False, **rest
+    name: str,
+    dtypes: tuple[torch.dtype, ...],
+    vocabulary: int = 128_256,
+    targets: int = 0,
+    sample: bool = False,
+    **rest,
 ) -> Variant:
     long_B = torch.zeros(4, dtype=torch.int64)
     request = Request(
