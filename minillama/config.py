@@ -5,7 +5,7 @@ A configuration that this model cannot run is refused here, by name, before a we
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -196,12 +196,8 @@ def _read_rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling |
     if kind != "llama3":
         raise InputError(f"{where}: rope type is {kind!r}; only 'default' and 'llama3' can be run")
     try:
-        scaling = RopeScaling(
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
-        )
+        factor, low, high, context = (float(rope[field.name]) for field in fields(RopeScaling))
+        scaling = RopeScaling(factor, low, high, int(context))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{where}: the llama3 rope scaling lacks a usable {error}") from None
     if not (scaling.factor > 0 and scaling.high_freq_factor > scaling.low_freq_factor > 0):

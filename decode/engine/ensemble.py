@@ -9,11 +9,10 @@ knows texts, where prompts come from, or how a step is made.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from decode.engine.expression import format_weights, parse
 from decode.model.packed_llama import PackedLlama
@@ -108,14 +107,6 @@ class Ensemble:
     def context(self) -> dict[str, int]:
         """Positions that each member was made for."""
         return {member.name: member.model.config.max_position_embeddings for member in self.members}
-
-    def agree(self, *results: Tensor) -> Sequence[Tensor]:
-        """Results of the first process of a tensor-parallel group, in all of its processes, on the host."""
-        if self.tp is None:
-            return [result.cpu() for result in results]
-        flat = self.tp.broadcast(torch.cat([result.flatten().double() for result in results]))  # loses no bit
-        pieces = flat.split([result.numel() for result in results])
-        return [piece.view(result.shape).to(result.dtype).cpu() for piece, result in zip(pieces, results)]
 
 
 def _graphs_enabled() -> bool:
