@@ -2,10 +2,6 @@
 
 `Outputs` writes all files of a run of decode.collab. It holds what waits for an earlier line, and the texts only where
 references will be compared with them.
-
-N-best lists are as Moses and Marian write them: `line ||| text ||| F0= log-probability ||| score`, best first, lines
-from 0; F0 is the sum of the log-probabilities in nats, the score that sum normalised by length. A line that is blank or
-was skipped has one empty entry with two zeros. A text may contain ` ||| ` itself: numbers follow the last two.
 """
 
 import argparse
@@ -20,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,11 +24,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from decode.pipeline.journal import journal_path
 from decode.pipeline.record import Record
 from minillama.errors import InputError
-
-if TYPE_CHECKING:
-    from decode.explain.page import PageWriter
-    from decode.explain.text import TextWriter
-    from decode.pipeline.members import EncodedInput
 
 # Seconds between two lines of progress where there is no terminal.
 LINE_SECONDS = 30.0
@@ -60,22 +51,23 @@ def check_writable(path: str, others: list[str]) -> None:
 
 def check_outputs(arguments: argparse.Namespace, processes: int) -> None:
     """Raise InputError for outputs that cannot be written or replace one another, and for what cannot be resumed."""
-    for option in ("report", "details"):
+    for option in ("report", "details", "nbest_output"):
         if getattr(arguments, option) == "-":
-            raise InputError(f"--{option} -: give a file; standard output is for translations")
+            raise InputError(f"--{option.replace('_', '-')} -: give a file; standard output is for translations")
     others = [file for file in (arguments.input, arguments.reference) if file]
     explain = None if arguments.explain == "-" else arguments.explain
     for file in (arguments.output, arguments.report, arguments.details, nbest_path(arguments), explain):
         if file:
             check_writable(file, others)
             others.append(file)
-    has_journal = arguments.input != "-" and journal_path(arguments.output) is not None
-    if arguments.resume and not has_journal:
+    if arguments.input != "-" and journal_path(arguments.output) is not None:
+        return
+    if arguments.resume:
         raise InputError(
             "--resume: needs --input FILE and --output FILE; the journal is beside the output, and standard input "
             "cannot be read again"
         )
-    if processes > 1 and not has_journal:
+    if processes > 1:
         raise InputError(
             f"{processes} processes share the sentences of a file and write one: give --input FILE and --output FILE, "
             "or run one process"
@@ -84,21 +76,20 @@ def check_outputs(arguments: argparse.Namespace, processes: int) -> None:
 
 def nbest_path(arguments: argparse.Namespace) -> str | None:
     """The file for n-best lists, None if none are requested; whether it can be written is not checked."""
+    path, output = arguments.nbest_output, arguments.output
     if not arguments.nbest:
-        if arguments.nbest_output:
+        if path:
             raise InputError("--nbest-output has no effect without --nbest; give --nbest too")
         return None
-    if arguments.nbest_output == "-":
-        raise InputError("--nbest-output -: give a file; standard output is for translations")
-    if arguments.nbest_output:
-        return str(arguments.nbest_output)
-    if arguments.output == "-" or (Path(arguments.output).exists() and not Path(arguments.output).is_file()):
+    if not path and (output == "-" or (Path(output).exists() and not Path(output).is_file())):
         raise InputError("--nbest: with translations on standard output, name a file for the lists by --nbest-output")
-    return f"{arguments.output}.nbest"
+    return path or f"{output}.nbest"
 
 
 class OrderedWriter:
     """A context: `put(line, text)` in any order; lines are written in theirs. Lines count from 0, each is put once."""
+
+    fills_gaps = True
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -121,16 +112,22 @@ class OrderedWriter:
             self.waiting[line] = text
             self._write_ready()
 
-    def write_finished(self) -> int:
-        """After an interruption: write the lines after an unfinished one too, and that one empty.
+    def put_sentence(self, line: int, source: str, record: Record | None) -> None:
+        """The same for a sentence; record: None for a line that is blank or was skipped."""
+        self.put(line, record.text if record else "", translated=record is not None)
 
-        Returns the number of such empty lines.
+    def write_finished(self) -> int:
+        """After an interruption: write what is finished after unfinished lines too; returns the number of those.
+
+        Where gaps are filled an unfinished line is empty, else it is left out.
         """
         with _uninterrupted():
             gaps = [line for line in range(self.next, self.last) if line not in self.waiting]
-            self.waiting = {line: text for line, text in self.waiting.items() if line <= self.last}
-            self.waiting.update(dict.fromkeys(gaps, ""))
-            self._write_ready()
+            finished = {line: text for line, text in self.waiting.items() if line <= self.last}
+            if self.fills_gaps:
+                finished |= dict.fromkeys(gaps, "")
+            self.stream.writelines(finished[line] + "\n" for line in sorted(finished))
+            self.stream.flush()
         return len(gaps)
 
     def _write_ready(self) -> None:
@@ -149,64 +146,74 @@ class OrderedWriter:
         self.stream.close()
 
 
-class NBestWriter(OrderedWriter):
-    """The n-best lists of each line's record; None for a line that is blank or was skipped."""
+class DetailsWriter(OrderedWriter):
+    """Records as JSON lines."""
 
-    def put_record(self, line: int, record: Record | None) -> None:
+    fills_gaps = False
+
+    def put_sentence(self, line: int, source: str, record: Record | None) -> None:
+        entry = record.to_json() if record else {"line": line + 1, "text": "", "tokens": [], "logprobs": []}
+        self.put(line, json.dumps(entry, ensure_ascii=False), translated=record is not None)
+
+
+class NBestWriter(OrderedWriter):
+    """N-best lists as Moses and Marian write them: `line ||| text ||| F0= log-probability ||| score`, best first.
+
+    Lines count from 0; F0 is the sum of the log-probabilities in nats, the score that sum normalised by length. A line
+    that is blank or was skipped has one empty entry with two zeros. A text may contain ` ||| ` itself: two numbers
+    follow the last two.
+    """
+
+    fills_gaps = False
+
+    def put_sentence(self, line: int, source: str, record: Record | None) -> None:
         entries = [f"{line} |||  ||| F0= 0 ||| 0"]
         if record is not None:
             entries = [f"{line} ||| {text} ||| F0= {total:.6f} ||| {score:.6f}" for text, total, score in record.nbest]
         self.put(line, "\n".join(entries), translated=record is not None)
 
-    def write_finished(self) -> int:
-        """After an interruption: write the lists after an unfinished line, which has no entry then."""
-        self.stream.writelines(self.waiting.pop(line) + "\n" for line in sorted(self.waiting))
-        return 0
-
 
 class Outputs:
     """A context with every file of a run. `put` accepts lines in any order; a record that comes again is dropped."""
 
-    def __init__(
-        self, arguments: argparse.Namespace, file: "EncodedInput | None", explanations: "PageWriter | TextWriter | None"
-    ) -> None:
-        """file: the input, where it is not a stream. explanations: written in place of translations where both go to
-        standard output.
+    def __init__(self, arguments: argparse.Namespace, total: int | None, explanations: OrderedWriter | None) -> None:
+        """total: lines of the input, where that is known.   explanations: what decode.explain writes, in place of
+        translations where both go to standard output.
         """
-        path = os.devnull if arguments.explain == arguments.output == "-" else arguments.output
         self.where = "on standard output" if arguments.output == "-" else f"in {arguments.output}"
-        self.total = None if file is None else len(file.texts)
-        nbest = nbest_path(arguments)
-        self.writer = OrderedWriter(path)
-        self.details = OrderedWriter(arguments.details) if arguments.details else None
-        self.nbest = NBestWriter(nbest) if nbest else None
-        self.explanations = explanations
+        self.total = total
+        self.writer = OrderedWriter(os.devnull if arguments.explain == arguments.output == "-" else arguments.output)
+        self.writers = [self.writer]
+        if arguments.details:
+            self.writers.append(DetailsWriter(arguments.details))
+        if nbest := nbest_path(arguments):
+            self.writers.append(NBestWriter(nbest))
+        if explanations:
+            self.writers.append(explanations)
         self.texts: dict[int, str] | None = {} if arguments.reference else None
         self.tokens = self.resumed = self.resumed_tokens = 0
-        self.progress: DecodeProgress | None = None
         self.files = ExitStack()
 
     def __enter__(self) -> "Outputs":
-        for writer in (self.writer, self.details, self.nbest, self.explanations):
-            if writer:
-                self.files.enter_context(writer)
+        for writer in self.writers:
+            self.files.enter_context(writer)
+        self.progress = DecodeProgress(self.total)
+        self.files.callback(self.progress.stop)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.progress is not None:
-            self.progress.stop()
         self.files.__exit__(kind, error, trace)
 
     def put_empty(self, lines: Sequence[int]) -> None:
         """Lines that are blank or were skipped."""
         for line in lines:
             self._write(line, "", None)
-            self._progress().add(0)
+            self.progress.add(0)
 
     def put(self, record: Record, source: str, resumed: bool = False) -> None:
-        """source: the input's line.   resumed: an earlier run finished it."""
+        """source: the input's line.   resumed: an earlier run finished it; it does not count for the speed."""
         if record.line < self.writer.next or record.line in self.writer.waiting:
             return
         self.tokens += len(record.tokens)
@@ -214,51 +221,34 @@ class Outputs:
             self.resumed += 1
             self.resumed_tokens += len(record.tokens)
         self._write(record.line, source, record)
-        if not resumed:
-            self._progress().add(len(record.tokens))
+        self.progress.add(0 if resumed else len(record.tokens))
 
     def write_finished(self) -> str:
-        """After an interruption: write the lines after unfinished ones too; says in words what was written."""
-        gaps = self.writer.write_finished()
-        for writer in (self.nbest, self.explanations):
-            if writer:
-                writer.write_finished()
+        """After an interruption: write what is finished after unfinished lines too; says in words what was written."""
+        gaps, *_ = [writer.write_finished() for writer in self.writers]
         of = f" of {self.total:,}" if self.total is not None else ""
         empty = f"; {gaps:,} empty lines between them stand for unfinished sentences" if gaps else ""
         return f"{self.writer.count:,}{of} sentences were finished and are {self.where}{empty}"
 
     def _write(self, line: int, source: str, record: Record | None) -> None:
-        text = record.text if record else ""
-        self.writer.put(line, text, translated=record is not None)
-        if self.details:
-            entry = record.to_json() if record else {"line": line + 1, "text": "", "tokens": [], "logprobs": []}
-            self.details.put(line, json.dumps(entry, ensure_ascii=False))
-        if self.nbest:
-            self.nbest.put_record(line, record)
-        if self.explanations:
-            self.explanations.put_sentence(line, source, record)
+        for writer in self.writers:
+            writer.put_sentence(line, source, record)
         if self.texts is not None:
-            self.texts[line] = text
-
-    def _progress(self) -> "DecodeProgress":
-        if self.progress is None:
-            self.progress = DecodeProgress(self.total, done=self.resumed)
-        return self.progress
+            self.texts[line] = record.text if record else ""
 
 
 class DecodeProgress:
     """A bar on a terminal, a plain line now and then otherwise; on standard error."""
 
-    def __init__(self, total: int | None, done: int = 0) -> None:
-        """done: sentences that an earlier run finished; they count as done but not in the speed."""
-        self.total, self.done, self.tokens = total, done, 0
+    def __init__(self, total: int | None) -> None:
+        self.total, self.done, self.tokens = total, 0, 0
         self.started = self.last = time.monotonic()
         self.bar: Progress | None = None
         console = Console(stderr=True)
         if console.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
             self.bar = Progress(*columns, console=console, transient=True)
-            self.task = self.bar.add_task("", total=total, completed=done, status="")
+            self.task = self.bar.add_task("", total=total, status="")
             self.bar.start()
 
     def add(self, tokens: int) -> None:

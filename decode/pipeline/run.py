@@ -132,7 +132,8 @@ class TranslationRun:
         """Write every line. After a signal what is finished is written, and the message says where it is."""
         with ExitStack() as stack:
             if self.distributed.is_main:
-                self.outputs = stack.enter_context(Outputs(self.arguments, self.file, self._explanation_writer()))
+                total = None if self.file is None else len(self.file.texts)
+                self.outputs = stack.enter_context(Outputs(self.arguments, total, self._explanation_writer()))
             try:
                 if self.file is None:
                     self._translate_stream()
