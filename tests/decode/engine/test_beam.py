@@ -150,8 +150,8 @@ def test_a_score_is_the_sum_of_the_log_probabilities_over_the_length_with_the_en
 
 
 def test_numbers_out_of_range_are_refused():
-    ensemble = Ensemble({"L": tiny_model(0, eos_token_id=tuple(range(1, 11)))})
-    for beams, named in ((0, "0 beams"), (9, "9 beams"), (8, "10 stop tokens")):
+    ensemble = Ensemble({"L": tiny_model(0, eos_token_id=tuple(range(1, 31)))})
+    for beams, named in ((0, "0 beams"), (9, "9 beams"), (3, "30 stop tokens")):
         with pytest.raises(InputError, match=named):
             beam_search(ensemble, [[5]], beams)
     with pytest.raises(InputError, match="nbest 5"):

@@ -1,21 +1,21 @@
 """Sampling against the exact distribution, from transformers' logits in float64, with and without speculation."""
 
+import math
+from collections import Counter
+
 import pytest
 import torch
 from tiny import tiny_model
 
-from corpora import sample
 from decode import Ensemble, translate
-from decode.collab import main
-from decode.draws import Draws
-from minillama.errors import exit_code
+from decode.engine.engine import Engine
+from decode.engine.sequence import SamplingParams, Sequence
+from minillama import InputError
 
 WEIGHTS = {"L": 1.0, "S": 0.6, "A": -0.4}
 VOCABULARY = 12
 STOP = 1
-COPIES = 4000
 NEW_TOKENS = 3
-PAIRS = sample()
 
 
 @pytest.fixture(scope="module")
@@ -84,56 +84,104 @@ def chi_square(found, expected):
     return chisquare(observed, [value * scale for value in probable]).pvalue
 
 
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (1.4, 5, 1.0), (0.7, 0, 0.9), (2.0, 8, 0.8)]
-)
-def test_draws_have_the_combined_distribution_with_and_without_speculation(
-    models, references, temperature, top_k, top_p
-):
-    """4,000 draws of up to three tokens under a combination with a negative weight: p above 0.001 for each.
+def counts_of(result):
+    """How often each text came, with its stop token."""
+    ends = [(STOP,) if finished == "stop" else () for finished in result.finished]
+    return Counter((*tokens, *end) for tokens, end in zip(result.tokens, ends))
 
-    Every prompt's draws hang on its number, so this is one experiment, the same at every run.
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "samples"),
+    [
+        (2.0, 8, 0.8, 1000),
+        pytest.param(1.0, 0, 1.0, 4000, marks=pytest.mark.slow),
+        pytest.param(1.4, 5, 1.0, 4000, marks=pytest.mark.slow),
+        pytest.param(0.7, 0, 0.9, 4000, marks=pytest.mark.slow),
+        pytest.param(2.0, 8, 0.8, 4000, marks=pytest.mark.slow),
+    ],
+)
+def test_samples_have_the_combined_distribution_with_and_without_speculation(
+    models, references, temperature, top_k, top_p, samples
+):
+    """Texts of up to three tokens under a combination with a negative weight: p above 0.001.
+
+    A sample is a function of the seed and the prompt's number, so this is one experiment, the same at every run.
     """
     ensemble = Ensemble(models, WEIGHTS)
-    prompts = {name: [PROMPT[name]] * COPIES for name in WEIGHTS}
-    expected = exact(references, temperature, top_k, top_p)
-    draws = Draws(1234, temperature, top_k, top_p)
-    plain = translate(ensemble, prompts, NEW_TOKENS, batch_size=256, draws=draws)
-    counts: dict[tuple[int, ...], int] = {}
-    for tokens, finished in zip(plain.tokens, plain.finished):
-        text = (*tokens, STOP) if finished == "stop" else tuple(tokens)
-        counts[text] = counts.get(text, 0) + 1
-    assert chi_square(counts, expected) > 1e-3
-    drafted = translate(ensemble, prompts, NEW_TOKENS, batch_size=256, draws=draws, speculate=2)
-    assert drafted.counters.kept > 100
+    prompts = {name: [PROMPT[name]] * samples for name in WEIGHTS}
+    params = SamplingParams(temperature, top_k, top_p, seed=1234)
+    plain = translate(ensemble, prompts, NEW_TOKENS, batch_size=256, params=params)
+    assert chi_square(counts_of(plain), exact(references, temperature, top_k, top_p)) > 1e-3
+    drafted = translate(ensemble, prompts, NEW_TOKENS, batch_size=256, params=params, speculate=2)
+    assert drafted.stats.accepted > samples / 40
     assert (drafted.tokens, drafted.logprobs) == (plain.tokens, plain.logprobs)
 
 
-def test_speculation_with_other_seeds_has_the_combined_distribution_too(models, references):
+@pytest.mark.slow
+def test_other_seeds_give_other_samples_of_the_same_distribution(models, references):
     ensemble = Ensemble(models, WEIGHTS)
-    prompts = {name: [PROMPT[name]] * COPIES for name in WEIGHTS}
+    prompts = {name: [PROMPT[name]] * 4000 for name in WEIGHTS}
     expected = exact(references, 1.0, 0, 1.0)
     values = []
     for seed in (1, 2):
-        found = translate(ensemble, prompts, NEW_TOKENS, batch_size=256, draws=Draws(seed), speculate=1)
-        counts: dict[tuple[int, ...], int] = {}
-        for tokens, finished in zip(found.tokens, found.finished):
-            text = (*tokens, STOP) if finished == "stop" else tuple(tokens)
-            counts[text] = counts.get(text, 0) + 1
-        values.append(chi_square(counts, expected))
+        params = SamplingParams(1.0, seed=seed)
+        found = translate(ensemble, prompts, NEW_TOKENS, batch_size=256, params=params, speculate=1)
+        values.append(chi_square(counts_of(found), expected))
     assert min(values) > 1e-3
     assert values[0] != values[1]
 
 
-def test_a_sentences_draws_are_the_same_in_any_batch_and_hang_on_its_key(models):
+def test_a_sample_is_the_same_in_any_batch_and_depends_on_its_key(models):
     ensemble = Ensemble(models, WEIGHTS)
     prompts = [[5, 7, token] for token in range(2, 12)]
-    whole = translate(ensemble, prompts, 8, batch_size=10, draws=Draws(3))
+    params = SamplingParams(1.0, seed=3)
+    whole = translate(ensemble, prompts, 8, batch_size=10, params=params)
     for batch_size, speculate in ((1, "off"), (3, 2), (4, "auto")):
-        found = translate(ensemble, prompts, 8, batch_size, draws=Draws(3), speculate=speculate)
+        found = translate(ensemble, prompts, 8, batch_size, params=params, speculate=speculate)
         assert (found.tokens, found.logprobs) == (whole.tokens, whole.logprobs)
-    part = translate(ensemble, prompts[6:3:-1], 8, draws=Draws(3, keys=(6, 5, 4)))
-    assert part.tokens == whole.tokens[6:3:-1]
-    assert translate(ensemble, prompts, 8, draws=Draws(4)).tokens != whole.tokens
+    part = [Sequence((prompts[key],) * 3, params, 8, key=key) for key in (6, 5, 4)]
+    found = dict(Engine.fitting(ensemble, part, 2).generate(part))
+    assert [found[number].tokens for number in range(3)] == whole.tokens[6:3:-1]
+    assert translate(ensemble, prompts, 8, params=SamplingParams(1.0, seed=4)).tokens != whole.tokens
 
 
+def test_a_sequence_without_a_key_has_its_id(models):
+    """Equal prompts give different samples."""
+    ensemble = Ensemble(models, WEIGHTS)
+    engine = Engine(ensemble, 4, 20)
+    same = [Sequence(([5],) * 3, SamplingParams(2.0), 10, frozenset()) for _ in range(4)]
+    texts = {tuple(completion.tokens) for _, completion in engine.generate(same)}
+    assert len(texts) == 4
+
+
+def test_any_integer_is_a_seed(models):
+    ensemble = Ensemble(models, WEIGHTS)
+    found = [
+        translate(ensemble, [[5, 7]], 12, ignore_eos=True, params=SamplingParams(1.0, seed=seed)).tokens[0]
+        for seed in (-1, 2**63 - 1, 2**64 - 1, 2**70 + 5, 5)
+    ]
+    assert found[2] == found[0] != found[1]
+    assert found[3] == found[4]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"temperature": -0.5}, "temperature -0.5"),
+        ({"temperature": math.nan}, "temperature nan"),
+        ({"temperature": math.inf}, "temperature inf"),
+        ({"top_k": -1}, "top_k -1"),
+        ({"top_p": 0.0}, "top_p 0.0"),
+        ({"top_p": 1.5}, "top_p 1.5"),
+        ({"top_p": math.nan}, "top_p nan"),
+        ({"beams": 0}, "0 beams"),
+        ({"beams": 9}, "9 beams"),
+        ({"beams": 2, "nbest": 3}, "nbest 3"),
+        ({"nbest": -1}, "nbest -1"),
+        ({"length_penalty": math.nan}, "length_penalty nan"),
+        ({"temperature": 1.0, "beams": 2}, "not both"),
+    ],
+)
+def test_parameters_out_of_range_are_refused(fields, named):
+    with pytest.raises(InputError, match=named):
+        SamplingParams(**fields)
