@@ -150,10 +150,11 @@ def test_a_score_is_the_sum_of_the_log_probabilities_over_the_length_with_the_en
 
 
 def test_numbers_out_of_range_are_refused():
-    ensemble = Ensemble({"L": tiny_model(0, eos_token_id=tuple(range(1, 31)))})
+    many_stops = Ensemble({"L": tiny_model(0, eos_token_id=tuple(range(1, 31)))})
     for beams, named in ((0, "0 beams"), (9, "9 beams"), (3, "30 stop tokens")):
         with pytest.raises(InputError, match=named):
-            beam_search(ensemble, [[5]], beams)
+            beam_search(many_stops, [[5]], beams)
+    ensemble = Ensemble({"L": tiny_model(0)})
     with pytest.raises(InputError, match="nbest 5"):
         beam_search(ensemble, [[5]], 4, nbest=5)
     with pytest.raises(InputError, match="prompt 2 is empty"):

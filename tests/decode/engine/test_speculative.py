@@ -62,6 +62,12 @@ def plain(ensembles, prompts):
     return {key: translate(ensembles[key[0]], prompts, 16, batch_size=7, params=key[1]) for key in combinations}
 
 
+def draft_anyway(patch):
+    """`auto` drafts even where it does not pay, as with these models, whose distributions are flat."""
+    patch.setattr("decode.engine.speculative.MIN_SPEEDUP", 0.0)
+    patch.setattr("decode.engine.speculative.MIN_CONFIDENCE", 0.05)
+
+
 @settings(max_examples=12)
 @given(
     combine=st.sampled_from(EXPRESSIONS),
@@ -72,7 +78,7 @@ def plain(ensembles, prompts):
 def test_every_way_of_drafting_gives_the_same_bits(ensembles, prompts, plain, combine, batch_size, speculate, params):
     expected = plain[combine, params]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("decode.engine.speculative.MIN_SPEEDUP", 0.0)  # `auto` drafts even where it does not pay
+        draft_anyway(patch)
         found = translate(ensembles[combine], prompts, 16, batch_size, speculate=speculate, params=params)
     assert (found.tokens, found.logprobs, found.finished) == (expected.tokens, expected.logprobs, expected.finished)
 
@@ -113,7 +119,7 @@ def test_beside_weights_beams_and_targets_nothing_is_drafted_and_nothing_changes
 
 
 def test_auto_drafts_nothing_for_many_sequences(pair, prompts, monkeypatch):
-    monkeypatch.setattr("decode.engine.speculative.MIN_SPEEDUP", 0.0)
+    draft_anyway(monkeypatch)
     many = [prompts[number % 7] + [9] * number for number in range(MAX_SEQUENCES + 1)]
     crowded = translate(pair, many, 40, batch_size=MAX_SEQUENCES + 1, ignore_eos=True, speculate="auto")
     assert crowded.stats.drafted == 0
@@ -233,20 +239,20 @@ def test_a_fixed_number_is_drafted_by_the_best_proposer(pair):
 def test_a_draft_ends_at_a_low_confidence_and_no_token_is_lost(pair, prompts, monkeypatch):
     """Drafts of unequal lengths in a batch, down to none, and the same tokens and bits."""
     plain = translate(pair, prompts, 40, batch_size=4, ignore_eos=True)
-    monkeypatch.setattr(Speculation, "_plan", lambda self, sequences: (1, 5) if self.acceptance[1].known else (None, 0))
+    monkeypatch.setattr(Speculation, "_plan", lambda self, sequences: (1, 5))
     drafted = {}
-    for least in (0.0, 0.4, 1.1):
+    for least in (0.0, 0.1, 1.1):
         monkeypatch.setattr("decode.engine.speculative.MIN_CONFIDENCE", least)
         found = translate(pair, prompts, 40, batch_size=4, ignore_eos=True, speculate="auto")
         assert (found.tokens, found.logprobs) == (plain.tokens, plain.logprobs)
         drafted[least] = found.stats.drafted, found.stats.accepted / max(1, found.stats.drafted)
-    assert drafted[0.0][0] > drafted[0.4][0] > drafted[1.1][0] == 0
-    assert drafted[0.4][1] > drafted[0.0][1]  # what is left out is what would not have been accepted
+    assert drafted[0.0][0] > drafted[0.1][0] > drafted[1.1][0] == 0
+    assert drafted[0.1][1] > drafted[0.0][1]  # what is left out is what would not have been accepted
 
 
 def test_a_draft_has_the_probability_that_was_required(pair, prompts, monkeypatch):
     """A draft is the member's own continuation, as far as that has at least MIN_CONFIDENCE."""
-    least = 0.3
+    least = 0.1
     monkeypatch.setattr("decode.engine.speculative.MIN_CONFIDENCE", least)
     monkeypatch.setattr(Speculation, "_plan", lambda self, sequences: (1, 7))
     seen = []
