@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decode.engine.expression import parse, spell
+from decode.engine.expression import format_weights, parse
 from minillama import InputError
 
 NAMES = ["L", "S_src", "S_tgt", "S_1"]
@@ -55,8 +55,8 @@ def test_weights_are_those_of_python_arithmetic(expression):
 
 
 @given(st.dictionaries(st.sampled_from(NAMES), st.floats(-1e6, 1e6).filter(lambda x: abs(x) > 1e-30), min_size=1))
-def test_a_spelled_expression_reads_back_to_the_same_weights(weights):
-    assert parse(spell(weights), list(weights)) == weights
+def test_formatted_weights_read_back_to_the_same_weights(weights):
+    assert parse(format_weights(weights), list(weights)) == weights
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_spelled_expression_reads_back_to_the_same_weights(weights):
         ("L % S", "'%' is no operator"),
     ],
 )
-def test_what_is_not_a_weighted_sum_is_refused_with_its_place(expression, message):
+def test_what_is_not_a_weighted_sum_is_refused_with_its_column(expression, message):
     with pytest.raises(InputError) as error:
         parse(expression, ["L", "S"])
     assert message in str(error.value)
