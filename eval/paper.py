@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from eval.graph import Store, in_order
-from eval.plan import show
-from eval.results import gather
-from eval.runner import Runner
-from eval.steps import Steps
-from eval.study import read_study
+from eval.study.graph import Store, in_order
+from eval.study.plan import show
+from eval.study.results import gather
+from eval.study.runner import Runner
+from eval.study.steps import Steps
+from eval.study.config import read_study
 from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
 from minillama.files import write_whole

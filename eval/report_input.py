@@ -12,7 +12,7 @@ from typing import Any
 
 from corpora.text import read_lines
 from eval.document import MISSING
-from eval.expressions import EXPRESSIONS, FINETUNING, ORIGINAL
+from eval.study.expressions import EXPRESSIONS, FINETUNING, ORIGINAL
 from minillama.errors import InputError
 
 # A model's rows in the paper's order, by what follows the dot in a row's name.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.expressions import EXPRESSIONS
+from eval.study.expressions import EXPRESSIONS
 from eval.report_input import KNOWN, Study
 from eval.report_tables import BASELINES, OURS
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from eval.document import MISSING, Column, Inline, Row, Table, code, number, strong
-from eval.expressions import EXPRESSIONS, FITTED
+from eval.study.expressions import EXPRESSIONS, FITTED
 from eval.paper_figures import paper_rows
 from eval.report_input import KNOWN, Study
 

@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from eval.expressions import EXPRESSIONS
+from eval.study.expressions import EXPRESSIONS
 
 JA = [
     "彼は走る。",

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from eval.graph import File, Named, Out, Step, Store, Text, in_order
-from eval.runner import Runner, StepFailed
-from eval.study import Run
+from eval.study.graph import File, Named, Out, Step, Store, Text, in_order
+from eval.study.runner import Runner, StepFailed
+from eval.study.config import Run
 from minillama.errors import Interrupted
 
 WRITER = """

@@ -12,7 +12,7 @@ from sacrebleu.metrics import CHRF
 
 from eval import report
 from eval.document import MISSING, Span
-from eval.expressions import EXPRESSIONS, FINETUNING, ORIGINAL, tables
+from eval.study.expressions import EXPRESSIONS, FINETUNING, ORIGINAL, tables
 from eval.paper_figures import paper_rows
 from eval.report import build, main, write
 from eval.report_input import KNOWN, load

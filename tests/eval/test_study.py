@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from eval.expressions import EXPRESSIONS, members
-from eval.study import read_study
+from eval.study.expressions import EXPRESSIONS, members
+from eval.study.config import read_study
 from minillama import InputError
 
 STUDIES = Path(__file__).resolve().parents[2] / "eval"

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from decode.pipeline.report import device_name, versions
-from eval.expressions import EXPRESSIONS, FITTED, tables
-from eval.graph import Step, Store, in_order
-from eval.steps import Row, Steps
+from eval.study.expressions import EXPRESSIONS, FITTED, tables
+from eval.study.graph import Step, Store, in_order
+from eval.study.steps import Row, Steps
 from minillama.device import pick_device
 
 

@@ -1,4 +1,4 @@
-"""Runs the steps of a study: several side by side, what is ready first, a line for each and a bar over the whole."""
+"""Runs the steps of a study in parallel, each as soon as its inputs are done: one line for each, and a bar over all."""
 
 import os
 import signal
@@ -15,20 +15,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from eval.graph import Step, Store
-from eval.study import Run
+from eval.study.config import Run
+from eval.study.graph import Step, Store
 from minillama.errors import InputError, Interrupted
 
 LOG = "log.txt"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class StepFailed(InputError):
-    """A command ended with another code than 0; the text has its last line and where all of it is."""
+    """A command ended with a nonzero exit code; the text has its last line and the path of its log."""
 
 
 @dataclass
 class Runner:
-    """`run` returns when every step is done; raises StepFailed or Interrupted after the running ones have ended."""
+    """`run` returns when every step is done. A slot is a device of the settings, or a job where there are none."""
 
     store: Store
     settings: Run
@@ -38,67 +39,78 @@ class Runner:
 
     def __post_init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.places = len(self.settings.devices) or self.settings.jobs
-        self.free = list(range(self.places))
+        self.free_slots = list(range(len(self.settings.devices) or self.settings.jobs))
+        self.slot_count = len(self.free_slots)
         self.guard = threading.Lock()
 
     def run(self, steps: Sequence[Step], on_step: Callable[[], None] = lambda: None) -> None:
-        """steps: inputs before what needs them.   on_step: called after each."""
-        waiting = {step.key: step for step in steps if not self.store.is_done(step)}
-        total = len(waiting)
-        numbers = iter(range(1, total + 1))
+        """Run the steps that are not done; `on_step` is called after each.
+
+        steps: each after its inputs. Raises StepFailed or Interrupted after the running steps have ended.
+        """
+        pending = {step.key: step for step in steps if not self.store.is_done(step)}
+        total = len(pending)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         bar = Progress(*columns, console=self.console, transient=True) if self.console.is_terminal else None
-        with bar or nullcontext(), ThreadPoolExecutor(self.places) as pool:
+        with bar or nullcontext(), ThreadPoolExecutor(self.slot_count) as pool:
             task = bar.add_task("steps", total=total) if bar else None
             active: dict[Future[float], tuple[Step, list[int]]] = {}
-            failure: BaseException | None = None
+            failure: InputError | None = None
             try:
-                while waiting or active:
-                    for step in list(waiting.values()) if failure is None else []:
-                        wanted = min(step.slots, self.places)
-                        if any(before.key in waiting for before in step.inputs) or _runs(active, step):
-                            continue
-                        if len(self.free) < wanted:
-                            break
-                        slots = [self.free.pop(0) for _ in range(wanted)]
-                        active[pool.submit(self._run, step, slots)] = step, slots
+                while True:
+                    if failure is None:
+                        self._start_ready(pool, pending, active)
                     if not active:
                         break
                     if bar is not None and task is not None:
-                        bar.update(task, description=", ".join(step.name for step, _ in active.values()))
+                        names = ", ".join(step.name for step, _ in active.values())
+                        bar.update(task, description=names, completed=total - len(pending))
                     for future in wait(active, return_when=FIRST_COMPLETED).done:
                         step, slots = active.pop(future)
-                        self.free += slots
+                        self.free_slots += slots
                         try:
                             seconds = future.result()
                         except InputError as error:
                             failure = failure or error
                             continue
-                        del waiting[step.key]
+                        del pending[step.key]
                         on_step()
-                        if bar is not None and task is not None:
-                            bar.advance(task)
-                        self._say(f"[{next(numbers)}/{total}] {step.name}: {seconds:,.1f} s")
+                        self._log(f"[{total - len(pending)}/{total}] {step.name}: {seconds:,.1f} s")
             except KeyboardInterrupt:
-                self._end_all()
-                done = total - len(waiting)
-                raise Interrupted(f"interrupted: {done} of {total} steps done; the same command goes on") from None
+                self._terminate_all()
+                done = total - len(pending)
+                raise Interrupted(f"interrupted: {done} of {total} steps done; the same command resumes") from None
         if failure is not None:
             raise failure
 
+    def _start_ready(
+        self, pool: ThreadPoolExecutor, pending: dict[str, Step], active: dict[Future[float], tuple[Step, list[int]]]
+    ) -> None:
+        """Start steps whose inputs are done, in order, until the slots do not suffice for the next one."""
+        running = [step for step, _ in active.values()]
+        for step in pending.values():
+            if step in running or any(before.key in pending for before in step.inputs):
+                continue
+            count = min(step.processes, self.slot_count)
+            if len(self.free_slots) < count:
+                break
+            slots = [self.free_slots.pop(0) for _ in range(count)]
+            active[pool.submit(self._run, step, slots)] = step, slots
+
     def _run(self, step: Step, slots: list[int]) -> float:
+        """Run one command and record it; returns its seconds, 0 if another run has done it meanwhile."""
         store = self.store
-        with store.locked(step, lambda: self._say(f"{step.name}: another run has it; waiting")) as lock:
-            if store.is_done(step):  # by that other run
+        with store.locked(step, lambda: self._log(f"{step.name}: another run holds it; waiting")) as lock:
+            if store.is_done(step):
                 return 0.0
             started = time.time()
-            words = store.command(step)
-            launch = ["torch.distributed.run", "--nproc-per-node", str(step.slots), "-m"] if step.slots > 1 else []
+            command = store.command(step)
+            processes = str(step.processes)
+            launch = ["torch.distributed.run", "--nproc-per-node", processes, "-m"] if step.processes > 1 else []
             log = store.folder(step) / LOG
             with open(log, "ab") as output:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", *launch, *words],
+                    [sys.executable, "-m", *launch, *command],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
@@ -117,15 +129,13 @@ class Runner:
             if process.returncode != 0:
                 raise StepFailed(f"{step.name}: exit code {process.returncode} ({_last_line(log)}); see {log}")
             seconds = time.time() - started
-            store.finish(
-                step,
-                {
-                    "seconds": round(seconds, 2),
-                    "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
-                    "peak_memory_bytes": usage.ru_maxrss * 1024,
-                    "command": words,
-                },
-            )
+            record = {
+                "seconds": round(seconds, 2),
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
+                "peak_memory_bytes": usage.ru_maxrss * 1024,
+                "command": command,
+            }
+            store.finish(step, record)
             return seconds
 
     def _environment(self, slots: list[int]) -> dict[str, str]:
@@ -134,25 +144,20 @@ class Runner:
             environment["OMP_NUM_THREADS"] = str(self.settings.threads)
         if self.settings.devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.settings.devices[slot] for slot in slots)
-        # A command's packages are ours, wherever the study is run from.
-        here = str(Path(__file__).resolve().parents[1])
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+        # Commands import this copy of the packages, from whatever folder the study is run.
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         return environment
 
-    def _end_all(self) -> None:
+    def _terminate_all(self) -> None:
         """Ask every command to save and end; the pool then waits for them."""
         with self.guard:
             self.stopped = True
             for process in self.running.values():
                 process.send_signal(signal.SIGTERM)
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         if not self.quiet:
             self.console.print(text)
-
-
-def _runs(active: dict[Future[float], tuple[Step, list[int]]], step: Step) -> bool:
-    return any(other is step for other, _ in active.values())
 
 
 def _last_line(log: Path) -> str:

@@ -7,10 +7,10 @@ decoding the bytes of all members' weights a step; the shares of a device that t
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from eval.expressions import tables
-from eval.graph import Named, Step, Store, in_order
-from eval.steps import Steps
-from eval.study import Hardware, Study
+from eval.study.expressions import tables
+from eval.study.graph import Named, Step, Store, in_order
+from eval.study.steps import Steps
+from eval.study.config import Hardware, Study
 from minillama import InputError, LlamaConfig
 from train.memory import GIB, memory_of
 from train.plan import shape_of

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from corpora import language_name, prompt_names
-from eval.expressions import EXPRESSIONS, FINETUNING, FITTED, ORIGINAL, Expression, members
-from eval.graph import File, Folder, Named, Out, Step, Text, Word
-from eval.study import Corpus, Model, Study
+from eval.study.expressions import EXPRESSIONS, FINETUNING, FITTED, ORIGINAL, Expression, members
+from eval.study.graph import File, Folder, Named, Out, Step, Text, Word
+from eval.study.config import Corpus, Model, Study
 from minillama.errors import InputError
 
 # Members of the paper's sums that are experts: which text they were pre-trained on, "" for none.
