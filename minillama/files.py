@@ -1,6 +1,7 @@
 """Folders and files that appear whole or not at all."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,30 @@ from pathlib import Path
 from typing import TextIO
 
 from minillama.errors import InputError
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "prompt.toml"]
+
+
+def resolve_folder(name: str | Path) -> Path:
+    """A local folder as it is; `owner/name` that is no local folder is fetched from the Hugging Face hub."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{name}: is a file; a model is a folder with config.json and model.safetensors")
+    if not HUB_ID.fullmatch(str(name)) or path.parent.exists():
+        raise InputError(f"{name}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        answered = isinstance(error, HFValidationError) or getattr(error, "response", None) is not None
+        hub = "the hub does not give a model of that name" if answered else "the hub cannot be reached"
+        raise InputError(f"{name}: no such folder, and {hub} ({reason}); give a model's folder or hub id") from None
 
 
 @contextmanager

@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from minillama.cache import KVCache
 from minillama.config import LlamaConfig
+from minillama.files import atomic_folder, resolve_folder
 from minillama.packed_attention import Documents
-from minillama.files import atomic_folder
-from minillama.weights import load_weights, open_folder, resolve_folder, write_model
+from minillama.weights import load_weights, open_folder, write_model
 
 
 @lru_cache(maxsize=64)

@@ -29,8 +29,9 @@ from torch import Tensor
 from minillama.cache import KVCache
 from minillama.config import LlamaConfig
 from minillama.errors import InputError
+from minillama.files import resolve_folder
 from minillama.model import Embedding, Layer, Linear, Llama
-from minillama.weights import check_shapes, fill, open_folder, resolve_folder
+from minillama.weights import check_shapes, fill, open_folder
 
 BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 BY_INPUTS = ("o_proj", "down_proj")

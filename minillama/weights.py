@@ -27,10 +27,8 @@ if TYPE_CHECKING:
 # The largest tensors are read first, while little else is held; reopening the map after this many bytes gives
 # pages that were copied elsewhere back to the system, which counts mapped pages as the process's own.
 MAPPED_BYTES = 8 << 20
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # safetensors' names of what a weight may be stored as.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "prompt.toml"]
 
 
 @dataclass(frozen=True)
@@ -53,27 +51,6 @@ class Checkpoint:
     def parameters(self) -> int:
         """How many numbers the model has, a tied output layer counted once."""
         return sum(math.prod(shape) for name, shape in self.shapes.items() if not _is_ignored(name, self.config))
-
-
-def resolve_folder(name: str | Path) -> Path:
-    """A local folder as it is; `owner/name` that is no local folder is fetched from the Hugging Face hub."""
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise InputError(f"{name}: is a file; a model is a folder with config.json and model.safetensors")
-    if not HUB_ID.fullmatch(str(name)) or path.parent.exists():
-        raise InputError(f"{name}: no such folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        answered = isinstance(error, HFValidationError) or getattr(error, "response", None) is not None
-        hub = "the hub does not give a model of that name" if answered else "the hub cannot be reached"
-        raise InputError(f"{name}: no such folder, and {hub} ({reason}); give a model's folder or hub id") from None
 
 
 def open_folder(folder: Path) -> Checkpoint:

@@ -8,8 +8,8 @@ from corpora import Prompt
 from minillama import InputError, Llama, Tokenizer
 from minillama.cli import Parser
 from minillama.errors import exit_code
-from minillama.files import atomic_folder
-from minillama.weights import resolve_folder, write_model
+from minillama.files import atomic_folder, resolve_folder
+from minillama.weights import write_model
 from train.lora import CONFIG, load_adapter, merge
 from train.settings import DTYPES, check_output
 

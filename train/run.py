@@ -16,8 +16,8 @@ import torch
 from corpora import Prompt
 from minillama import InputError, Llama, LlamaConfig, Tokenizer
 from minillama.config import read_json
-from minillama.files import write_whole
-from minillama.weights import open_folder, resolve_folder, write_model
+from minillama.files import resolve_folder, write_whole
+from minillama.weights import open_folder, write_model
 from train.checkpoint import finish, is_finished
 from train.config import write_toml
 from train.data import Example

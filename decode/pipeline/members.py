@@ -11,14 +11,15 @@ from pathlib import Path
 
 from corpora import Prompt
 from decode.engine.ensemble import Ensemble
-from decode.pipeline.placement import Place
 from decode.model.packed_llama import PreparedLlama
-from decode.search_options import SearchOptions
+from decode.pipeline.placement import Place
 from decode.pipeline.vocabulary import check_shared
+from decode.search_options import SearchOptions
 from minillama import InputError, Llama, Tokenizer
 from minillama.chat import ChatFormat, chat_format, render, stop_tokens
+from minillama.files import resolve_folder
 from minillama.tensor_parallel import Part, load_part
-from minillama.weights import Checkpoint, open_folder, resolve_folder
+from minillama.weights import Checkpoint, open_folder
 
 PROMPT_FILE = "prompt.toml"
 TOO_LONG = ("error", "truncate", "skip")

@@ -1,7 +1,7 @@
-"""A study's TOML file: corpora, models, how experts are trained, what is decoded and fitted, and with how many processes.
+"""A study's TOML file: corpora, models, how experts are trained, what is decoded and fitted, with how many processes.
 
-Every key is a field of a dataclass below, with its default. An unknown key is an error that names the nearest known one.
-What the paper leaves unknown is a key like any other, so one line changes it.
+Every key is a field of a dataclass below, with its default. An unknown key is an error that names the nearest known
+one. What the paper leaves unknown is a key like any other, so one line changes it.
 """
 
 import tomllib
@@ -190,7 +190,7 @@ def _value(hint: Any, value: Any, where: str, name: str) -> Any:
     """A TOML value as the field's type; raises InputError for another type."""
     if get_origin(hint) is UnionType:  # `Part | None`: a table that is there is a Part
         hint = get_args(hint)[0]
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return _build(hint, value, where, f"{name}.")
     if get_origin(hint) is dict:
         if not isinstance(value, dict):

@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -71,7 +71,8 @@ Argument = str | Artifact | File | Folder | Text | Named
 class Step:
     """`python -m` with the arguments. `unkeyed` arguments do not change the result, such as the batch size.
 
-    kind: one of VERSIONS.   processes: how many torchrun starts.   about: what the study knows of the step.
+    kind: one of VERSIONS.   processes: how many torchrun starts.   model, options: the model's label in the study and
+    its training options, from which memory is predicted.
     """
 
     name: str
@@ -79,7 +80,8 @@ class Step:
     arguments: tuple[Argument, ...]
     unkeyed: tuple[Argument, ...] = ()
     processes: int = 1
-    about: dict[str, Any] = field(default_factory=dict)
+    model: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def inputs(self) -> list["Step"]:
