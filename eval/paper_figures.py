@@ -14,22 +14,6 @@ FIGURES = Path(__file__).with_name("paper_figures.toml")
 
 
 @dataclass(frozen=True)
-class PaperRow:
-    """One row: numbers of the tables that contain it, and its figures by direction ("ja-en").
-
-    BERTScore is in Table 2 only.
-    """
-
-    tables: tuple[int, ...]
-    bleu: Mapping[str, float]
-    bertscore: Mapping[str, float]
-
-    def score(self, key: str, direction: str) -> float | None:
-        """The figure for `bleu` (tokenizer 13a) or `bertscore`; None where the paper has none."""
-        return {"bleu": self.bleu, "bertscore": self.bertscore}.get(key, {}).get(direction)
-
-
-@dataclass(frozen=True)
 class ShownSentence:
     """Table 3's sentence: words of its reference, and what the paper shows of each system's translation."""
 
@@ -39,13 +23,20 @@ class ShownSentence:
 
 
 @cache
-def paper_rows() -> Mapping[str, PaperRow]:
-    """The 24 rows of Table 6 by their names in results.json; Tables 2 and 4 are among them."""
-    rows = _figures()["rows"].items()
-    return {name: PaperRow(tuple(row["tables"]), row["bleu"], row.get("bertscore", {})) for name, row in rows}
+def paper_rows() -> dict[str, dict[str, Any]]:
+    """The 24 rows of Table 6 by their names in results.json; Tables 2 and 4 are among them.
+
+    A row has `tables`, `bleu` and, if it is in Table 2, `bertscore`; scores by direction ("ja-en").
+    """
+    rows: dict[str, dict[str, Any]] = _figures()["rows"]
+    return rows
 
 
-@cache
+def paper_score(row: str, key: str, direction: str) -> float | None:
+    """The figure for `bleu` (tokenizer 13a) or `bertscore`; None where the paper has none."""
+    return paper_rows().get(row, {}).get(key, {}).get(direction) if key in ("bleu", "bertscore") else None
+
+
 def shown_sentence() -> ShownSentence:
     table = _figures()["table3"]
     return ShownSentence(table["direction"], tuple(table["reference_mentions"]), table["shown"])

@@ -1,15 +1,15 @@
 """A study's report: `python -m eval.report results.json --output FOLDER [--format md,tex]`.
 
-Tables 2, 3, 4 and 6 in the paper's arrangement, everything else that was measured, and plots, from the results.json of
+Tables 2, 3, 4 and 6 in the paper's arrangement, everything else that was measured, and a plot, from the results.json of
 `eval.paper` and the texts beside it, as Markdown and as LaTeX.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from eval.report_data import Results, load
-from eval.report_plots import Plot, draw_plots
+from eval.report_plots import bleu_by_expression
 from eval.report_sentences import differing_sentences, table_3
 from eval.report_tables import (
     direction_table,
@@ -28,7 +28,7 @@ from minillama.errors import InputError, exit_code
 from minillama.files import write_whole
 
 WRITERS: dict[str, Markdown | Latex] = {"md": Markdown(), "tex": Latex()}
-PLOTS = "plots"
+PLOT = Path("plots", "bleu-by-expression.png")
 EXAMPLES = """examples:
   python -m eval.report runs/small/results.json --output runs/small/report
   python -m eval.report runs/paper/results.json --output tables --format tex
@@ -36,25 +36,27 @@ EXAMPLES = """examples:
 
 
 def write(results_file: Path | str, folder: Path | str, formats: Sequence[str] = tuple(WRITERS)) -> list[Path]:
-    """Write report.md, report.tex and the plots into `folder`; returns the files.
+    """Write report.md, report.tex and the plot into `folder`; returns the files.
 
-    Texts are read from the folder of results.json; a part whose texts are not there is left out. Plots need matplotlib;
-    without it the report has none and names the package to install.
+    Texts are read from the folder of results.json; a part whose texts are not there is left out. The plot needs matplotlib;
+    without it the report names the package to install.
     Raises InputError for an unknown format, a file that is no results.json, a folder that cannot be written.
     """
     unknown = [name for name in formats if name not in WRITERS]
     if unknown or not formats:
         raise InputError(f"unknown format {unknown[0] if unknown else ''!r}, expected some of {','.join(WRITERS)}")
     results, folder = load(Path(results_file)), Path(folder)
-    plots: list[Plot] | None
+    plots: dict[Path, bytes] | None
     try:
-        plots = draw_plots(results)
+        png = bleu_by_expression(results)
+        plots = {PLOT: png} if png else {}
     except ImportError:
         plots = None
     texts = {folder / f"report.{name}": render(results, WRITERS[name], plots) for name in formats}
-    pictures = {folder / PLOTS / f"{plot.name}.png": plot.png for plot in plots or []}
+    pictures = {folder / path: png for path, png in (plots or {}).items()}
     try:
-        (folder / PLOTS if plots else folder).mkdir(parents=True, exist_ok=True)
+        for path in (*texts, *pictures):
+            path.parent.mkdir(parents=True, exist_ok=True)
         for path, png in pictures.items():
             path.write_bytes(png)
         for path, text in texts.items():
@@ -64,15 +66,17 @@ def write(results_file: Path | str, folder: Path | str, formats: Sequence[str] =
     return [*texts, *pictures]
 
 
-def render(results: Results, writer: Markdown | Latex, plots: Sequence[Plot] | None) -> str:
-    """The whole report. plots: None where matplotlib is missing."""
+def render(results: Results, writer: Markdown | Latex, plots: Iterable[Path] | None) -> str:
+    """The whole report. plots: paths below the report's folder, None where matplotlib is missing."""
 
     def tables(*found: Table | None) -> list[str]:
-        return [writer.table(table) for table in found if table is not None]
+        return [writer.table(table) for table in found if table is not None and table.rows]
 
-    pictures = [writer.picture(f"{PLOTS}/{plot.name}.png", plot.description) for plot in plots or []]
     if plots is None:
-        pictures = [writer.text(("There are no plots: they need ", code("pip install 'collab-mt[plot]'"), "."))]
+        pictures = [writer.text(("There is no plot: it needs ", code("pip install 'collab-mt[plot]'"), "."))]
+    else:
+        description = "BLEU by expression, directions side by side"
+        pictures = [writer.picture(path.as_posix(), description) for path in plots]
     scores = [score_table(results, direction) for direction in results.directions]
     sections = {
         "The paper's tables": tables(*paper_tables(results), table_3(results)),
@@ -116,7 +120,7 @@ def _duration(seconds: float) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m eval.report",
-        description="A study's tables and plots as Markdown and LaTeX.",
+        description="A study's tables and plot as Markdown and LaTeX.",
         epilog=EXAMPLES,
     )
     parser.add_argument("results", type=Path, metavar="RESULTS.json", help="what eval.paper wrote")

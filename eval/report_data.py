@@ -19,7 +19,7 @@ FITTED_PREFIX = "fitted: "
 
 @dataclass(frozen=True)
 class Results:
-    """results.json, and the folder to which its paths of texts are relative."""
+    """results.json, and the folder to which its paths of texts are relative. A row's name is `MODEL.SUFFIX`."""
 
     data: dict[str, Any]
     folder: Path
@@ -29,13 +29,12 @@ class Results:
         return list(self.data["directions"])
 
     @property
-    def larges(self) -> list[str]:
-        return list(self.data.get("larges", []))
+    def smalls(self) -> list[str]:
+        return [self.data["small"]] if self.data.get("small") else []
 
     @property
-    def models(self) -> list[str]:
-        """The small model and the large ones, in table order."""
-        return [*([self.data["small"]] if self.data.get("small") else []), *self.larges]
+    def larges(self) -> list[str]:
+        return list(self.data.get("larges", []))
 
     @property
     def compares(self) -> bool:
@@ -52,13 +51,12 @@ class Results:
 
     def blocks(self) -> list[list[str]]:
         """Names of all rows, a block for each model, and a last one for rows that are in no table of the paper."""
-        blocks = []
-        for model in self.models:
-            names = [f"{model}.{suffix}" for suffix in (KNOWN if model in self.larges else BASELINES)]
-            blocks.append([name for name in [*names, *self.fitted(model)] if name in self.rows])
-        known = {f"{model}.{suffix}" for model in self.models for suffix in KNOWN}
+        blocks = [[f"{small}.{suffix}" for suffix in BASELINES] for small in self.smalls]
+        blocks += [[*(f"{large}.{suffix}" for suffix in KNOWN), *self.fitted(large)] for large in self.larges]
+        known = {f"{model}.{suffix}" for model in (*self.smalls, *self.larges) for suffix in KNOWN}
         blocks.append([name for name, row in self.rows.items() if not row.get("fitted") and name not in known])
-        return [block for block in blocks if block]
+        present = [[name for name in block if name in self.rows] for block in blocks]
+        return [block for block in present if block]
 
     def cell(self, row: str, direction: str) -> dict[str, Any]:
         """A row's figures for a direction, empty where it has none."""
@@ -85,9 +83,7 @@ class Results:
 
     def lines(self, name: str | None) -> list[str] | None:
         """The lines of a text beside results.json; None where it is not there (a committed copy has none)."""
-        if not name or not (self.folder / name).is_file():
-            return None
-        return read_lines(self.folder / name)
+        return read_lines(self.folder / name) if name and (self.folder / name).is_file() else None
 
     def translations(self, row: str, direction: str) -> list[str] | None:
         return self.lines(self.cell(row, direction).get("hypothesis_file"))
@@ -98,15 +94,14 @@ class Results:
 
     def label(self, row: str, by_method: bool = False) -> Inline:
         """A row's name in tables, also of a row that this study does not have: its expression, or its method."""
-        found, known = self.rows.get(row), KNOWN.get(row.rpartition(".")[2])
-        if found and found.get("fitted"):
+        suffix = row.rpartition(".")[2]
+        known = {"method": KNOWN[suffix].method, "expression": KNOWN[suffix].combine} if suffix in KNOWN else {}
+        found = self.rows.get(row, known)
+        if found.get("fitted"):
             return f"{FITTED_PREFIX}{found['fitted']}"
-        if found:
-            method, expression = found["method"], found.get("expression", "")
-        else:
-            method, expression = (known.method, known.combine) if known else (row, "")
-        plain = by_method or row.rpartition(".")[2] in BASELINES or not expression
-        return method if plain else code(expression)
+        if by_method or suffix in BASELINES or not found.get("expression"):
+            return str(found.get("method", row))
+        return code(found["expression"])
 
 
 def load(path: Path) -> Results:

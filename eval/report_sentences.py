@@ -1,11 +1,11 @@
 """Sentences of a study side by side: the paper's Table 3, and those on which the systems differ most."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from corpora.metrics import text_metrics
 from eval.paper_figures import shown_sentence
 from eval.report_data import Results
-from eval.tables import MISSING, Column, Inline, Table, number
+from eval.tables import MISSING, Column, Inline, Row, Table, number
 
 SHOWN = 10  # sentences on which systems differ most, over all directions
 SYSTEMS = ("original", "finetuning", "proxy", "collab", "fitted")
@@ -20,23 +20,22 @@ def table_3(results: Results) -> Table | None:
     if not references:
         return None
     mentions = [sum(word.lower() in line.lower() for word in sentence.reference_mentions) for line in references]
-    if max(mentions) < LEAST_MENTIONS:
-        return None
     index = mentions.index(max(mentions))
+    if mentions[index] < LEAST_MENTIONS:
+        return None
     # The paper's small model is this study's, and its 3B is the first large one.
     models = {"1B": results.data.get("small") or "", "3B": results.larges[0] if results.larges else ""}
-    rows = [[*row, ""] for row in _source_and_reference(results, direction, index)]
-    for paper_name, fact in sentence.shown.items():
+    names = {}
+    for paper_name in sentence.shown:
         model, _, suffix = paper_name.rpartition(".")
-        name = f"{models[model]}.{suffix}"
-        lines = results.translations(name, direction)
-        rows.append([_system(results, name), _text(lines[index] if lines else None), fact])
-    columns = [Column("system"), Column("text", "long"), Column("in the paper", "long")]
-    notes = ["in the paper: what its Table 3 shows of each system."]
-    if not results.compares:
-        columns, rows, notes = columns[:2], [row[:2] for row in rows], []
-    title = f"Table 3: one {direction} sentence (line {index + 1:,} of the test text)"
-    return Table("table3", title, columns, [rows], notes)
+        names[f"{models[model]}.{suffix}"] = sentence.shown[paper_name]
+    systems = {name: results.translations(name, direction) for name in names}
+    facts = ["", "", *names.values()]
+    rows = _texts(results, direction, index, systems)
+    if results.compares:
+        rows = [{**row, Column("in the paper", "long"): fact} for row, fact in zip(rows, facts[-len(rows) :])]
+    notes = ["in the paper: what its Table 3 shows of each system."] if results.compares else []
+    return Table("table3", f"Table 3: one {direction} sentence (line {index + 1:,} of the test text)", [rows], notes)
 
 
 def differing_sentences(results: Results, count: int = SHOWN) -> list[Table]:
@@ -44,9 +43,12 @@ def differing_sentences(results: Results, count: int = SHOWN) -> list[Table]:
 
     `count` sentences in all, shared by the directions whose texts are there.
     """
-    translated = {
-        direction: systems for direction in results.directions if len(systems := _systems(results, direction)) > 1
-    }
+    translated = {}
+    for direction in results.directions:
+        names = [f"{large}.{suffix}" for large in results.larges[:1] for suffix in SYSTEMS]
+        systems = {name: lines for name in names if (lines := results.translations(name, direction))}
+        if len(systems) > 1:
+            translated[direction] = systems
     tables = []
     for index, (direction, systems) in enumerate(translated.items()):
         share = count // len(translated) + (index < count % len(translated))
@@ -58,17 +60,16 @@ def _most_different(results: Results, direction: str, systems: dict[str, list[st
     references = results.lines(results.data["directions"][direction].get("reference_file"))
     if references is None:
         return []
-    scores = [sentence_chrf(lines, references) for lines in systems.values()]
-    spreads = [max(column) - min(column) for column in zip(*scores)]
-    columns = [Column("system"), Column("text", "long"), Column("chrF2", "number")]
+    scores = list(zip(*(sentence_chrf(lines, references) for lines in systems.values())))  # by sentence, then system
+    spreads = [max(values) - min(values) for values in scores]
     tables = []
     for index in sorted(range(len(spreads)), key=lambda index: (-spreads[index], index))[:count]:
-        rows = [[*row, ""] for row in _source_and_reference(results, direction, index)]
-        for (name, lines), values in zip(systems.items(), scores):
-            rows.append([_system(results, name), _text(lines[index]), number(values[index], 1)])
-        lowest, highest = min(values[index] for values in scores), max(values[index] for values in scores)
-        title = f"{direction}, line {index + 1:,}: chrF2 from {lowest:.1f} to {highest:.1f}"
-        tables.append(Table(f"sentence-{direction}-{index + 1}", title, columns, [rows]))
+        values = scores[index]
+        rows = _texts(results, direction, index, systems)
+        cells = [*[""] * (len(rows) - len(values)), *(number(value, 1) for value in values)]
+        rows = [{**row, Column("chrF2", "number"): cell} for row, cell in zip(rows, cells)]
+        title = f"{direction}, line {index + 1:,}: chrF2 from {min(values):.1f} to {max(values):.1f}"
+        tables.append(Table(f"sentence-{direction}-{index + 1}", title, [rows]))
     return tables
 
 
@@ -78,22 +79,17 @@ def sentence_chrf(lines: Sequence[str], references: Sequence[str]) -> list[float
     return [chrf.metric.sentence_score(line, [reference]).score for line, reference in zip(lines, references)]
 
 
-def _systems(results: Results, direction: str) -> dict[str, list[str]]:
-    """Translations of the first large model's systems, those whose texts are there."""
-    names = [f"{large}.{suffix}" for large in results.larges[:1] for suffix in SYSTEMS]
-    return {name: lines for name in names if (lines := results.translations(name, direction))}
-
-
-def _source_and_reference(results: Results, direction: str, index: int) -> list[list[Inline]]:
+def _texts(results: Results, direction: str, index: int, systems: Mapping[str, list[str] | None]) -> list[Row]:
+    """A sentence's source and reference, where they are there, and its translations."""
     entry = results.data["directions"][direction]
-    texts = {"source": results.lines(entry.get("source_file")), "reference": results.lines(entry.get("reference_file"))}
-    return [[label, _text(lines[index])] for label, lines in texts.items() if lines]
-
-
-def _system(results: Results, name: str) -> Inline:
-    label = results.label(name, by_method=True)
-    return f"{results.large_of(name)} {label}" if isinstance(label, str) else label
-
-
-def _text(text: str | None) -> str:
-    return text or (MISSING if text is None else "(empty)")
+    texts: list[tuple[Inline, list[str] | None]] = []
+    for name in ("source", "reference"):
+        lines = results.lines(entry.get(f"{name}_file"))
+        texts += [(name, lines)] if lines else []
+    for name, lines in systems.items():
+        label = results.label(name, by_method=True)
+        texts.append((f"{results.large_of(name)} {label}" if isinstance(label, str) else label, lines))
+    return [
+        {Column("system"): label, Column("text", "long"): MISSING if lines is None else lines[index] or "(empty)"}
+        for label, lines in texts
+    ]

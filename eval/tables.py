@@ -6,8 +6,9 @@ fonts are installed, and prints the code point of a character that it does not h
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Literal
 
 MISSING = "–"
@@ -37,29 +38,15 @@ LATEX_HEAD = r"""\documentclass[a4paper,landscape,10pt]{article}
 \newcommand{\fitted}[1]{\sbox{\tablebox}{#1}%
   \ifdim\wd\tablebox>\linewidth\resizebox{\linewidth}{!}{\usebox{\tablebox}}\else\usebox{\tablebox}\fi}
 """
+LATEX_TEXT = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar"}
+LATEX_MATH = {"±": r"\pm", "×": r"\times", "−": "-", "≤": r"\leq", "≥": r"\geq", "→": r"\rightarrow"}
 LATEX_SPECIAL = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
-    "'": r"{'}",
-    "`": r"{\textasciigrave}",
-    "-": r"{-}",
-    "±": r"\ensuremath{\pm}",
-    "×": r"\ensuremath{\times}",
-    "−": r"\ensuremath{-}",
-    "≤": r"\ensuremath{\leq}",
-    "≥": r"\ensuremath{\geq}",
-    "→": r"\ensuremath{\rightarrow}",
-    "†": r"\textdagger{}",
-    "‡": r"\textdaggerdbl{}",
-    "\u00ad": r"\-",
-    **{character: f"\\{character}" for character in "#$%&_"},
+    **{character: f"\\{character}" for character in "#$%&_{}"},
+    **{character: rf"\text{name}{{}}" for character, name in LATEX_TEXT.items()},
+    **{character: rf"\ensuremath{{{name}}}" for character, name in LATEX_MATH.items()},
+    # Quotes and hyphens as they are typed, without ligatures.
+    **{'"': r"\textquotedbl{}", "'": "{'}", "`": r"{\textasciigrave}", "-": "{-}", "\u00ad": r"\-"},
+    **{"†": r"\textdagger{}", "‡": r"\textdaggerdbl{}"},
 }
 LATEX_PLAIN = set("–—‘’‚“”„…•€™")
 CJK_OR_CHARACTER = re.compile(r"([\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef]+)|.", re.DOTALL)
@@ -72,10 +59,18 @@ class Span:
     kind: Literal["plain", "code", "strong"] = "plain"
 
 
-Inline = str | Span | tuple["str | Span", ...]
+def code(text: str) -> Span:
+    return Span(text, "code")
 
 
-@dataclass(frozen=True)
+def strong(text: str) -> Span:
+    return Span(text, "strong")
+
+
+Inline = str | Span | tuple[str | Span, ...]
+
+
+@dataclass(frozen=True, eq=False)  # two columns of a table may have one label
 class Column:
     """`group` stands above neighbouring columns of the same group. kind: text, number, or long text that wraps."""
 
@@ -83,22 +78,20 @@ class Column:
     kind: Literal["text", "number", "long"] = "text"
     group: str = ""
 
-    @property
-    def full_label(self) -> str:
-        return f"{self.group} {self.label}".strip()
+
+Row = Mapping[Column, Inline]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Blocks of rows, each row with a cell for each column; a line separates blocks. `name` is its label in LaTeX.
+    """Blocks of rows, separated by a line. `name` is its label in LaTeX.
 
-    Raises ValueError where a row has another number of cells.
+    The first row's columns are the table's; every other row has as many cells, or ValueError is raised.
     """
 
     name: str
     title: str
-    columns: Sequence[Column]
-    blocks: Sequence[Sequence[Sequence[Inline]]]
+    blocks: Sequence[Sequence[Row]]
     notes: Sequence[Inline] = ()
 
     def __post_init__(self) -> None:
@@ -107,8 +100,12 @@ class Table:
                 raise ValueError(f"{self.name}: a row of {len(row)} cells under {len(self.columns)} columns")
 
     @property
-    def rows(self) -> list[Sequence[Inline]]:
+    def rows(self) -> list[Row]:
         return [row for block in self.blocks for row in block]
+
+    @property
+    def columns(self) -> list[Column]:
+        return list(self.rows[0])
 
     def groups(self) -> list[tuple[str, int]]:
         """Neighbouring columns of one group as (name, how many); empty where no column has a group."""
@@ -120,13 +117,12 @@ class Table:
                 groups.append((column.group, 1))
         return groups if any(name for name, _ in groups) else []
 
-
-def code(text: str) -> Span:
-    return Span(text, "code")
-
-
-def strong(text: str) -> Span:
-    return Span(text, "strong")
+    def without_empty_columns(self) -> "Table":
+        """The table without columns whose cells are all MISSING."""
+        cells = zip(*(row.values() for row in self.rows))
+        full = [any(cell != MISSING for cell in column) for column in cells]
+        blocks = [[dict(compress(row.items(), full)) for row in block] for block in self.blocks]
+        return replace(self, blocks=blocks)
 
 
 def number(value: float | None, decimals: int = 2, signed: bool = False) -> str:
@@ -158,9 +154,9 @@ class Markdown:
 
     def cells(self, table: Table) -> str:
         """The table alone."""
-        heads = [self.escape(column.full_label) for column in table.columns]
+        heads = [self.escape(f"{column.group} {column.label}".strip()) for column in table.columns]
         rules = "|".join("---:" if column.kind == "number" else "---" for column in table.columns)
-        rows = [f"| {' | '.join(map(self.text, row))} |" for row in table.rows]
+        rows = [f"| {' | '.join(map(self.text, row.values()))} |" for row in table.rows]
         return "\n".join([f"| {' | '.join(heads)} |", f"|{rules}|", *rows])
 
     def text(self, inline: Inline) -> str:
@@ -217,8 +213,8 @@ class Latex:
     def escape(self, text: str) -> str:
         return CJK_OR_CHARACTER.sub(_latex_characters, _one_line(text))
 
-    def _row(self, row: Sequence[Inline]) -> str:
-        cells = " & ".join(map(self.text, row))
+    def _row(self, row: Row) -> str:
+        cells = " & ".join(map(self.text, row.values()))
         # A bracket at the start would be read as the option of the line break before it.
         return ("{}" if cells.startswith("[") else "") + cells + r" \\"
 
