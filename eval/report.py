@@ -38,8 +38,8 @@ EXAMPLES = """examples:
 def write(results_file: Path | str, folder: Path | str, formats: Sequence[str] = tuple(WRITERS)) -> list[Path]:
     """Write report.md, report.tex and the plot into `folder`; returns the files.
 
-    Texts are read from the folder of results.json; a part whose texts are not there is left out. The plot needs matplotlib;
-    without it the report names the package to install.
+    Texts are read from the folder of results.json; a part whose texts are not there is left out. The plot needs
+    matplotlib; without it the report names the package to install.
     Raises InputError for an unknown format, a file that is no results.json, a folder that cannot be written.
     """
     unknown = [name for name in formats if name not in WRITERS]

@@ -98,7 +98,7 @@ class Runner:
             active[pool.submit(self._run, step, slots)] = step, slots
 
     def _run(self, step: Step, slots: list[int]) -> float:
-        """Run one command and record it; returns its seconds, 0 if another run has done it meanwhile."""
+        """Run one step and record it; returns its seconds, 0 if another run has done it meanwhile."""
         store = self.store
         with store.locked(step, lambda: self._log(f"{step.name}: another run holds it; waiting")) as lock:
             if store.is_done(step):
@@ -108,35 +108,39 @@ class Runner:
             processes = str(step.processes)
             launch = ["torch.distributed.run", "--nproc-per-node", processes, "-m"] if step.processes > 1 else []
             log = store.folder(step) / LOG
-            with open(log, "ab") as output:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", *launch, *command],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    env=self._environment(slots),
-                    pass_fds=(lock,),
-                    start_new_session=True,
-                )
-            with self.guard:
-                self.running[process.pid] = process
-                if self.stopped:
-                    process.send_signal(signal.SIGTERM)
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            with self.guard:
-                del self.running[process.pid]
-            if process.returncode != 0:
-                raise StepFailed(f"{step.name}: exit code {process.returncode} ({_last_line(log)}); see {log}")
+            exit_code, peak_memory = self._execute([*launch, *command], slots, log, lock)
+            if exit_code != 0:
+                raise StepFailed(f"{step.name}: exit code {exit_code} ({_last_line(log)}); see {log}")
             seconds = time.time() - started
-            record = {
-                "seconds": round(seconds, 2),
-                "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
-                "peak_memory_bytes": usage.ru_maxrss * 1024,
-                "command": command,
-            }
-            store.finish(step, record)
+            finished = time.strftime("%Y-%m-%dT%H:%M:%S")
+            record = {"seconds": round(seconds, 2), "finished": finished, "peak_memory_bytes": peak_memory}
+            store.finish(step, {**record, "command": command})
             return seconds
+
+    def _execute(self, command: list[str], slots: list[int], log: Path, lock: int) -> tuple[int, int]:
+        """Run `python -m` with the words of `command`; returns its exit code and its peak memory in bytes.
+
+        The command inherits the file descriptor `lock`, so the lock is held until it has ended.
+        """
+        with open(log, "ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=self._environment(slots),
+                pass_fds=(lock,),
+                start_new_session=True,
+            )
+        with self.guard:
+            self.running[process.pid] = process
+            if self.stopped:
+                process.send_signal(signal.SIGTERM)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        with self.guard:
+            del self.running[process.pid]
+        return process.returncode, usage.ru_maxrss * 1024
 
     def _environment(self, slots: list[int]) -> dict[str, str]:
         environment = dict(os.environ)

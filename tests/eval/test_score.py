@@ -242,6 +242,11 @@ def test_bad_input_ends_with_one_line_and_code_2(files, tmp_path, capsys, monkey
     assert sum(line.startswith("error:") for line in err.splitlines()) == 1
 
 
+def test_help_does_not_import_torch():
+    check = "import sys, eval.score; eval.score._parser().format_help(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
 def test_unequal_lengths_in_python_name_both_counts():
     with pytest.raises(InputError, match="the hypothesis has 1 lines and the reference has 2"):
         score(["a"], ["a", "b"])
