@@ -21,7 +21,7 @@ from eval.study.runner import Runner
 from eval.study.steps import Steps
 from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
-from minillama.files import write_whole
+from minillama.files import atomic_write
 
 EXAMPLES = """examples:
   python -m eval.paper eval/paper.toml --dry-run --gpu-memory 80  # the plan: steps and predicted memory
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sessions.update()
     results = store.work / "results.json"
     gathered = gather(steps, store, config, sessions.seconds)
-    write_whole(results, json.dumps(gathered, indent=1, ensure_ascii=False) + "\n")
+    atomic_write(results, json.dumps(gathered, indent=1, ensure_ascii=False) + "\n")
     write(results, store.work / "report")
     print(f"{results}; tables in {store.work / 'report'}", file=sys.stderr)
     return 0
@@ -87,7 +87,7 @@ class Sessions:
 
     def update(self) -> None:
         """Set this run's end to now."""
-        write_whole(self.path, json.dumps([*self.earlier, [self.started, time.time()]]) + "\n")
+        atomic_write(self.path, json.dumps([*self.earlier, [self.started, time.time()]]) + "\n")
 
     @property
     def seconds(self) -> float:

@@ -25,7 +25,7 @@ from eval.report_tables import (
 from eval.tables import Inline, Latex, Markdown, Table, code
 from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
-from minillama.files import write_whole
+from minillama.files import atomic_write
 
 WRITERS: dict[str, Markdown | Latex] = {"md": Markdown(), "tex": Latex()}
 PLOT = Path("plots", "bleu-by-expression.png")
@@ -60,7 +60,7 @@ def write(results_file: Path | str, folder: Path | str, formats: Sequence[str] =
         for path, png in pictures.items():
             path.write_bytes(png)
         for path, text in texts.items():
-            write_whole(path, text)
+            atomic_write(path, text)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); expected a folder") from None
     return [*texts, *pictures]

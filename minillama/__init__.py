@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from minillama.cache import KVCache
     from minillama.config import LlamaConfig
     from minillama.model import Llama
-    from minillama.packed_attention import Documents
+    from minillama.packed_attention import PackedSequences
     from minillama.tokenizer import Tokenizer
 
-__all__ = ["Documents", "InputError", "KVCache", "Llama", "LlamaConfig", "Tokenizer"]
+__all__ = ["InputError", "KVCache", "Llama", "LlamaConfig", "PackedSequences", "Tokenizer"]
 
 _MODULES = {
-    "Documents": "packed_attention",
     "KVCache": "cache",
     "Llama": "model",
     "LlamaConfig": "config",
+    "PackedSequences": "packed_attention",
     "Tokenizer": "tokenizer",
 }
 

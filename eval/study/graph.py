@@ -19,7 +19,7 @@ from typing import Any
 
 from decode.pipeline.fingerprint import folder_digest
 from minillama.errors import InputError
-from minillama.files import write_whole
+from minillama.files import atomic_write
 
 DONE = "done.json"
 # Raise a kind's number when its command computes something else from the same arguments.
@@ -167,13 +167,13 @@ class Store:
             return str(argument.path)
         if isinstance(argument, Text):
             path = self.folder(step) / argument.name
-            write_whole(path, argument.content)
+            atomic_write(path, argument.content)
             return str(path)
         return argument.replace("{step}", str(self.folder(step)))
 
     def finish(self, step: Step, record: dict[str, Any]) -> None:
         record = {"name": step.name, "kind": step.kind, "key": step.key, **record}
-        write_whole(self.folder(step) / DONE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        atomic_write(self.folder(step) / DONE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
     @contextmanager
     def locked(self, step: Step, on_wait: Callable[[], None]) -> Iterator[int]:
