@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from decode.engine.expression import parse, spell
+from decode.engine.expression import format_weights, parse
 from eval.study.expressions import EXPRESSIONS, FITTED, tables
 from eval.study.graph import Step, Store, in_order
 from eval.study.steps import Row, Steps
@@ -114,7 +114,7 @@ def _fixed(against: dict[str, float]) -> dict[str, float]:
     known = {}
     for expression in EXPRESSIONS.values():
         names = [name for name in MEMBERS if name in expression.combine]
-        known[spell(parse(expression.combine, names))] = expression.combine
+        known[format_weights(parse(expression.combine, names))] = expression.combine
     return {known.get(expression, expression): nats for expression, nats in against.items()}
 
 
