@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from kernels.philox import gumbel, random_words
-from kernels.types import ALL_MASKED, INFINITE, NAN, OVERFLOW, FusedHead, FusedLogits, HeadRequest, Request, SamplingTensors
+from kernels.types import (
+    ALL_MASKED,
+    INFINITE,
+    NAN,
+    OVERFLOW,
+    FusedHead,
+    FusedLogits,
+    HeadRequest,
+    Request,
+    SamplingTensors,
+)
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 

@@ -236,7 +236,5 @@ def _thresholds(request: Request, sample: SamplingTensors) -> Tensor:
     for here in truncated_R.nonzero()[:, 0].split(max(1, SORTED_ELEMENTS // request.vocabulary)):
         rows = Request(tuple(logits_RV[here] for logits_RV in request.logits), request.weights_NB[:, here])
         x_RV, _ = combined_tile(rows, 0, request.vocabulary)
-        threshold_R[here] = reference.threshold(
-            x_RV, sample.temperature[here], sample.top_k[here], sample.top_p[here]
-        )
+        threshold_R[here] = reference.threshold(x_RV, sample.temperature[here], sample.top_k[here], sample.top_p[here])
     return threshold_R

@@ -21,6 +21,7 @@ integers, in which addition is exact. Products and sums are not fused, so x has 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,7 +40,16 @@ from kernels.triton.combine import (
     x_at,
 )
 from kernels.triton.philox import gumbel, random_words
-from kernels.types import ALL_MASKED, MAX_MEMBERS, MAX_VOCABULARY, SPLIT, FusedLogits, Request
+from kernels.triton.variant import SHORT, Variant
+from kernels.types import (
+    ALL_MASKED,
+    MAX_MEMBERS,
+    MAX_VOCABULARY,
+    SPLIT,
+    FusedLogits,
+    Request,
+    SamplingTensors,
+)
 
 _MAX_SPLITS = tl.constexpr(MAX_VOCABULARY // SPLIT)
 _ALL_MASKED = tl.constexpr(ALL_MASKED)
@@ -331,3 +341,43 @@ def _launch(request: Request, out: FusedLogits) -> None:
     positional, switches = launch_arguments(request, out)
     programs = request.batch * out.workspace[0].shape[2]
     _fused_logits_kernel[(programs,)](*positional, **switches, **launch_options(request))
+
+
+def variants() -> Iterator[Variant]:
+    """Every combination that launches meet in practice; what can be requested is shown on three members of bf16."""
+    mixed = (torch.bfloat16, torch.float16, torch.float32)
+    for dtype in mixed:
+        for members in (1, 3, 8):
+            yield _variant(f"argmax N={members} {SHORT[dtype]}", (dtype,) * members)
+    three = (torch.bfloat16,) * 3
+    everything: dict[str, Any] = {"members": True, "top_k": 16, "sample": True}
+    yield _variant("argmax N=3 mixed", mixed)
+    yield _variant("argmax N=3 bf16, rows not aligned", three, vocabulary=50_257)
+    yield _variant("members N=3 bf16", three, members=True)
+    yield _variant("members and targets N=3 bf16", three, members=True, targets=4)
+    yield _variant("top_k=16 N=3 bf16", three, top_k=16)
+    yield _variant("top_k=32 N=3 bf16", three, top_k=32)
+    yield _variant("targets N=3 bf16", three, targets=4)
+    yield _variant("sample N=3 bf16", three, sample=True)
+    yield _variant("everything N=3 mixed", mixed, targets=4, **everything)
+    yield _variant("everything N=8 fp32", (torch.float32,) * 8, **everything)
+
+
+def _variant(
+    name: str,
+    dtypes: tuple[torch.dtype, ...],
+    vocabulary: int = 128_256,
+    targets: int = 0,
+    sample: bool = False,
+    **rest,
+) -> Variant:
+    long_B = torch.zeros(4, dtype=torch.int64)
+    request = Request(
+        tuple(torch.empty(4, vocabulary, dtype=dtype) for dtype in dtypes),
+        torch.ones(len(dtypes)),
+        targets=torch.zeros(4, targets, dtype=torch.int64) if targets else None,
+        sample=SamplingTensors(long_B, long_B, long_B, torch.ones(4)) if sample else None,
+        **rest,
+    )
+    launch = launch_arguments(request, allocate(request))
+    return Variant("fused_logits", name, _fused_logits_kernel, *launch, launch_options(request), vocabulary % 16 == 0)

@@ -1,0 +1,1 @@
+"""Benchmarks of the packages against what else there is, and their results. Nothing imports them, nothing installs them."""
