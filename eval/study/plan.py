@@ -58,10 +58,13 @@ def predicted_memory(study: Study, order: Sequence[Step]) -> dict[str, float]:
     """GiB on each device at the peak, by the step's key, of the steps whose models have a known shape."""
     shapes = {label: shape for label in study.models if (shape := _shape(study, label)) is not None}
     weights = {label: _parameters(shape) * WEIGHT_BYTES.get(study.decode.dtype, 4) for label, shape in shapes.items()}
-    found = {}
+    found, known = {}, {}
     for step in order:
         if step.kind in ("cpt", "sft") and step.model in shapes:
-            found[step.key] = _training_gib(study, step, shapes[step.model])
+            same = (step.kind, step.model, step.processes, repr(step.options))
+            if same not in known:
+                known[same] = _training_gib(study, step, shapes[step.model])
+            found[step.key] = known[same]
         elif step.kind in ("decode", "fit"):
             members = [study.small if name.startswith("S_") else step.model for name in _members(step)]
             if all(member in shapes for member in members):
