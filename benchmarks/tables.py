@@ -74,7 +74,7 @@ def decode_steps(paths: Sequence[Path]) -> Iterator[Row]:
             cells[_figure(f"B={size}, ms")] = number(found.get(size, {}).get("ms_per_step"), 1)
         for size in sizes:
             ratio = found.get(size, {}).get("ratio_to_transformers")
-            cells[_figure(f"B={size}, speed-up")] = MISSING if ratio is None else f"{ratio:.2f}×"
+            cells[_figure(f"B={size}, over transformers")] = MISSING if ratio is None else f"{ratio:.2f}×"
         yield cells
 
 
@@ -138,7 +138,7 @@ TABLES: dict[str, Callable[[Sequence[Path]], Iterator[Row]]] = {
 
 
 def write_tables(text: str, page: str, root: Path = ROOT) -> str:
-    """The page's text with every table written anew. Raises InputError for an unknown table, or a missing file or end."""
+    """The page's text with every table written anew. Raises InputError for an unknown table, a missing file or end."""
 
     def table(match: re.Match[str]) -> str:
         name, files = match.group(1), match.group(2)
@@ -152,9 +152,7 @@ def write_tables(text: str, page: str, root: Path = ROOT) -> str:
         return f"<!-- table: {name} (from {files}) -->\n{cells}\n<!-- end -->"
 
     if len(MARKED.findall(text)) != len(re.findall(r"^<!-- table:", text, re.MULTILINE)):
-        raise InputError(
-            f"{page}: a table's marker is not `<!-- table: NAME (from FILES) -->`, or has no `<!-- end -->`"
-        )
+        raise InputError(f"{page}: a table is not between <!-- table: NAME (from FILES) --> and <!-- end -->")
     return MARKED.sub(table, text)
 
 
