@@ -178,9 +178,9 @@ def test_sentences_are_those_with_the_largest_spread_of_chrf(study):
     for table, direction in zip(shown, ("ja-en", "en-ja")):
         references = study.lines(study.data["directions"][direction]["reference_file"])
         spreads = []
-        for place, reference in enumerate(references):
+        for index, reference in enumerate(references):
             scores = [
-                CHRF().sentence_score(study.lines(f"texts/{direction}/3B.{name}.txt")[place], [reference]).score
+                CHRF().sentence_score(study.lines(f"texts/{direction}/3B.{name}.txt")[index], [reference]).score
                 for name in ("original", "finetuning", "proxy", "collab", "fitted")
             ]
             spreads.append(max(scores) - min(scores))

@@ -150,7 +150,7 @@ def test_means_are_compared_as_sacrebleu_compares_corpora():
     systems = [[generator.random() + shift for _ in range(60)] for shift in (0.0, 0.04, 0.3)]
 
     class Mean(Metric):
-        """The mean of numbers that the hypotheses spell out, as a sacrebleu metric."""
+        """The mean of numbers, each written as a hypothesis, as a sacrebleu metric."""
 
         _SIGNATURE_TYPE = Signature
 
