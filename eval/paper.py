@@ -7,7 +7,6 @@ its text or its models it runs only the steps that depend on the change. The rep
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,34 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.dry_run:
         return 0
     store.work.mkdir(parents=True, exist_ok=True)
-    sessions = Sessions(store.work / "sessions.json")
-    try:
-        Runner(store, study.run).run(order, sessions.update)
-    finally:
-        sessions.update()
+    Runner(store, study.run).run(order)
     results = store.work / "results.json"
-    gathered = gather(steps, store, config, sessions.seconds)
+    gathered = gather(steps, store, config)
     atomic_write(results, json.dumps(gathered, indent=1, ensure_ascii=False) + "\n")
     write(results, store.work / "report")
     print(f"{results}; tables in {store.work / 'report'}", file=sys.stderr)
     return 0
-
-
-class Sessions:
-    """Start and end of every run of a study, from which the time of all of them is known."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.earlier: list[list[float]] = json.loads(path.read_text()) if path.exists() else []
-        self.started = time.time()
-
-    def update(self) -> None:
-        """Set this run's end to now."""
-        atomic_write(self.path, json.dumps([*self.earlier, [self.started, time.time()]]) + "\n")
-
-    @property
-    def seconds(self) -> float:
-        return float(sum(end - start for start, end in json.loads(self.path.read_text())))
 
 
 if __name__ == "__main__":

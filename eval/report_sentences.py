@@ -15,20 +15,20 @@ LEAST_MENTIONS = 3  # of the words of Table 3's reference, for a sentence to be 
 def table_3(results: Results) -> Table | None:
     """The paper's own sentence through its five systems; None where the test text does not contain it."""
     sentence = shown_sentence()
-    direction = sentence.direction
+    direction = sentence["direction"]
     references = results.lines(results.data["directions"].get(direction, {}).get("reference_file"))
     if not references:
         return None
-    mentions = [sum(word.lower() in line.lower() for word in sentence.reference_mentions) for line in references]
+    mentions = [sum(word.lower() in line.lower() for word in sentence["reference_mentions"]) for line in references]
     index = mentions.index(max(mentions))
     if mentions[index] < LEAST_MENTIONS:
         return None
     # The paper's small model is this study's, and its 3B is the first large one.
     models = {"1B": results.data.get("small") or "", "3B": results.larges[0] if results.larges else ""}
     names = {}
-    for paper_name in sentence.shown:
+    for paper_name, fact in sentence["shown"].items():
         model, _, suffix = paper_name.rpartition(".")
-        names[f"{models[model]}.{suffix}"] = sentence.shown[paper_name]
+        names[f"{models[model]}.{suffix}"] = fact
     systems = {name: results.translations(name, direction) for name in names}
     facts = ["", "", *names.values()]
     rows = _texts(results, direction, index, systems)

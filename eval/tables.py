@@ -1,8 +1,7 @@
 """Tables and short texts, as Markdown and as LaTeX.
 
-All text is plain: nothing in it is markup, whatever a model has written. The LaTeX compiles with pdfLaTeX, XeLaTeX and
-LuaLaTeX and needs booktabs, caption, float, graphicx and iftex. pdfLaTeX shows Japanese where CJKutf8 and its `min`
-fonts are installed, and prints the code point of a character that it does not have.
+All text is plain: nothing in it is markup, whatever a model has written. The LaTeX is for `\\input` into a document that
+that uses LATEX_PACKAGES and, for Japanese, a font with its characters (XeLaTeX, LuaLaTeX).
 """
 
 import re
@@ -14,30 +13,7 @@ from typing import Literal
 MISSING = "–"
 # What GitHub's Markdown reads as markup inside a line; an underscore between letters is none.
 MARKDOWN_MARKUP = re.compile(r"[\\`*|\[$]|(?<![^\W_])_|_(?![^\W_])|<(?=[\w/!?])|&(?=[#\w])|~(?=~)")
-LATEX_HEAD = r"""\documentclass[a4paper,landscape,10pt]{article}
-\usepackage[margin=18mm]{geometry}
-\usepackage{iftex,booktabs,caption,float,graphicx}
-\ifPDFTeX
-  \usepackage[T1]{fontenc}
-  \usepackage[utf8]{inputenc}
-  \usepackage{textcomp}
-  \newif\ifhascjk
-  \IfFileExists{c70min.fd}{\hascjktrue\usepackage{CJKutf8}}{}
-  \ifhascjk\newcommand{\cjk}[1]{\begin{CJK}{UTF8}{min}#1\end{CJK}}\else\newcommand{\cjk}[1]{[CJK]}\fi
-  \newcommand{\otherchar}[2]{{\scriptsize[U+#2]}}
-\else
-  \usepackage{fontspec}
-  \IfFontExistsTF{Noto Sans CJK JP}{\newfontfamily{\cjkfont}{Noto Sans CJK JP}}{\newcommand{\cjkfont}{}}
-  \newcommand{\cjk}[1]{{\cjkfont #1}}
-  \newcommand{\otherchar}[2]{#1}
-\fi
-\setlength{\parindent}{0pt}
-\setlength{\parskip}{6pt}
-\newsavebox{\tablebox}
-% a table as it is, or scaled to the width of the line
-\newcommand{\fitted}[1]{\sbox{\tablebox}{#1}%
-  \ifdim\wd\tablebox>\linewidth\resizebox{\linewidth}{!}{\usebox{\tablebox}}\else\usebox{\tablebox}\fi}
-"""
+LATEX_PACKAGES = r"\usepackage{adjustbox,booktabs,caption,float,graphicx,textcomp}"
 LATEX_TEXT = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar"}
 LATEX_MATH = {"±": r"\pm", "×": r"\times", "−": "-", "≤": r"\leq", "≥": r"\geq", "→": r"\rightarrow"}
 LATEX_SPECIAL = {
@@ -48,8 +24,6 @@ LATEX_SPECIAL = {
     **{'"': r"\textquotedbl{}", "'": "{'}", "`": r"{\textasciigrave}", "-": "{-}", "\u00ad": r"\-"},
     **{"†": r"\textdagger{}", "‡": r"\textdaggerdbl{}"},
 }
-LATEX_PLAIN = set("–—‘’‚“”„…•€™")
-CJK_OR_CHARACTER = re.compile(r"([\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef]+)|.", re.DOTALL)
 LONG_SHARE = 0.75  # of the line's width, for all columns of long text together
 
 
@@ -70,7 +44,7 @@ def strong(text: str) -> Span:
 Inline = str | Span | tuple[str | Span, ...]
 
 
-@dataclass(frozen=True, eq=False)  # two columns of a table may have one label
+@dataclass(frozen=True, eq=False)  # a table may have two columns of one label
 class Column:
     """`group` stands above neighbouring columns of the same group. kind: text, number, or long text that wraps."""
 
@@ -174,11 +148,10 @@ class Markdown:
 
 
 class Latex:
-    """A whole document; each table can also be copied out of it. Tables are booktabs' with rules below groups."""
+    """Sections, paragraphs, figures, and booktabs tables with a rule below each group, no wider than the line."""
 
     def document(self, title: str, blocks: Sequence[str]) -> str:
-        parts = [rf"\section*{{\LARGE {self.escape(title)}}}", *blocks]
-        return f"{LATEX_HEAD}\\begin{{document}}\n" + "\n\n".join(parts) + "\n\\end{document}\n"
+        return "\n\n".join([f"% {_one_line(title)}; needs {LATEX_PACKAGES}", *blocks]) + "\n"
 
     def heading(self, text: str) -> str:
         return rf"\section*{{{self.escape(text)}}}"
@@ -195,14 +168,15 @@ class Latex:
         lines = [
             r"\begin{table}[H]\centering",
             rf"\caption*{{{self.escape(table.title)}}}\label{{tab:{table.name}}}",
-            rf"\fitted{{\begin{{tabular}}{{{''.join(kinds[column.kind] for column in table.columns)}}}",
+            r"\begin{adjustbox}{max width=\linewidth}",
+            rf"\begin{{tabular}}{{{''.join(kinds[column.kind] for column in table.columns)}}}",
             r"\toprule",
             *self._groups(table.groups()),
             " & ".join(self.escape(column.label) for column in table.columns) + r" \\",
         ]
         for block in table.blocks:
             lines += [r"\midrule", *map(self._row, block)]
-        lines += [r"\bottomrule", r"\end{tabular}}"]
+        lines += [r"\bottomrule", r"\end{tabular}", r"\end{adjustbox}"]
         lines += [rf"\par\smallskip{{\footnotesize {self.text(note)}\par}}" for note in table.notes]
         return "\n".join([*lines, r"\end{table}"])
 
@@ -211,7 +185,7 @@ class Latex:
         return "".join(commands[span.kind].format(self.escape(span.text)) for span in _spans(inline))
 
     def escape(self, text: str) -> str:
-        return CJK_OR_CHARACTER.sub(_latex_characters, _one_line(text))
+        return "".join(LATEX_SPECIAL.get(c, c) for c in _one_line(text) if c.isprintable() or c in LATEX_SPECIAL)
 
     def _row(self, row: Row) -> str:
         cells = " & ".join(map(self.text, row.values()))
@@ -235,15 +209,3 @@ def _spans(inline: Inline) -> list[Span]:
 
 def _one_line(text: str) -> str:
     return re.sub(r"\s+", " ", text)
-
-
-def _latex_characters(match: re.Match[str]) -> str:
-    """One character, or a run of Chinese, Japanese or Korean ones, as LaTeX that prints it."""
-    text = match.group()
-    if match.group(1):
-        return rf"\cjk{{{text}}}"
-    if text in LATEX_SPECIAL:
-        return LATEX_SPECIAL[text]
-    if " " <= text < "\x7f" or "\xa1" <= text <= "\u017f" or text in LATEX_PLAIN:
-        return text
-    return rf"\otherchar{{{text}}}{{{ord(text):04X}}}" if text.isprintable() else ""

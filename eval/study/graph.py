@@ -35,15 +35,8 @@ class Artifact:
 
 
 @dataclass(frozen=True)
-class File:
-    """A file of the user, known by its contents."""
-
-    path: Path
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A model's folder of the user, known by its contents."""
+class Input:
+    """A file of the user, or a model's folder, known by its contents."""
 
     path: Path
 
@@ -64,7 +57,7 @@ class Named:
     argument: "Argument"
 
 
-Argument = str | Artifact | File | Folder | Text | Named
+Argument = str | Artifact | Input | Text | Named
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,10 +98,9 @@ def _identity(argument: Argument) -> Any:
         return ["named", argument.name, _identity(argument.argument)]
     if isinstance(argument, Artifact):
         return [argument.step.key, argument.name]
-    if isinstance(argument, File):
-        return ["file", _checksum(argument.path)]
-    if isinstance(argument, Folder):
-        return ["folder", folder_digest(argument.path)]
+    if isinstance(argument, Input):
+        folder = argument.path.is_dir()
+        return ["folder", folder_digest(argument.path)] if folder else ["file", _checksum(argument.path)]
     if isinstance(argument, Text):
         return ["text", argument.content]
     return argument
@@ -163,7 +155,7 @@ class Store:
             return f"{argument.name}={self._format(step, argument.argument)}"
         if isinstance(argument, Artifact):
             return str(self.path(argument))
-        if isinstance(argument, (File, Folder)):
+        if isinstance(argument, Input):
             return str(argument.path)
         if isinstance(argument, Text):
             path = self.folder(step) / argument.name

@@ -23,13 +23,11 @@ PACKAGES = ("torch", "collab-mt", "safetensors", "tokenizers", "sacrebleu", "tri
 MEMBERS = ("L", "S_all", "S_MT", "S_srcMT", "S_tgtMT")
 
 
-def gather(steps: Steps, store: Store, config: Path, seconds: float) -> dict[str, Any]:
-    """What results.json holds. Every step must be done; `seconds` is the time that the study ran in all.
-
-    Paths of texts are relative to `store.work`.
-    """
+def gather(steps: Steps, store: Store, config: Path) -> dict[str, Any]:
+    """The contents of results.json. Every step must be done. Paths of texts are relative to `store.work`."""
     study = steps.study
     fits = _fits(steps, store)
+    steps_done = [_step(step, store) for step in in_order(steps.targets())]
     return {
         "title": study.title,
         "config": config.name if config.is_absolute() else str(config),
@@ -38,14 +36,14 @@ def gather(steps: Steps, store: Store, config: Path, seconds: float) -> dict[str
         "commit": _commit(),
         "machine": f"{processor_name()}, {os.cpu_count()} cores, {device_name(pick_device('auto'))}",
         "versions": versions(*PACKAGES),
-        "seconds": round(seconds, 1),
+        "seconds": round(sum(step["seconds"] for step in steps_done), 1),
         "settings": _settings(steps),
         "directions": {direction: _direction(steps, store, direction) for direction in study.directions()},
         "small": study.small,
         "larges": study.larges,
         "rows": [_row(row, steps, store, fits) for row in steps.rows],
         "fits": fits,
-        "steps": [_step(step, store) for step in in_order(steps.targets())],
+        "steps": steps_done,
     }
 
 

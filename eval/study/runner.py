@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -43,10 +43,10 @@ class Runner:
         self.slot_count = len(self.free_slots)
         self.guard = threading.Lock()
 
-    def run(self, steps: Sequence[Step], on_step: Callable[[], None] = lambda: None) -> None:
-        """Run the steps that are not done; `on_step` is called after each.
+    def run(self, steps: Sequence[Step]) -> None:
+        """Run the steps that are not done; each must come after its inputs.
 
-        steps: each after its inputs. Raises StepFailed or Interrupted after the running steps have ended.
+        Raises StepFailed or Interrupted after the running steps have ended.
         """
         pending = {step.key: step for step in steps if not self.store.is_done(step)}
         total = len(pending)
@@ -74,7 +74,6 @@ class Runner:
                             failure = failure or error
                             continue
                         del pending[step.key]
-                        on_step()
                         self._log(f"[{total - len(pending)}/{total}] {step.name}: {seconds:,.1f} s")
             except KeyboardInterrupt:
                 self._terminate_all()

@@ -13,7 +13,7 @@ from typing import Any
 from corpora import language_name, prompt_names
 from eval.study.config import Corpus, Model, Study
 from eval.study.expressions import EXPRESSIONS, FINETUNING, FITTED, ORIGINAL, Expression, members
-from eval.study.graph import Argument, Artifact, File, Folder, Named, Step, Text
+from eval.study.graph import Argument, Artifact, Input, Named, Step, Text
 from minillama.errors import InputError
 
 # The experts, and the side of the corpus that each is pre-trained on ("": none).
@@ -96,7 +96,7 @@ class Steps:
         if part.split:
             words.append(part.split.format(seed=self.study.seed))
         else:
-            words += [File(self.data / part.files.format(language=language)) for language in languages]
+            words += [Input(self.data / part.files.format(language=language)) for language in languages]
         if part.lines:
             words += ["--lines", *map(str, part.lines)]
         return self._step(f"data {corpus} {name}", "data", (*words, "--output", "{step}/out"))
@@ -108,7 +108,7 @@ class Steps:
         """The folder of a model before the study trains experts from it."""
         model = self.study.models[label]
         if model.source:
-            return Folder(Path(model.source)) if Path(model.source).is_dir() else model.source
+            return Input(Path(model.source)) if Path(model.source).is_dir() else model.source
         if model.module:
             words: tuple[Argument, ...] = (model.module, "--output", "{step}/out")
             return Artifact(self._step(f"model {label}", "model", words))
@@ -233,7 +233,7 @@ class Steps:
         return [*words, "--chat", f"{member}={chat}"] if chat else words
 
     def _prompt(self, name: str) -> Argument:
-        return name if name in prompt_names() else File(self.here / name)
+        return name if name in prompt_names() else Input(self.here / name)
 
     def _tuned(
         self, direction: str, name: str, start: Argument, label: str, options: Mapping[str, Any], ranks: int = 1

@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 
 from eval.report import render, write
 from eval.report_data import load
-from eval.tables import Column, Latex, Markdown, Span, Table, code, number
+from eval.tables import LATEX_PACKAGES, Column, Latex, Markdown, Span, Table, code, number
 
 TEXT = st.text(st.characters(exclude_categories=("C", "Z")) | st.sampled_from(" |\\`*_<>[]()#&~$%^{}'\"-"), max_size=30)
 READER = MarkdownIt("commonmark").enable("table")
@@ -63,7 +63,7 @@ def test_a_row_of_latex_has_as_many_cells_as_columns(tmp_path):
             if line.endswith(r"\\"):
                 spans = sum(int(width) - 1 for width in re.findall(r"\\multicolumn\{(\d+)\}", line))
                 assert len(re.findall(r"(?<!\\)&", line)) + 1 + spans == columns, line
-    for name in ("table", "figure", "tabular"):
+    for name in ("table", "figure", "tabular", "adjustbox"):
         assert text.count(f"\\begin{{{name}}}") == text.count(f"\\end{{{name}}}")
     assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule", r"\cmidrule(lr){3-5}"))
 
@@ -84,10 +84,12 @@ def test_tables_of_the_report_have_equal_rows_in_markdown(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex with booktabs (texlive-latex-recommended)")
+@pytest.mark.skipif(shutil.which("xelatex") is None, reason="needs xelatex with adjustbox (texlive-latex-extra)")
 def test_the_latex_compiles(tmp_path):
     write(made_study(tmp_path), tmp_path / "report", ["tex"])
-    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "report.tex"]
+    document = rf"\documentclass{{article}}{LATEX_PACKAGES}\begin{{document}}\input{{report.tex}}\end{{document}}"
+    (tmp_path / "report" / "document.tex").write_text(document)
+    command = ["xelatex", "-interaction=nonstopmode", "-halt-on-error", "document.tex"]
     done = subprocess.run(command, cwd=tmp_path / "report", capture_output=True, text=True, errors="replace")
     assert done.returncode == 0, done.stdout[-2000:]
 

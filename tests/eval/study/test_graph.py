@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from eval.study.config import Run
-from eval.study.graph import Artifact, File, Named, Step, Store, Text, in_order
+from eval.study.graph import Artifact, Input, Named, Step, Store, Text, in_order
 from eval.study.runner import Runner, StepFailed
 from minillama.errors import Interrupted
 
@@ -44,17 +44,17 @@ def order(store):
 def test_the_key_follows_every_input_and_no_path(tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("one")
-    first = Step("x", "data", ("m", File(text)))
+    first = Step("x", "data", ("m", Input(text)))
     key = first.key
-    assert Step("another name", "data", ("m", File(text))).key == key
+    assert Step("another name", "data", ("m", Input(text))).key == key
     assert replace(first, unkeyed=("--batch-size", "3")).key == key
-    assert replace(first, arguments=("m", File(text), "--more")).key != key
+    assert replace(first, arguments=("m", Input(text), "--more")).key != key
     assert replace(first, kind="sft").key != key
     moved = tmp_path / "b.txt"
     moved.write_text("one")
-    assert Step("x", "data", ("m", File(moved))).key == key
+    assert Step("x", "data", ("m", Input(moved))).key == key
     text.write_text("two")
-    other = Step("x", "data", ("m", File(text)))
+    other = Step("x", "data", ("m", Input(text)))
     assert other.key != key
     assert (
         Step("y", "sft", ("m", Named("L", Artifact(first)))).key
