@@ -1,4 +1,7 @@
-"""`results.json` of a study, gathered from what its steps left: scores, fits, speed, memory; texts stay in place."""
+"""`results.json` of a study, gathered from the folders of its steps: scores, fits, speed, memory.
+
+Translations and texts stay in the steps' folders; results.json has their paths.
+"""
 
 import json
 import os
@@ -10,42 +13,44 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from decode.pipeline.report import device_name, versions
-from eval.expressions import EXPRESSIONS, FITTED, tables
-from eval.graph import Step, Store, in_order
-from eval.steps import Row, Steps
-from minillama.machine import pick_device
+from decode.engine.expression import format_weights, parse
+from eval.study.expressions import EXPRESSIONS, FITTED, tables
+from eval.study.graph import Step, Store, in_order
+from eval.study.steps import Row, Steps
+from minillama.machine import device_name, pick_device, processor_name, versions
+
+PACKAGES = ("torch", "collab-mt", "safetensors", "tokenizers", "sacrebleu", "triton")
+MEMBERS = ("L", "S_all", "S_MT", "S_srcMT", "S_tgtMT")
 
 
-def gather(steps: Steps, store: Store, config: Path, seconds: float) -> dict[str, Any]:
-    """Of a study whose steps are done. Paths of texts are relative to `store.work`.
-
-    seconds: how long the whole took, as it ran.
-    """
+def gather(steps: Steps, store: Store, config: Path) -> dict[str, Any]:
+    """The contents of results.json. Every step must be done. Paths of texts are relative to `store.work`."""
     study = steps.study
-    every = in_order(steps.wanted())
     fits = _fits(steps, store)
+    steps_done = [_step(step, store) for step in in_order(steps.targets())]
     return {
         "title": study.title,
         "config": config.name if config.is_absolute() else str(config),
         "config_sha256": sha256(config.read_bytes()).hexdigest(),
         "date": time.strftime("%Y-%m-%d"),
         "commit": _commit(),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {device_name(pick_device('auto'))}",
-        "versions": versions(),
-        "seconds": round(seconds, 1),
+        "machine": f"{processor_name()}, {os.cpu_count()} cores, {device_name(pick_device('auto'))}",
+        "versions": versions(*PACKAGES),
+        "seconds": round(sum(step["seconds"] for step in steps_done), 1),
         "settings": _settings(steps),
         "directions": {direction: _direction(steps, store, direction) for direction in study.directions()},
         "small": study.small,
         "larges": study.larges,
         "rows": [_row(row, steps, store, fits) for row in steps.rows],
         "fits": fits,
-        "steps": [
-            {"name": step.name, "seconds": (done := store.done(step))["seconds"], "key": step.key[:16]}
-            | {"peak_memory_bytes": done["peak_memory_bytes"]}
-            for step in every
-        ],
+        "steps": steps_done,
     }
+
+
+def _step(step: Step, store: Store) -> dict[str, Any]:
+    done = store.done(step)
+    measured = {"seconds": done["seconds"], "key": step.key[:16], "peak_memory_bytes": done["peak_memory_bytes"]}
+    return {"name": step.name, **measured}
 
 
 def _row(row: Row, steps: Steps, store: Store, fits: dict[str, Any]) -> dict[str, Any]:
@@ -62,15 +67,15 @@ def _row(row: Row, steps: Steps, store: Store, fits: dict[str, Any]) -> dict[str
 
 
 def _cell(row: Row, direction: str, step: Step, steps: Steps, store: Store, fits: dict[str, Any]) -> dict[str, Any]:
-    scored = json.loads((store.folder(steps.scores[direction, row.large]) / "scores.json").read_text("utf-8"))
-    system = scored["systems"][row.id]
+    scores = json.loads((store.folder(steps.scores[direction, row.large]) / "scores.json").read_text("utf-8"))
+    system = scores["systems"][row.id]
     run = json.loads((store.folder(step) / "run.json").read_text("utf-8"))
     names = {f"{row.large}.proxy": "proxy", f"{row.large}.original": "large"}
     return {
         "metrics": system["metrics"],
         "p": {names[name]: values for name, values in system["p"].items()},
         "weights": run["weights"],
-        "nats_per_token": _nats(row, direction, steps, fits),
+        "nats_per_token": _nats_per_token(row, fits.get(row.large, {}).get(direction, {})),
         "output_tokens": run["output_tokens"],
         "seconds": run["seconds"],
         "tokens_per_second": run["tokens_per_second"],
@@ -79,21 +84,18 @@ def _cell(row: Row, direction: str, step: Step, steps: Steps, store: Store, fits
     }
 
 
-def _nats(row: Row, direction: str, steps: Steps, fits: dict[str, Any]) -> float | None:
-    """Nats a token on the dev text, where a fit of this large model measured them."""
-    of_large = fits.get(row.large, {}).get(direction, {})
-    for kind, fit in of_large.items():
+def _nats_per_token(row: Row, fits: dict[str, Any]) -> float | None:
+    """NLL per token on the dev text, if a fit of this large model and direction computed it."""
+    for kind, fit in fits.items():
         if row.fitted and row.id == f"{row.large}.{FITTED[kind][0]}":
             return fit.get("nats_per_token")
-        if not row.fitted and row.id.partition(".")[2] != "finetuning":
-            found = fit.get("fixed", {}).get(row.expression.combine)
-            if found is not None:
-                return float(found)
+        if not row.fitted and not row.id.endswith(".finetuning") and row.expression.combine in fit["fixed"]:
+            return float(fit["fixed"][row.expression.combine])
     return None
 
 
 def _fits(steps: Steps, store: Store) -> dict[str, Any]:
-    """For each large model and direction what `decode.tune` wrote, in the report's names."""
+    """By large model, direction and kind: what `decode.tune` wrote."""
     found: dict[str, Any] = {}
     for (direction, large, kind), step in steps.fits.items():
         written = tomllib.loads((store.folder(step) / "weights.toml").read_text("utf-8"))
@@ -105,12 +107,12 @@ def _fits(steps: Steps, store: Store) -> dict[str, Any]:
     return found
 
 
-def _fixed(against: dict[str, Any]) -> dict[str, float]:
-    """Nats a token by expression, spelled as the tables spell it."""
-    from decode.engine.expression import parse, spell
-
-    names = ["L", "S_all", "S_MT", "S_srcMT", "S_tgtMT"]
-    known = {spell(parse(e.combine, [n for n in names if n in e.combine])): e.combine for e in EXPRESSIONS.values()}
+def _fixed(against: dict[str, float]) -> dict[str, float]:
+    """NLL per token by expression, each written as the paper's tables have it."""
+    known = {}
+    for expression in EXPRESSIONS.values():
+        names = [name for name in MEMBERS if name in expression.combine]
+        known[format_weights(parse(expression.combine, names))] = expression.combine
     return {known.get(expression, expression): nats for expression, nats in against.items()}
 
 
@@ -131,7 +133,7 @@ def _direction(steps: Steps, store: Store, direction: str) -> dict[str, Any]:
 
 
 def _settings(steps: Steps) -> dict[str, Any]:
-    """The study's settings, flat: what a reader may want to know or change."""
+    """The study's settings as one flat table of `table.key`."""
     study = steps.study
     found: dict[str, Any] = {"compare_with_paper": study.compare_with_paper, "seed": study.seed, **study.notes}
     for table in ("train", "decode", "fit", "score"):
@@ -147,19 +149,10 @@ def _relative(store: Store, step: Step, name: str) -> Path:
     return (store.folder(step) / name).relative_to(store.work)
 
 
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return "unknown processor"
-
-
 def _commit() -> str | None:
-    """The checkout's commit, None outside of one."""
-    here = Path(__file__).resolve().parent
+    """The commit of this checkout, None outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
-        words = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,6 +1,6 @@
-"""The rows of the paper's tables: which sum of logits each is, and in which tables it stands.
+"""The rows of the paper's tables: the sum of logits of each, and the tables that contain it.
 
-Members are named L (the large model), S_all (the small one as it was), S_MT, S_srcMT and S_tgtMT (the experts).
+Members are named L (the large model), S_all (the small model before training), S_MT, S_srcMT and S_tgtMT (the experts).
 """
 
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Expression:
-    """`combine` is what `decode.collab --combine` reads; `tables` are the paper's."""
+    """`combine` as `decode.collab --combine` reads it; `tables`: numbers of the paper's tables."""
 
     method: str
     combine: str
     tables: tuple[int, ...]
 
 
-# In the order of the paper's Table 6. Which of them stand in Table 4 depends on the large model too: see `tables`.
+# In the order of the paper's Table 6. Table 4 also depends on the large model: see `tables`.
 EXPRESSIONS = {
     "proxy": Expression("Proxy-tuning", "L + (S_MT - S_all)", (2, 3, 4, 6)),
     "proxy-src": Expression("Proxy-tuning, CPT on source text", "L + (S_srcMT - S_all)", (4, 6)),
@@ -29,15 +29,15 @@ EXPRESSIONS = {
 }
 ORIGINAL = Expression("Original", "L", (2, 3, 4, 6))
 FINETUNING = Expression("Fine-tuning", "L", (2, 3, 4, 6))
+# Fitted weights by kind of fit: the row's name, its label in tables, the members.
 FITTED = {
     "likelihood": ("fitted", "likelihood", ("L", "S_srcMT", "S_tgtMT")),
     "all": ("fitted-all", "likelihood, all five", ("L", "S_srcMT", "S_tgtMT", "S_MT", "S_all")),
-    "bleu": ("fitted-bleu", "BLEU", ("L", "S_srcMT", "S_tgtMT")),
 }
 
 
 def tables(expression: Expression, first_large: bool) -> list[int]:
-    """Tables 3 and 4 have the first large model only (the paper's 3B)."""
+    """Tables that contain a row. Tables 3 and 4 have the first large model only (the paper's 3B)."""
     return [number for number in expression.tables if first_large or number in (2, 6)]
 
 

@@ -1,30 +1,30 @@
-"""A study's TOML file: corpora, models, how experts are trained, what is decoded and fitted, and on what machine.
+"""A study's TOML file: corpora, models, how experts are trained, what is decoded and fitted, with how many processes.
 
-Every key is a field of a dataclass below, with its default; an unknown one is refused with the nearest known name. What
-the paper leaves unknown is a key like any other, so one line changes it.
+Every key is a field of a dataclass below, with its default. An unknown key is an error that names the nearest known
+one. What the paper leaves unknown is a key like any other, so one line changes it.
 """
 
-import difflib
 import tomllib
-from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from corpora import language_name
+from eval.study.expressions import EXPRESSIONS, FITTED
+from minillama.cli import nearest
 from minillama.errors import InputError
 
 PARTS = ("base", "general", "train", "cpt", "valid", "dev", "test")
-# What is decoded of each large model: see eval/expressions.py.
-FITS = ("likelihood", "all", "bleu")
+KINDS = {str: "a text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 @dataclass(frozen=True)
 class Part:
     """Sentence pairs of one purpose: a named split such as `alt:ja-en:train`, or files with `{language}` in the name.
 
-    lines: first and last line that count, from 1; empty: all.
+    lines: the first and the last line to use, counted from 1; empty: all.
     """
 
     split: str = ""
@@ -34,7 +34,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Corpus:
-    """base and general: text that models made here begin with. cpt: one side each. valid: while training."""
+    """The text of one language pair, by purpose.
+
+    base and general: pre-training text and pairs of the models that are made here.   train: pairs for experts.
+    cpt: each expert reads one side of it.   valid: for the loss while training.   dev: weights are fitted on it.
+    """
 
     languages: list[str]
     directions: list[str]
@@ -53,8 +57,10 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Model:
-    """Where a model comes from: a folder or hub id, a module that writes a folder, another's first layers, or its
-    config, with weights made here by cpt on `base` and sft on `general`. Options are those of `train.cpt`, `train.sft`.
+    """Where a model comes from, exactly one of: `source`, a folder or hub id; `module`, a command that writes a folder;
+    `first_layers_of` another model; `config`, trained here by cpt on `base` and sft on `general`.
+
+    cpt and sft: options of `train.cpt` and `train.sft`.   shape: known name of its shape, to predict memory.
     """
 
     source: str = ""
@@ -71,9 +77,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Train:
-    """Options of `train.cpt` and `train.sft` for experts; `finetuning`: over those of sft, for large models.
+    """Options of `train.cpt` and `train.sft` for experts; `finetuning` replaces some of sft for the large models.
 
-    prompt: of everything that is fine-tuned here.   ranks: processes for a model's fine-tuning, by label.
+    prompt: of every model that is fine-tuned here.   ranks: processes of a model's fine-tuning, by label.
     """
 
     cpt: dict[str, Any] = field(default_factory=dict)
@@ -93,9 +99,9 @@ class Decode:
 
 @dataclass(frozen=True)
 class Fit:
-    """Weights fitted on the corpus's `dev`: of L and the two experts, of all five models, and for BLEU."""
+    """Weights fitted on the corpus's `dev` text: of L and the two experts, and of all five models."""
 
-    fits: list[str] = field(default_factory=lambda: list(FITS))
+    fits: list[str] = field(default_factory=lambda: list(FITTED))
     l2: float = 0.0
 
 
@@ -110,7 +116,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Run:
-    """Steps side by side, the threads of each (0: PyTorch's default); devices: one step each, such as `["0", "1"]`."""
+    """jobs: steps that run in parallel.   threads: of each step (0: PyTorch's default).
+
+    devices: GPUs by number, such as `["0", "1"]`: one step on each, instead of `jobs`.
+    """
 
     jobs: int = 1
     threads: int = 0
@@ -118,25 +127,11 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """A device that the plan is made for: bf16 arithmetic and memory on paper, and the shares of them to expect."""
-
-    memory_gib: float
-    tflops: float
-    bandwidth_gbs: float
-    training_share: float = 0.35
-    decoding_share: float = 0.5
-
-
-@dataclass(frozen=True)
 class Expect:
-    """Tokens of a sentence that the plan counts with: a training pair with its prompt, CPT text, an output."""
+    """Tokens of a training pair with its prompt and of a CPT sentence, from which memory is predicted."""
 
     pair_tokens: int = 100
     text_tokens: int = 50
-    prompt_tokens: int = 60
-    output_tokens: int = 40
-    pairs: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -156,7 +151,6 @@ class Study:
     fit: Fit = field(default_factory=Fit)
     score: Score = field(default_factory=Score)
     run: Run = field(default_factory=Run)
-    hardware: dict[str, Hardware] = field(default_factory=dict)
     expect: Expect = field(default_factory=Expect)
 
     def directions(self) -> dict[str, str]:
@@ -172,56 +166,56 @@ def read_study(path: Path) -> Study:
         raise InputError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not TOML ({error})") from None
-    study = _build(Study, values, str(path), "")
+    study = _build(Study, values, str(path))
     _check(study, str(path))
     return study
 
 
-def _build(kind: type, values: Mapping[str, Any], path: str, where: str) -> Any:
-    """A dataclass from a TOML table, tables inside it too."""
-    known: dict[str, Field[Any]] = {entry.name: entry for entry in fields(kind)}
+def _build(kind: type, values: Any, where: str, prefix: str = "") -> Any:
+    """A dataclass from a TOML table. `where` is the file and `prefix` the table's name, for messages."""
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: {prefix.rstrip('.')} is {values!r}; it must be a table")
+    known = {entry.name: entry for entry in fields(kind)}
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise InputError(f"{path}: unknown key {where}{name}; did you mean {where}{near[0]}?")
-    hints = get_type_hints(kind)
+            raise InputError(f"{where}: unknown key {prefix}{name}; did you mean {prefix}{nearest(name, known)}?")
     for name, entry in known.items():
         if name not in values and entry.default is MISSING and entry.default_factory is MISSING:
-            raise InputError(f"{path}: {where}{name} is missing")
-    return kind(**{name: _value(hints[name], value, path, where + name) for name, value in values.items()})
+            raise InputError(f"{where}: {prefix}{name} is missing")
+    hints = get_type_hints(kind)
+    return kind(**{name: _value(hints[name], value, where, prefix + name) for name, value in values.items()})
 
 
-def _value(hint: Any, value: Any, path: str, where: str) -> Any:
-    if get_origin(hint) is UnionType:
+def _value(hint: Any, value: Any, where: str, name: str) -> Any:
+    """A TOML value as the field's type; raises InputError for another type."""
+    if get_origin(hint) is UnionType:  # `Part | None`: a table that is there is a Part
         hint = get_args(hint)[0]
+    if isinstance(hint, type) and is_dataclass(hint):
+        return _build(hint, value, where, f"{name}.")
     if get_origin(hint) is dict:
-        inner = get_args(hint)[1]
         if not isinstance(value, dict):
-            raise InputError(f"{path}: {where} is {value!r}; it must be a table")
-        return {name: _value(inner, entry, path, f"{where}.{name}") for name, entry in value.items()}
+            raise InputError(f"{where}: {name} is {value!r}; it must be a table")
+        return {key: _value(get_args(hint)[1], entry, where, f"{name}.{key}") for key, entry in value.items()}
     if get_origin(hint) is list:
-        inner = get_args(hint)[0]
         if not isinstance(value, list):
-            raise InputError(f"{path}: {where} is {value!r}; it must be a list")
-        return [_value(inner, entry, path, where) for entry in value]
+            raise InputError(f"{where}: {name} is {value!r}; it must be a list")
+        return [_value(get_args(hint)[0], entry, where, name) for entry in value]
     if hint is Any:
         return value
-    if hasattr(hint, "__dataclass_fields__"):
-        if not isinstance(value, dict):
-            raise InputError(f"{path}: {where} is {value!r}; it must be a table")
-        return _build(hint, value, path, f"{where}.")
-    fine = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     if hint is float and type(value) is int:
         return float(value)
-    if not fine:
-        kinds = {str: "a text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
-        raise InputError(f"{path}: {where} is {value!r}; it must be {kinds[hint]}")
+    if type(value) is not hint:
+        raise InputError(f"{where}: {name} is {value!r}; it must be {KINDS[hint]}")
     return value
 
 
 def _check(study: Study, path: str) -> None:
-    """What a dataclass alone does not see."""
-    from eval.expressions import EXPRESSIONS
+    """Raises InputError where parts of the study do not fit together."""
+
+    def known(key: str, names: Iterable[str], choices: Iterable[str]) -> None:
+        for name in names:
+            if name not in choices:
+                raise InputError(f"{path}: {key} names {name}; known are {', '.join(choices)}")
 
     for label in (study.small, *study.larges):
         if label not in study.models:
@@ -232,15 +226,9 @@ def _check(study: Study, path: str) -> None:
             raise InputError(f"{path}: models.{label} needs one of source, module, first_layers_of and config")
         if model.first_layers_of and model.first_layers_of not in study.models:
             raise InputError(f"{path}: models.{label}.first_layers_of names {model.first_layers_of}, which is no model")
-    for name in study.finetuning:
-        if name not in (study.small, *study.larges):
-            raise InputError(f"{path}: finetuning names {name}; known are {', '.join((study.small, *study.larges))}")
-    for name in study.expressions:
-        if name not in EXPRESSIONS:
-            raise InputError(f"{path}: expressions names {name}; known are {', '.join(EXPRESSIONS)}")
-    for name in study.fit.fits:
-        if name not in FITS:
-            raise InputError(f"{path}: fit.fits names {name}; known are {', '.join(FITS)}")
+    known("finetuning", study.finetuning, (study.small, *study.larges))
+    known("expressions", study.expressions, EXPRESSIONS)
+    known("fit.fits", study.fit.fits, FITTED)
     for name, corpus in study.corpora.items():
         for language in corpus.languages:
             language_name(language)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from eval.expressions import EXPRESSIONS, members
-from eval.study import read_study
+from eval.study.config import read_study
+from eval.study.expressions import EXPRESSIONS, members
 from minillama import InputError
 
-STUDIES = Path(__file__).resolve().parents[2] / "eval"
+STUDIES = Path(__file__).resolve().parents[3] / "eval"
 LEAST = """
 title = "t"
 small = "S"
@@ -47,9 +47,10 @@ def test_every_study_in_the_repository_reads(name):
         ("cpt = { files", "cpt = { lines = [3, 2], files", "corpora.c.cpt.lines is [3, 2]"),
         ('test = { files = "a.{language}" }', "test = {}", "corpora.c.test needs either split or files"),
         ("fits = []", 'fits = ["likelihood"]', "corpora.c has no dev"),
-        ("fits = []", 'fits = ["guess"]', "fit.fits names guess; known are likelihood, all, bleu"),
+        ("fits = []", 'fits = ["guess"]', "fit.fits names guess; known are likelihood, all"),
         ('title = "t"', 'title = "t"\nexpressions = ["sum"]', "expressions names sum; known are proxy"),
         ('title = "t"', 'title = "t"\nseed = true', "seed is True; it must be a whole number"),
+        ('title = "t"', 'title = "t"\ntrain = 3', "train is 3; it must be a table"),
         ('title = "t"', "title =", "not TOML"),
     ],
 )

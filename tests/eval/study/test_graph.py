@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from eval.graph import File, Named, Out, Step, Store, Text, in_order
-from eval.runner import Runner, StepFailed
-from eval.study import Run
+from eval.study.config import Run
+from eval.study.graph import Artifact, Input, Named, Step, Store, Text, in_order
+from eval.study.runner import Runner, StepFailed
 from minillama.errors import Interrupted
 
 WRITER = """
@@ -33,7 +33,7 @@ def store(tmp_path, monkeypatch):
 
 
 def step(name, seconds="0", inputs=(), **more):
-    words = ("writer", "{step}/out", name, seconds, *(Out(before) for before in inputs))
+    words = ("writer", "{step}/out", name, seconds, *(Artifact(before) for before in inputs))
     return Step(name, "data", words, **more)
 
 
@@ -41,23 +41,29 @@ def order(store):
     return (store.work / "steps" / "order").read_text().split()
 
 
-def test_the_key_follows_every_input_and_no_place(tmp_path):
+def test_the_key_follows_every_input_and_no_path(tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("one")
-    first = Step("x", "data", ("m", File(text)))
+    first = Step("x", "data", ("m", Input(text)))
     key = first.key
-    assert Step("another name", "data", ("m", File(text))).key == key
-    assert replace(first, own=("--batch-size", "3")).key == key
-    assert replace(first, words=("m", File(text), "--more")).key != key
+    assert Step("another name", "data", ("m", Input(text))).key == key
+    assert replace(first, unkeyed=("--batch-size", "3")).key == key
+    assert replace(first, arguments=("m", Input(text), "--more")).key != key
     assert replace(first, kind="sft").key != key
     moved = tmp_path / "b.txt"
     moved.write_text("one")
-    assert Step("x", "data", ("m", File(moved))).key == key
+    assert Step("x", "data", ("m", Input(moved))).key == key
     text.write_text("two")
-    other = Step("x", "data", ("m", File(text)))
+    other = Step("x", "data", ("m", Input(text)))
     assert other.key != key
-    assert Step("y", "sft", ("m", Named("L", Out(first)))).key != Step("y", "sft", ("m", Named("L", Out(other)))).key
-    assert Step("y", "sft", ("m", Named("L", Out(first)))).key != Step("y", "sft", ("m", Named("S", Out(first)))).key
+    assert (
+        Step("y", "sft", ("m", Named("L", Artifact(first)))).key
+        != Step("y", "sft", ("m", Named("L", Artifact(other)))).key
+    )
+    assert (
+        Step("y", "sft", ("m", Named("L", Artifact(first)))).key
+        != Step("y", "sft", ("m", Named("S", Artifact(first)))).key
+    )
     assert Step("y", "sft", (Text("c", "1"),)).key != Step("y", "sft", (Text("c", "2"),)).key
 
 
@@ -76,7 +82,7 @@ def test_each_step_runs_once_after_its_inputs(store, jobs):
     Runner(store, Run(jobs=jobs), quiet=True).run(steps)
     assert sorted(order(store)) == ["a", "b", "c", "d"]
     assert order(store).index("c") > max(order(store).index("a"), order(store).index("b"))
-    assert store.path(Out(steps[-1])).read_text() == "dcaba"
+    assert store.path(Artifact(steps[-1])).read_text() == "dcaba"
     done = store.done(steps[-1])
     assert done["key"] == steps[-1].key
     assert done["peak_memory_bytes"] > 0
@@ -94,11 +100,11 @@ def test_a_step_that_fails_stops_what_needs_it_and_keeps_the_rest(store):
     assert "after" not in order(store)
 
 
-def test_an_interruption_ends_the_command_and_says_how_to_go_on(store):
+def test_an_interruption_ends_the_command_and_tells_how_to_resume(store):
     steps = in_order([step("slow", "60")])
-    started = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT))
+    started = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
     started.start()
-    with pytest.raises(Interrupted, match="0 of 1 steps done; the same command goes on"):
+    with pytest.raises(Interrupted, match="0 of 1 steps done; the same command resumes"):
         Runner(store, Run(), quiet=True).run(steps)
     assert not store.is_done(steps[0])
 
@@ -119,8 +125,8 @@ def test_two_runs_at_once_do_a_step_once(store):
 
 
 def test_the_command_keeps_the_lock_of_a_runner_that_was_killed(store):
-    """So a run that goes on waits for it instead of writing beside it."""
-    steps = in_order([step("slow", "3")])
+    """So a run that resumes waits for it instead of writing into the same folder."""
+    steps = in_order([step("slow", "1")])
     other = multiprocessing.get_context("fork").Process(target=_run, args=(store.work, steps))
     other.start()
     lock = store.folder(steps[0]) / ".lock"
@@ -131,4 +137,4 @@ def test_the_command_keeps_the_lock_of_a_runner_that_was_killed(store):
     assert lock.exists()
     Runner(store, Run(), quiet=True).run(steps)
     assert order(store) == ["slow", "slow"]
-    assert json.loads((store.folder(steps[0]) / "done.json").read_text())["seconds"] >= 3
+    assert json.loads((store.folder(steps[0]) / "done.json").read_text())["seconds"] >= 1
