@@ -2,9 +2,14 @@
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from decode.arguments import collab_parser
 from minillama.errors import exit_code
+
+if TYPE_CHECKING:
+    from decode.pipeline.output import OrderedWriter
+    from decode.pipeline.run import TranslationRun
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,10 +24,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     from minillama.tensor_parallel import PeerLost
 
     try:
-        return run(arguments)
+        return run(arguments, _explanation_writer)
     except PeerLost as lost:
         print(f"error: {lost}; finished sentences are kept, --resume does the rest", file=sys.stderr)
         return 1
+
+
+def _explanation_writer(run: "TranslationRun") -> "OrderedWriter":
+    """Where `--explain` asks for them: a page, or text on standard output."""
+    from decode.explain.page import Explained, PageWriter
+    from decode.explain.text import TextWriter
+
+    pieces = run.models.members[0].tokenizer.pieces()
+    explained = Explained(run.models.weights, run.options, pieces, run.references or ())
+    return TextWriter(explained) if run.arguments.explain == "-" else PageWriter(run.arguments.explain, explained)
 
 
 if __name__ == "__main__":

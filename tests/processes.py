@@ -47,22 +47,22 @@ def uninterrupted(folders, folder):
     return found
 
 
-def start(argv, log: Path | None = None, pipes: Path | None = None, **environment):
-    """A process that runs `decode.collab` with these arguments; `log` gets its standard error.
+def start(argv, log: Path | None = None, pipes: Path | None = None, command=main, **environment):
+    """A process that runs a command with these arguments; `log` gets its standard error.
 
     pipes: a folder in which `stdin` and `stdout` are named pipes.
     """
-    process = CONTEXT.Process(target=_run, args=(argv, log, pipes, environment))
+    process = CONTEXT.Process(target=_run, args=(command, argv, log, pipes, environment))
     process.start()
     return process
 
 
 @contextmanager
-def start_with_pipes(argv, folder: Path):
+def start_with_pipes(argv, folder: Path, command=main):
     """(process, its standard input, its standard output); standard error goes to `log` in the folder."""
     for name in ("stdin", "stdout"):
         os.mkfifo(folder / name)
-    process = start(argv, folder / "log", folder)
+    process = start(argv, folder / "log", folder, command)
     with open(folder / "stdin", "wb", buffering=0) as stdin, open(folder / "stdout", "rb") as stdout:
         yield process, stdin, stdout
 
@@ -102,7 +102,7 @@ def code_of(process, seconds=120):
     return process.exitcode
 
 
-def _run(argv, log, pipes, environment):
+def _run(command, argv, log, pipes, environment):
     os.environ.update(environment)
     if pipes is not None:
         os.dup2(os.open(pipes / "stdin", os.O_RDONLY), sys.stdin.fileno())
@@ -113,5 +113,5 @@ def _run(argv, log, pipes, environment):
 
     torch.set_num_threads(1)
     with open(log or os.devnull, "w", encoding="utf-8", buffering=1) as stream, redirect_stderr(stream):
-        code = exit_code(lambda: main(argv))
+        code = exit_code(lambda: command(argv))
     sys.exit(code)

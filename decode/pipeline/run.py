@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -16,23 +17,24 @@ import torch
 from decode.engine.engine import Engine
 from decode.engine.ensemble import Ensemble
 from decode.engine.sequence import Completion, Sequence
-from decode.explain.page import Explained, PageWriter
-from decode.explain.text import TextWriter
 from decode.pipeline import journal
 from decode.pipeline.config import DEFAULT_BATCH_SIZE, Options
 from decode.pipeline.distributed import Distributed
 from decode.pipeline.input import GROUP_BATCHES, not_aligned, read_available_lines, read_texts
 from decode.pipeline.members import EncodedInput, EnsembleSpec, encode_lines
 from decode.pipeline.memory import MemoryBudget
-from decode.pipeline.output import Outputs, check_outputs
+from decode.pipeline.output import OrderedWriter, Outputs, check_outputs
 from decode.pipeline.record import Record
 from decode.pipeline.report import RunStats, describe_plan, describe_run, summary, write_report
 from minillama.errors import Interrupted
 from minillama.tensor_parallel import check_divides
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """The whole command after its options are parsed; returns the exit code. Raises PeerLost if a process is lost."""
+def run(arguments: argparse.Namespace, explain: "Callable[[TranslationRun], OrderedWriter]") -> int:
+    """The whole command after its options are parsed; returns the exit code. Raises PeerLost if a process is lost.
+
+    explain: makes the writer of explanations, where they are requested.
+    """
     distributed = Distributed()
     with ExitStack() as stack:
         with distributed.checking():
@@ -41,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         if translation.file is None or translation.file.remaining(translation.done).lines:
             translation.load()
             distributed.log(f"loaded in {translation.stats.load_seconds:.1f} s")
-        translation.translate()
+        translation.translate(explain(translation) if arguments.explain and distributed.is_main else None)
         distributed.leave_group()
         if not distributed.is_main:
             return 0
@@ -128,12 +130,12 @@ class TranslationRun:
             self.options = replace(self.options, batch_size=smallest)
         self.ensemble, self.stats.load_seconds = self.models.load(self.arguments.invariant, tp)
 
-    def translate(self) -> None:
+    def translate(self, explanations: OrderedWriter | None) -> None:
         """Write every line. After a signal what is finished is written, and the message says where it is."""
         with ExitStack() as stack:
             if self.distributed.is_main:
                 total = None if self.file is None else len(self.file.texts)
-                self.outputs = stack.enter_context(Outputs(self.arguments, total, self._explanation_writer()))
+                self.outputs = stack.enter_context(Outputs(self.arguments, total, explanations))
             try:
                 if self.file is None:
                     self._translate_stream()
@@ -228,10 +230,3 @@ class TranslationRun:
         explanations = [list(explanation) for explanation in completion.explanations]
         tokens = completion.tokens
         return Record(line, text(tokens), tokens, completion.logprobs, completion.finish_reason, nbest, explanations)
-
-    def _explanation_writer(self) -> PageWriter | TextWriter | None:
-        if self.arguments.explain is None:
-            return None
-        pieces = self.models.members[0].tokenizer.pieces()
-        explained = Explained(self.models.weights, self.options, pieces, self.references or ())
-        return TextWriter(explained) if self.arguments.explain == "-" else PageWriter(self.arguments.explain, explained)

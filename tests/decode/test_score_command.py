@@ -3,12 +3,10 @@
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import code_of, start_with_pipes
 from tiny import TINY, tiny_model
 
 from corpora import sample
@@ -173,30 +171,29 @@ def test_pairs_on_standard_input_are_answered_line_by_line_before_it_ends(model_
     assert main(arguments(model_folders, texts, "--output", str(out))) == 0
     expected = out.read_text().splitlines()
     sources, targets = ((texts / name).read_text(encoding="utf-8").split("\n") for name in ("src.txt", "hyp.txt"))
-    argv = [sys.executable, "-m", "decode.score", *arguments(model_folders, texts, source="-", translation=None)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(argv, env=environment, **pipes) as process:
+    command = arguments(model_folders, texts, source="-", translation=None)
+    with start_with_pipes(command, texts, main) as (process, stdin, stdout):
         for number in range(5):
-            process.stdin.write(f"{sources[number]}\t{targets[number]}\n".encode())
-            process.stdin.flush()
+            stdin.write(f"{sources[number]}\t{targets[number]}\n".encode())
             if number == 0:
-                assert process.stdout.readline().decode().rstrip("\n") == expected[0]
-            assert process.stdout.readline().decode().rstrip("\n") == expected[number + 1]
-        process.stdin.write(b"no tab here\n")
-        rest, error = process.communicate()
-    assert process.returncode == 2
-    assert rest == b""
-    assert "<stdin>:6: expected 2 columns, found 1" in error.decode()
+                assert stdout.readline().decode().rstrip("\n") == expected[0]
+            assert stdout.readline().decode().rstrip("\n") == expected[number + 1]
+        stdin.write(b"no tab here\n")
+        stdin.close()
+        assert stdout.read() == b""
+        assert code_of(process) == 2
+    assert "<stdin>:6: expected 2 columns, found 1" in (texts / "log").read_text()
 
 
 def test_translations_may_come_from_standard_input(model_folders, texts):
     out = texts / "scores"
     assert main(arguments(model_folders, texts, "--output", str(out))) == 0
-    argv = [sys.executable, "-m", "decode.score", *arguments(model_folders, texts, translation="-")]
-    done = subprocess.run(argv, input=(texts / "hyp.txt").read_bytes(), capture_output=True, timeout=120, check=True)
-    assert done.stdout == out.read_bytes()
-    assert b"4 of 5 lines" in done.stderr
+    with start_with_pipes(arguments(model_folders, texts, translation="-"), texts, main) as (process, stdin, stdout):
+        stdin.write((texts / "hyp.txt").read_bytes())
+        stdin.close()
+        assert stdout.read() == out.read_bytes()
+        assert code_of(process) == 0
+    assert "4 of 5 lines" in (texts / "log").read_text()
 
 
 @pytest.mark.parametrize(
