@@ -1,1 +1,1 @@
-"""Benchmarks of the packages against what else there is, and their results. Nothing imports them, nothing installs them."""
+"""Benchmarks of the packages against their peers, and the results. Neither imported nor installed by anything."""

@@ -68,7 +68,7 @@ def alternate(rivals: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
 
 
 class StealClock:
-    """The share of processor time that the host took away since the clock was made; 0 where Linux does not report it."""
+    """The share of processor time that the host took away since the clock was made; 0 where the system has none."""
 
     def __init__(self) -> None:
         self.start = self._ticks()

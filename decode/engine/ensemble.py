@@ -16,7 +16,7 @@ import torch
 
 from decode.engine.expression import format_weights, parse
 from decode.model.packed_llama import PackedLlama
-from kernels.cpu.packed_linear import lossless_storage
+from kernels.cpu.packed_linear import lossless_dtype
 from kernels.types import MAX_MEMBERS
 from minillama import InputError, Llama
 from minillama.machine import free_memory
@@ -131,5 +131,5 @@ def _packed(model: Llama | PackedLlama, weight_dtype: str, invariant: bool | Non
 def _fits_memory(model: Llama) -> bool:
     """Whether packed copies of the model's weights fit into the memory that is free now."""
     free = free_memory()
-    itemsize = 4 if lossless_storage(model.dtype) == "float32" else 2
+    itemsize = 4 if lossless_dtype(model.dtype) == "float32" else 2
     return free is None or sum(p.numel() for p in model.parameters()) * itemsize * 1.1 < free

@@ -52,8 +52,8 @@ def _norm_kernel(
 
 @triton.jit
 def _rope_kernel(
-    qkv_RO, rope_RC, slot_R, query_RQ, entries_PJ, qkv_stride, rope_stride, entry_stride, queries, rotated, heads, width,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    qkv_RO, rope_RC, slot_R, query_RQ, entries_PJ, qkv_stride, rope_stride, entry_stride,
+    queries, rotated, heads, width, HEADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head_N1 = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]

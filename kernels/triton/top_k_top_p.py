@@ -24,10 +24,19 @@ import triton
 import triton.language as tl
 
 from kernels.triton import fused_logits
-from kernels.triton.combine import FLOAT32_MAX, ROW_SCALE, ordered_key, checked_sum, x_at
+from kernels.triton.combine import (
+    FLOAT32_MAX,
+    ROW_SCALE,
+    checked_sum,
+    logits_arguments,
+    ordered_key,
+    rows_of,
+    weights_of,
+    x_at,
+)
 from kernels.triton.fused_logits import LAUNCH_OPTIONS
 from kernels.triton.variant import Variant
-from kernels.types import MAX_MEMBERS, SPLIT, FusedLogits, Request, SamplingTensors
+from kernels.types import SPLIT, FusedLogits, Request, SamplingTensors
 
 DIGITS, DIGIT_BITS = 8, 4
 _CANDIDATES = tl.constexpr((1 << DIGIT_BITS) - 1)
@@ -46,20 +55,10 @@ def _digit_kernel(
     program = tl.program_id(0)
     row, split = program // splits, program % splits
     row64 = row.to(tl.int64)
-    rows = (
-        l0 + row64 * stride0, l1 + row64 * stride1, l2 + row64 * stride2, l3 + row64 * stride3,
-        l4 + row64 * stride4, l5 + row64 * stride5, l6 + row64 * stride6, l7 + row64 * stride7,
+    rows = rows_of(
+        l0, l1, l2, l3, l4, l5, l6, l7, row64, stride0, stride1, stride2, stride3, stride4, stride5, stride6, stride7
     )  # fmt: skip
-    weight_R = weights_NR + row * weight_stride_r
-    w0 = tl.load(weight_R)
-    w1 = tl.load(weight_R + (1 if N > 1 else 0) * weight_stride_n)
-    w2 = tl.load(weight_R + (2 if N > 2 else 0) * weight_stride_n)
-    w3 = tl.load(weight_R + (3 if N > 3 else 0) * weight_stride_n)
-    w4 = tl.load(weight_R + (4 if N > 4 else 0) * weight_stride_n)
-    w5 = tl.load(weight_R + (5 if N > 5 else 0) * weight_stride_n)
-    w6 = tl.load(weight_R + (6 if N > 6 else 0) * weight_stride_n)
-    w7 = tl.load(weight_R + (7 if N > 7 else 0) * weight_stride_n)
-    weights = (w0, w1, w2, w3, w4, w5, w6, w7)
+    weights = weights_of(weights_NR + row * weight_stride_r, weight_stride_n, N)
     offsets_C = split * SIZE + tl.arange(0, SIZE)
     inside_C = offsets_C < V
     x_C, _ = checked_sum(rows, weights, offsets_C, inside_C, N)
@@ -113,15 +112,10 @@ def allocate(request: Request) -> FusedLogits:
 
 def launch_arguments(request: Request, out: FusedLogits, digit: int) -> tuple[tuple, dict]:
     """Positional and constexpr arguments of the launch for one digit, the lowest being 0."""
-    sample, weights = request.sample, request.weights
+    sample = request.sample
     assert sample is not None
-    logits = request.logits + request.logits[:1] * (MAX_MEMBERS - len(request.logits))
     positional = (
-        *logits,
-        *(logits_RV.stride(0) for logits_RV in logits),
-        weights,
-        weights.stride(0),
-        weights.stride(1) if weights.dim() == 2 else 0,
+        *logits_arguments(request),
         out.token,
         sample.temperature,
         sample.top_k,

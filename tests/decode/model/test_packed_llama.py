@@ -1,15 +1,16 @@
-"""A prepared model computes what the model computes, and a position's bits do not depend on what else is in a pass."""
+"""A packed model computes what the model computes, and a position's bits do not depend on its batch."""
 
 import pytest
 import torch
 from tiny import STORAGES, tiny_model
 
-from decode.model.batch import KEYS_MULTIPLE, Pass, Span
-from decode.model.packed_llama import PreparedLlama, joined_halves
+from decode.model.batch import KEYS_MULTIPLE, ForwardBatch, Segment
+from decode.model.layer import joined_halves
+from decode.model.packed_llama import PackedLlama
 from minillama import Llama
 from minillama.config import RopeScaling
 
-PLACE = "model.layers.0.mlp"
+MLP = "model.layers.0.mlp"
 SHAPES = {
     "grouped": {},
     "multi-head": {"num_key_value_heads": 4},
@@ -34,31 +35,31 @@ def model(request):
     return model
 
 
-def draw_tokens(model, *counts):
+def random_tokens(model, *counts):
     generator = torch.Generator().manual_seed(sum(counts))
     return [torch.randint(model.config.vocab_size, (count,), generator=generator) for count in counts]
 
 
-def read(prepared, cache, spans, starts, tokens):
-    hidden_RD = prepared.hidden(torch.cat(tokens), Pass(prepared.config, spans, starts, cache), cache)
-    return prepared.logits(hidden_RD)
+def read(packed, cache, segments, starts, tokens):
+    hidden_RD = packed.hidden(torch.cat(tokens), ForwardBatch(packed.config, segments, starts, cache), cache)
+    return packed.logits(hidden_RD)
 
 
-def one_at_a_time(prepared, tokens):
-    cache = prepared.cache(1, len(tokens))
-    passes = [read(prepared, cache, [Span(0, 1, 1)], [at], [tokens[at : at + 1]]) for at in range(len(tokens))]
+def one_at_a_time(packed, tokens):
+    cache = packed.cache(1, len(tokens))
+    passes = [read(packed, cache, [Segment(0, 1, 1)], [at], [tokens[at : at + 1]]) for at in range(len(tokens))]
     return torch.cat(passes)
 
 
 @torch.inference_mode()
-def ragged(prepared, a, b, c, d):
-    """Four texts of 30, 41, 17 and 40 tokens in three passes of every kind of span; logits of each text."""
-    cache = prepared.cache(4, 41)
-    first = read(prepared, cache, [Span(0, 1, 10), Span(2, 1, 7), Span(3, 1, 1)], [0, 0, 0], [a[:10], c[:7], d[:1]])
-    rest = [a[10:20], b[:10], c[7:17], d[1:11]]
-    second = read(prepared, cache, [Span(0, 4, 10)], [10, 0, 7, 1], rest)
+def ragged(packed, a, b, c, d):
+    """Four texts of 30, 41, 17 and 40 tokens in three forward passes with every kind of segment; logits of each text."""
+    cache = packed.cache(4, 41)
+    first = read(packed, cache, [Segment(0, 1, 10), Segment(2, 1, 7), Segment(3, 1, 1)], [0, 0, 0], [a[:10], c[:7], d[:1]])
+    further = [a[10:20], b[:10], c[7:17], d[1:11]]
+    second = read(packed, cache, [Segment(0, 4, 10)], [10, 0, 7, 1], further)
     third = read(
-        prepared, cache, [Span(0, 1, 10), Span(1, 1, 31), Span(3, 1, 29)], [20, 10, 11], [a[20:], b[10:], d[11:]]
+        packed, cache, [Segment(0, 1, 10), Segment(1, 1, 31), Segment(3, 1, 29)], [20, 10, 11], [a[20:], b[10:], d[11:]]
     )
     return (
         torch.cat((first[:10], second[:10], third[:10])),
@@ -68,61 +69,61 @@ def ragged(prepared, a, b, c, d):
     )
 
 
-@pytest.mark.parametrize(("storage", "within"), [("float32", 1e-5), ("plain", 1e-5), ("bfloat16", 0.3), ("int8", 0.3)])
+@pytest.mark.parametrize(("weight_dtype", "within"), [("float32", 1e-5), ("plain", 1e-5), ("bfloat16", 0.3), ("int8", 0.3)])
 @torch.inference_mode()
-def test_ragged_passes_give_the_models_own_logits(model, storage, within):
-    prepared = PreparedLlama(model, storage)
-    texts = draw_tokens(model, 30, 41, 17, 40)
-    for text, logits_TV in zip(texts, ragged(prepared, *texts)):
+def test_ragged_batches_give_the_models_own_logits(model, weight_dtype, within):
+    packed = PackedLlama(model, weight_dtype)
+    texts = random_tokens(model, 30, 41, 17, 40)
+    for text, logits_TV in zip(texts, ragged(packed, *texts)):
         expected_TV = model(text[None])[0]
         assert expected_TV.std() > 0.5
         assert (logits_TV - expected_TV).abs().max() < within * expected_TV.abs().max()
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("weight_dtype", STORAGES)
 @torch.inference_mode()
-def test_a_positions_bits_do_not_depend_on_its_pass(model, storage):
-    prepared = PreparedLlama(model, storage)
-    texts = draw_tokens(model, 30, 41, 17, 40)
-    for text, logits_TV in zip(texts, ragged(prepared, *texts)):
-        assert torch.equal(one_at_a_time(prepared, text), logits_TV)
+def test_a_positions_bits_do_not_depend_on_its_batch(model, weight_dtype):
+    packed = PackedLlama(model, weight_dtype)
+    texts = random_tokens(model, 30, 41, 17, 40)
+    for text, logits_TV in zip(texts, ragged(packed, *texts)):
+        assert torch.equal(one_at_a_time(packed, text), logits_TV)
 
 
 @torch.inference_mode()
 def test_the_keys_that_are_read_are_padded_across_their_multiple(model):
-    prepared = PreparedLlama(model)
-    (text,) = draw_tokens(model, 2 * KEYS_MULTIPLE + 3)
-    cache = prepared.cache(2, len(text))
+    packed = PackedLlama(model)
+    (text,) = random_tokens(model, 2 * KEYS_MULTIPLE + 3)
+    cache = packed.cache(2, len(text))
     assert cache.capacity == 3 * KEYS_MULTIPLE
-    cache.entries_LBSEKC.fill_(1e30)  # what lies behind a row's end is finite, and never seen
-    whole = read(prepared, cache, [Span(1, 1, len(text))], [0], [text])
-    assert torch.equal(one_at_a_time(prepared, text), whole)
+    cache.entries_LBSEKC.fill_(1e30)  # what lies after the end of a slot is finite, and never read
+    whole = read(packed, cache, [Segment(1, 1, len(text))], [0], [text])
+    assert torch.equal(one_at_a_time(packed, text), whole)
     assert (whole - model(text[None])[0]).abs().max() < 2e-4
 
 
 @torch.inference_mode()
 def test_a_consumed_model_is_empty_and_its_successor_the_same():
     model, same = tiny_model(3, tie_word_embeddings=False), tiny_model(3, tie_word_embeddings=False)
-    prepared, consumed = PreparedLlama(same), PreparedLlama(model, consume=True)
+    packed, consumed = PackedLlama(same), PackedLlama(model, consume=True)
     assert sum(p.numel() for p in model.parameters()) < 0.5 * sum(p.numel() for p in same.parameters())
-    (text,) = draw_tokens(same, 9)
-    assert torch.equal(one_at_a_time(prepared, text), one_at_a_time(consumed, text))
+    (text,) = random_tokens(same, 9)
+    assert torch.equal(one_at_a_time(packed, text), one_at_a_time(consumed, text))
 
 
 def test_running_past_the_end_of_the_cache_is_an_error():
-    prepared = PreparedLlama(tiny_model(0))
-    cache = prepared.cache(2, 10)
+    packed = PackedLlama(tiny_model(0))
+    cache = packed.cache(2, 10)
     with pytest.raises(ValueError, match="position 64 runs past the end of a cache of 64 positions"):
-        Pass(prepared.config, [Span(0, 2, 5)], [3, 60], cache)
+        ForwardBatch(packed.config, [Segment(0, 2, 5)], [3, 60], cache)
 
 
 def test_weights_that_are_joined_are_held_once_and_saved_twice(tmp_path):
-    """As on a GPU, where a model goes on with views of the joined tensor."""
+    """As on a GPU, where a model continues with views of the joined tensor."""
     model = tiny_model(3)
     expected = {name: weight.clone() for name, weight in model.state_dict().items()}
     mlp = model.model.layers[0].mlp
     joined = joined_halves(mlp.gate_proj.weight, mlp.up_proj.weight)
-    assert torch.equal(joined, torch.cat((expected[f"{PLACE}.gate_proj.weight"], expected[f"{PLACE}.up_proj.weight"])))
+    assert torch.equal(joined, torch.cat((expected[f"{MLP}.gate_proj.weight"], expected[f"{MLP}.up_proj.weight"])))
     assert mlp.up_proj.weight.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr()
     again = joined_halves(mlp.gate_proj.weight, mlp.up_proj.weight)
     assert again.data_ptr() == joined.data_ptr()

@@ -72,16 +72,15 @@ def test_members_read_their_own_prompts_at_their_own_positions(models, reference
         assert tokens == by_hand(references, WEIGHTS, row, 8)[0]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8)
 @given(batch_size=st.integers(1, 9), order=st.permutations(range(8)))
 def test_a_sentence_does_not_depend_on_its_batch(models, batch_size, order):
     ensemble = Ensemble(models, WEIGHTS)
     prompts = prompts_of(5, 8)
     alone = [translate(ensemble, [prompt], max_new_tokens=10) for prompt in prompts]
     result = translate(ensemble, [prompts[i] for i in order], max_new_tokens=10, batch_size=batch_size)
-    for place, index in enumerate(order):
-        assert result.tokens[place] == alone[index].tokens[0]
-        assert result.logprobs[place] == pytest.approx(alone[index].logprobs[0], abs=1e-4)
+    for at, index in enumerate(order):
+        assert (result.tokens[at], result.logprobs[at]) == (alone[index].tokens[0], alone[index].logprobs[0])
 
 
 def test_a_stop_token_of_any_member_ends_a_sentence_and_is_not_in_it(models, references):
@@ -97,7 +96,7 @@ def test_a_stop_token_of_any_member_ends_a_sentence_and_is_not_in_it(models, ref
         assert finished == ("stop" if ends else "length")
 
 
-def test_ignore_eos_makes_every_result_as_long_as_asked(models):
+def test_ignore_eos_makes_every_result_as_long_as_the_limit(models):
     result = translate(Ensemble(models, WEIGHTS), prompts_of(7, 5), max_new_tokens=15, ignore_eos=True)
     assert [len(tokens) for tokens in result.tokens] == [15] * 5
     assert [len(logprobs) for logprobs in result.logprobs] == [15] * 5
@@ -110,7 +109,7 @@ def test_generation_stops_where_a_members_context_ends(models):
     assert [len(tokens) for tokens in result.tokens] == [4, 22]
 
 
-def test_a_weight_of_zero_changes_nothing_and_loads_no_cache(models):
+def test_a_member_of_weight_zero_is_dropped(models):
     prompts = prompts_of(8, 3)
     two = Ensemble({"L": models["L"], "S": models["S"]}, "L + S")
     three = Ensemble(models, "L + S + 0*A")
@@ -150,14 +149,14 @@ def test_a_member_with_a_nan_raises_and_is_named(models):
 def test_without_room_for_packed_copies_the_models_own_weights_are_used(models, monkeypatch):
     prompts = prompts_of(9, 5)
     expected = translate(Ensemble(models, WEIGHTS), prompts, 10)
-    monkeypatch.setattr("decode.engine.ensemble._has_room", lambda model: False)
+    monkeypatch.setattr("decode.engine.ensemble._fits_memory", lambda model: False)
     plain = Ensemble(models, WEIGHTS)
-    assert {member.model.storage for member in plain.members} == {"plain"}
-    assert plain.members[0].model.head.weight_OD.data_ptr() == models["L"].output_weight.data_ptr()
+    assert {model.weight_dtype for model in plain.models} == {"plain"}
+    assert plain.models[0].head.weight_OD.data_ptr() == models["L"].output_weight.data_ptr()
     assert translate(plain, prompts, 10).tokens == expected.tokens
 
 
-def test_what_prompts_share_is_read_once_and_changes_nothing(models, references):
+def test_a_shared_prefix_changes_nothing(models, references):
     shared = prompts_of(10, 1, 30, 30)[0]
     prompts = [[*shared, *own] for own in prompts_of(11, 5)]
     result = translate(Ensemble(models, WEIGHTS), [*prompts, shared], 6, batch_size=2, ignore_eos=True)
@@ -165,12 +164,12 @@ def test_what_prompts_share_is_read_once_and_changes_nothing(models, references)
         assert tokens == by_hand(references, WEIGHTS, dict.fromkeys(WEIGHTS, prompt), 6)[0]
 
 
-def test_long_prompts_are_read_in_parts_beside_rows_that_decode(models, monkeypatch):
-    monkeypatch.setattr("decode.step.PROMPT_POSITIONS", 7)
+def test_long_prompts_are_read_in_chunks_beside_sequences_that_decode(models, monkeypatch):
+    monkeypatch.setattr("decode.engine.scheduler.MAX_PROMPT_POSITIONS", 7)
     ensemble = Ensemble(models, WEIGHTS)
     prompts = {"L": prompts_of(12, 6, 1, 40), "S": prompts_of(13, 6, 20, 40), "A": prompts_of(14, 6, 1, 3)}
     result = translate(ensemble, prompts, 9, batch_size=3, ignore_eos=True)
     monkeypatch.undo()
     whole = translate(ensemble, prompts, 9, batch_size=6, ignore_eos=True)
     assert (result.tokens, result.logprobs) == (whole.tokens, whole.logprobs)
-    assert result.steps > whole.steps
+    assert result.stats.steps > whole.stats.steps
