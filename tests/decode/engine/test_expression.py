@@ -64,29 +64,32 @@ def test_formatted_weights_read_back_to_the_same_weights(weights):
     [
         ("L + S_x", "at column 5: S_x is unknown; the models are L, S"),
         ("L", "S is given as a model but not used"),
-        ("L + S/2", "at column 6: there is no division; write a factor, 0.5*S instead of S/2"),
-        ("(L + S", "at column 1: this '(' is never closed"),
-        ("L + S)", "at column 6: this ')' closes nothing"),
-        ("L * S", "at column 3: L is multiplied by S"),
+        ("L + S/2", "there is no division; write a factor, 0.5*S instead of S/2"),
+        ("(L + S", "at column 1: '(' was never closed"),
+        ("L + S)", "at column 6: unmatched ')'"),
+        ("L * S", "L is multiplied by S"),
         ("L + S + 1", "the number 1 stands alone"),
         ("0*L + 0*S", "every weight is zero"),
-        ("L S", "at column 3: 'S' follows without an operator"),
-        ("2L + S", "at column 2: 'L' follows without an operator"),
-        ("L + ", "it ends where a model"),
-        ("", "it ends where a model"),
-        ("L + * S", "'*' stands where a model"),
-        ("L ** S", "'*' stands where a model"),
+        ("L S", "at column 3: invalid syntax"),
+        ("2L + S", "at column 1: invalid decimal literal"),
+        ("L + ", "invalid syntax"),
+        ("", "invalid syntax"),
+        ("L + * S", "at column 5: invalid syntax"),
+        ("L ** S", "expected models, decimal numbers"),
+        ("L + True*S", "expected models, decimal numbers"),
         ("L + 1e999*S", "the weight of S is inf, beyond float32's range"),
         ("L + 1e-50*S", "the weight of S is 1e-50, beyond float32's range"),
-        ("(" * 5000 + "L" + ")" * 5000, "nested deeper than 100"),
-        ("L % S", "'%' is no operator"),
+        ("(" * 1000 + "L" + ")" * 1000, "too many nested parentheses"),
+        ("-" * 4000 + "L + S", "nested too deeply"),
+        ("L + " * 2000 + "S", "longer than 4096 characters"),
+        ("L % S", "expected models, decimal numbers"),
     ],
 )
 def test_what_is_not_a_weighted_sum_is_refused_with_its_column(expression, message):
     with pytest.raises(InputError) as error:
         parse(expression, ["L", "S"])
     assert message in str(error.value)
-    assert repr(expression) in str(error.value)
+    assert repr(expression[:80]) in str(error.value)
 
 
 def test_a_model_may_appear_twice_and_one_that_cancels_is_left_out():
