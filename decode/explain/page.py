@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import Any
 
 from decode.engine.attribution import Explanation
-from decode.engine.expression import spell
-from decode.pipeline.journal import Record
-from decode.pipeline.members import Options
+from decode.engine.expression import format_weights
+from decode.pipeline.record import Record
+from decode.pipeline.config import Options
 from decode.pipeline.output import OrderedWriter
 from minillama import InputError
 from minillama.files import atomic_open
@@ -115,7 +115,7 @@ def _template(explained: Explained) -> tuple[str, str, str]:
     weights, options = dict(explained.weights), explained.options
     run = {
         "members": [[name, weight] for name, weight in weights.items()],
-        "expression": spell(weights),
+        "expression": format_weights(weights),
         "source": options.source,
         "target": options.target,
         "search": explained.search,
@@ -123,7 +123,7 @@ def _template(explained: Explained) -> tuple[str, str, str]:
     }
     page, style, script = (files("decode.explain").joinpath(f"page.{kind}").read_text("utf-8") for kind in PARTS)
     page = page.replace("@@style@@", style).replace("@@script@@", script)
-    title = f"{spell(weights)}, {options.source} to {options.target}"
+    title = f"{format_weights(weights)}, {options.source} to {options.target}"
     page = page.replace("@@title@@", escape(title)).replace("@@run@@", _json(run))
     head, rest = page.split("@@sentences@@")
     between, tail = rest.split("@@end@@")

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from decode.engine.attribution import Explanation
 from decode.explain.page import Explained
-from decode.pipeline.journal import Record
+from decode.pipeline.record import Record
 from decode.pipeline.output import OrderedWriter
 
 # Kinds of characters that would not be seen, or would move the cursor: shown as escapes.

@@ -19,8 +19,8 @@ from decode.collab import main
 from decode.engine.attribution import Explanation
 from decode.explain.page import Explained, PageWriter
 from decode.explain.text import in_colours, plain
-from decode.pipeline.journal import Record
-from decode.pipeline.members import Options
+from decode.pipeline.record import Record
+from decode.pipeline.config import Options
 from minillama import Tokenizer
 
 SENTENCES = [*sample().source[:5], "", *sample().source[5:9]]
