@@ -13,7 +13,7 @@ joined in float64.
 This is the CPU path, and on a GPU the path of the moments. Memory over the weights: about (5 + N for moments) buffers
 of ROWS x CHUNK floats and one chunk of one member's weight. Bytes: each weight once; operations: 2 R V sum_i D_i.
 
-    R rows  D width  V vocabulary  N members  C entries of a chunk  S chunks  G given tokens
+    R rows  D width  V vocabulary  N members  C entries of a chunk  S chunks  G target tokens
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.cpu.fused_logits import _with_corners
-from kernels.types import EMPTY, SPLIT, FusedHead, HeadRequest
+from kernels.cpu.fused_logits import checked_sum
+from kernels.types import ALL_MASKED, SPLIT, FusedHead, HeadRequest
 
 ROWS = 1024
 _LOWEST = torch.finfo(torch.float32).min
@@ -30,17 +30,17 @@ _LOWEST = torch.finfo(torch.float32).min
 
 def run(request: HeadRequest) -> FusedHead:
     """Every result of the request; weights are read chunk by chunk, rows in blocks inside a chunk."""
-    rows, vocabulary, members, device = request.rows, request.vocabulary, len(request.hidden), request.device
+    rows, vocabulary, members, device = request.batch, request.vocabulary, len(request.hidden), request.device
     chunks = -(-vocabulary // SPLIT)
     peak_RS = torch.empty(rows, chunks, device=device)
     total_RS = torch.empty(rows, chunks, device=device)
     token_RS = torch.empty(rows, chunks, dtype=torch.int64, device=device)
     flag_R = torch.zeros(rows, dtype=torch.int32, device=device)
-    given_RG = request.given
-    x_RG = None if given_RG is None else torch.full(given_RG.shape, torch.nan, device=device)
+    target_RG = request.targets
+    x_RG = None if target_RG is None else torch.full(target_RG.shape, torch.nan, device=device)
     own_NRG = None
-    if given_RG is not None and request.moments:
-        own_NRG = torch.full((members, *given_RG.shape), torch.nan, device=device)
+    if target_RG is not None and request.moments:
+        own_NRG = torch.full((members, *target_RG.shape), torch.nan, device=device)
     mean_RSN = torch.empty(rows, chunks, members, dtype=torch.float64, device=device) if request.moments else None
     spread_RSNN = mean_RSN.new_empty(rows, chunks, members, members) if mean_RSN is not None else None
 
@@ -54,9 +54,9 @@ def run(request: HeadRequest) -> FusedHead:
                 flag_R[here] = torch.maximum(flag_R[here], block_flag_R)
             peak_R, index_R = x_RC.max(dim=1)
             peak_RS[here, chunk], token_RS[here, chunk] = peak_R, index_R + start
-            if given_RG is not None and x_RG is not None:
-                inside_RG = (given_RG[here] >= start) & (given_RG[here] < stop)
-                column_RG = torch.where(inside_RG, given_RG[here] - start, 0)
+            if target_RG is not None and x_RG is not None:
+                inside_RG = (target_RG[here] >= start) & (target_RG[here] < stop)
+                column_RG = torch.where(inside_RG, target_RG[here] - start, 0)
                 x_RG[here] = torch.where(inside_RG, x_RC.gather(1, column_RG), x_RG[here])
                 if own_NRG is not None:
                     for number, logits_RC in enumerate(logits_NRC):
@@ -68,7 +68,7 @@ def run(request: HeadRequest) -> FusedHead:
                 mean_RSN[here, chunk], spread_RSNN[here, chunk] = _moments(exp_RC, logits_NRC, index_R)
 
     peak_R = peak_RS.amax(dim=1)
-    flag_R = torch.where((peak_R == -torch.inf) & (flag_R == 0), EMPTY * 16, flag_R)
+    flag_R = torch.where((peak_R == -torch.inf) & (flag_R == 0), ALL_MASKED * 16, flag_R)
     fine_R = flag_R == 0
     nan_R = torch.where(fine_R, 0.0, torch.nan)
     scale_RS = (peak_RS - peak_R[:, None]).exp()
@@ -87,8 +87,8 @@ def run(request: HeadRequest) -> FusedHead:
         token=torch.where(fine_R, token_RS.gather(1, first_R1)[:, 0], -1),
         logprob=nan_R - log_total_R,
         flag=flag_R,
-        given_logprob=None if x_RG is None else x_RG - peak_R[:, None] - log_total_R[:, None] + nan_R[:, None],
-        given_logits=own_NRG,
+        target_logprob=None if x_RG is None else x_RG - peak_R[:, None] - log_total_R[:, None] + nan_R[:, None],
+        target_logits=own_NRG,
         mean=mean_NR,
         covariance=covariance_NNR,
     )
@@ -98,7 +98,7 @@ def _chunk(request: HeadRequest, here: slice, start: int, stop: int) -> tuple[Te
     """x of one block of rows and one chunk, the members' own logits if moments need them, and flags, None if all is
     finite.
     """
-    weights_NR = request.weights_NR()[:, here]
+    weights_NR = request.weights_NB[:, here]
 
     def product(number: int) -> Tensor:
         output_CD = request.output[number][start:stop].float()
@@ -118,7 +118,7 @@ def _chunk(request: HeadRequest, here: slice, start: int, stop: int) -> tuple[Te
     if x_RC.amin() > -torch.inf and x_RC.amax() < torch.inf:
         return x_RC, logits_NRC, None
     logits_NRC = logits_NRC or [product(number) for number in range(len(request.hidden))]
-    x_RC, flag_R = _with_corners(logits_NRC, weights_NR)
+    x_RC, flag_R = checked_sum(logits_NRC, weights_NR)
     return x_RC, logits_NRC, flag_R
 
 

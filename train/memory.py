@@ -11,7 +11,7 @@ with what PyTorch really keeps, and the whole with measured peaks.
 
 from dataclasses import dataclass
 
-from kernels.linear_cross_entropy_chunked import CHUNK_BYTES
+from kernels.chunked_cross_entropy import CHUNK_BYTES
 from minillama import LlamaConfig
 from train.lora import layer_numbers
 from train.optimizer import BLOCK, CHUNK

@@ -91,7 +91,7 @@ class StepGraphs:
         self.graphs: dict[Shape, Static] = {}
         self.inputs_IB = torch.zeros(DRAWN + 1 + len(self.models), rows, dtype=torch.int64, device=self.device)
         self.results_3B = torch.zeros(3, rows, dtype=torch.float64, device=self.device)
-        self.seed_1 = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.seed_B = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.temperature_B = torch.ones(rows, device=self.device)
         # What the device holds, as the host knows it: the inputs, seed and temperature of draws.
         self.held: list[list[int]] = []
@@ -202,7 +202,7 @@ class StepGraphs:
         sample = None
         if shape.truncation is not None:
             temperature_B = self.temperature_B[: shape.rows]
-            sample = Sampling(self.seed_1, key_B, drawn_B, temperature_B, *shape.truncation)
+            sample = Sampling(self.seed_B[: shape.rows], key_B, drawn_B, temperature_B, *shape.truncation)
         out = static.out = fused_logits(static.logits, self.weights_N, sample=sample, out=static.out)
         token, logprob = (out.token, out.logprob) if sample is None else (out.sample_token, out.sample_logprob)
         assert token is not None
@@ -241,7 +241,7 @@ class StepGraphs:
             self._write(torch.tensor(wanted))
         if draws is not None and self.held_draws != (draws.seed, draws.temperature):
             self.held_draws = (draws.seed, draws.temperature)
-            self.seed_1.fill_((draws.seed + 2**63) % 2**64 - 2**63)
+            self.seed_B.fill_((draws.seed + 2**63) % 2**64 - 2**63)
             self.temperature_B.fill_(draws.temperature)
 
     def _write(self, wanted_IB: Tensor) -> None:

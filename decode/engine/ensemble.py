@@ -157,9 +157,9 @@ class Ensemble:
         """
         one = torch.ones(1, device=self.device)
         asked = [(logits, self.weights_N), *(([of_member], one) for of_member in logits)]
-        found = [fused_logits(of, weights, given=given_RG) for of, weights in asked]
+        found = [fused_logits(of, weights, targets=given_RG) for of, weights in asked]
         self.check(found[0].flag.tolist())
-        combined_RG, *own = [result.given_logprob for result in found if result.given_logprob is not None]
+        combined_RG, *own = [result.target_logprob for result in found if result.target_logprob is not None]
         return combined_RG.cpu(), torch.stack(own).cpu()
 
     def lanes(self, positions: int) -> Lanes | None:

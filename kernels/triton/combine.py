@@ -1,7 +1,8 @@
 """The weighted sum inside a Triton program, with its corners, and the arithmetic whose result no order can change.
 
-Called by the kernels of fused_logits_triton.py and truncated_sample_triton.py; nothing is launched from here. `rows`
-are the members' pointers to one row, `weights` their weights, both tuples; reference.combine is the definition.
+Called by the kernels of fused_logits.py and top_k_top_p.py; nothing is launched from here. `rows` are the members'
+pointers to one row, `weights` their weights, both tuples. A member of weight 0 is left out: none of its logits is
+loaded, they count as 0. reference.combine is the definition.
 
     N members  C entries of a split  G a few tokens
 """
@@ -9,21 +10,27 @@ are the members' pointers to one row, `weights` their weights, both tuples; refe
 import triton
 import triton.language as tl
 
-from kernels.types import INFINITE, NAN, RANGE
+from kernels.types import INFINITE, NAN, OVERFLOW
 
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 ROW_SCALE = tl.constexpr(2.0**44)  # units of a whole row's sum, which is at most 2**18: 62 bits
-_RANGE, _INFINITE, _NAN = tl.constexpr(RANGE), tl.constexpr(INFINITE), tl.constexpr(NAN)
+_OVERFLOW, _INFINITE, _NAN = tl.constexpr(OVERFLOW), tl.constexpr(INFINITE), tl.constexpr(NAN)
 
 
 @triton.jit
-def sum_of_weighted(rows, weights, offsets_C, inside_C, N: tl.constexpr, MASKED: tl.constexpr):
-    """x before any corner is looked at; entries outside are 0."""
+def is_used(weight, like):
+    """Whether the weight is not 0, in the shape of `like`: as a mask one value for all, so loads stay wide."""
+    return tl.full(like.shape, (weight != 0.0).to(tl.int32), tl.int32) != 0
+
+
+@triton.jit
+def weighted_sum(rows, weights, offsets_C, inside_C, N: tl.constexpr, MASKED: tl.constexpr):
+    """x, no corner case looked at; entries outside are 0."""
     for n in tl.static_range(N):
+        used_C = is_used(weights[n], offsets_C)
         if MASKED:
-            part_C = tl.load(rows[n] + offsets_C, mask=inside_C, other=0.0).to(tl.float32)
-        else:
-            part_C = tl.load(rows[n] + offsets_C).to(tl.float32)
+            used_C = used_C & inside_C
+        part_C = tl.load(rows[n] + offsets_C, mask=used_C, other=0.0).to(tl.float32)
         if n == 0:
             x_C = part_C * weights[n]
         else:
@@ -32,27 +39,28 @@ def sum_of_weighted(rows, weights, offsets_C, inside_C, N: tl.constexpr, MASKED:
 
 
 @triton.jit
-def sum_with_corners(rows, weights, offsets_C, inside_C, N: tl.constexpr):
+def checked_sum(rows, weights, offsets_C, inside_C, N: tl.constexpr):
     """x with masks, -inf where masked or wrong, and a flag code an entry. Seldom run: a tile with something not
     finite.
     """
     masked_C = offsets_C < 0
     for n in tl.static_range(N):
-        masked_C = masked_C | (tl.load(rows[n] + offsets_C, mask=inside_C, other=0.0).to(tl.float32) == float("-inf"))
+        part_C = tl.load(rows[n] + offsets_C, mask=inside_C & is_used(weights[n], offsets_C), other=0.0).to(tl.float32)
+        masked_C = masked_C | (part_C == float("-inf"))
     x_C = tl.zeros_like(offsets_C).to(tl.float32)
     code_C = tl.zeros_like(offsets_C)
-    left_C = masked_C
+    settled_C = masked_C
     for n in tl.static_range(N):
-        part_C = tl.load(rows[n] + offsets_C, mask=inside_C, other=0.0).to(tl.float32)
+        part_C = tl.load(rows[n] + offsets_C, mask=inside_C & is_used(weights[n], offsets_C), other=0.0).to(tl.float32)
         product_C = part_C * weights[n]
         if n == 0:
             x_C = product_C
         else:
             x_C = x_C + product_C
         beyond_C = ((tl.abs(product_C) <= FLOAT32_MAX) & (tl.abs(x_C) <= FLOAT32_MAX)) == 0
-        beyond_C = beyond_C & (left_C == 0)
-        left_C = left_C | beyond_C
-        code_C = tl.where(beyond_C, tl.maximum(code_C, _RANGE * 16 + n + 1), code_C)
+        beyond_C = beyond_C & (settled_C == 0)
+        settled_C = settled_C | beyond_C
+        code_C = tl.where(beyond_C, tl.maximum(code_C, _OVERFLOW * 16 + n + 1), code_C)
         code_C = tl.where(part_C == float("inf"), tl.maximum(code_C, _INFINITE * 16 + n + 1), code_C)
         code_C = tl.where(part_C != part_C, tl.maximum(code_C, _NAN * 16 + n + 1), code_C)
     x_C = tl.where(masked_C | (code_C > 0), float("-inf"), x_C)
@@ -60,11 +68,11 @@ def sum_with_corners(rows, weights, offsets_C, inside_C, N: tl.constexpr):
 
 
 @triton.jit
-def x_at(rows, weights, token_G, wanted_G, N: tl.constexpr):
+def x_at(rows, weights, token_G, inside_G, N: tl.constexpr):
     """x at a few tokens, -inf where masked."""
-    masked_G = wanted_G == 0
+    masked_G = inside_G == 0
     for n in tl.static_range(N):
-        part_G = tl.load(rows[n] + token_G, mask=wanted_G, other=0.0).to(tl.float32)
+        part_G = tl.load(rows[n] + token_G, mask=inside_G & is_used(weights[n], token_G), other=0.0).to(tl.float32)
         masked_G = masked_G | (part_G == float("-inf"))
         if n == 0:
             x_G = part_G * weights[n]
