@@ -20,7 +20,7 @@ from decode.engine.expression import parse
 from minillama import Llama, LlamaConfig, Tokenizer
 from minillama.chat import chat_format, render, stop_tokens
 from minillama.config import RopeScaling, read_config
-from minillama.weights import resolve_folder
+from minillama.files import resolve_folder
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 DEMO_MEMBERS = ("L", "S_base", "S_mt", "S_src", "S_tgt")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from minillama.errors import InputError
-from minillama.weights import resolve_folder
+from minillama.files import resolve_folder
 
 # Published with Llama 3 (github.com/meta-llama/llama-models, llama3/tokenizer.py).
 LLAMA3_PATTERN = (

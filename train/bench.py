@@ -30,9 +30,9 @@ from minillama import InputError, Llama, LlamaConfig, Tokenizer
 from minillama.chat import chat_format
 from minillama.cli import Parser
 from minillama.config import read_config
-from minillama.device import pick_device
 from minillama.errors import exit_code
-from minillama.weights import resolve_folder
+from minillama.files import resolve_folder
+from minillama.machine import pick_device
 from train.bench_parts import (
     WIDE,
     both,

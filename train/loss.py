@@ -13,7 +13,7 @@ def target_loss(model: Llama, batch: Batch) -> Tensor:
 
     A sum, not a mean: whoever accumulates micro-batches divides by the targets of the whole optimizer step.
     """
-    hidden_BTD = model.hidden(batch.inputs_BT, documents=batch.documents)
+    hidden_BTD = model.hidden(batch.inputs_BT, packed=batch.packed)
     hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, batch.target_rows_M)
     return linear_cross_entropy(hidden_MD, model.output_weight, batch.targets_M)
 

@@ -8,8 +8,7 @@ from corpora import Prompt
 from minillama import InputError, Llama, Tokenizer
 from minillama.cli import Parser
 from minillama.errors import exit_code
-from minillama.files import atomic_folder
-from minillama.weights import resolve_folder, write_model
+from minillama.files import atomic_folder, resolve_folder
 from train.lora import CONFIG, load_adapter, merge
 from train.settings import DTYPES, check_output
 
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.save_dtype:
         model.to(DTYPES[arguments.save_dtype])
     with atomic_folder(output) as folder:
-        write_model(model, folder)
+        model.write_files(folder)
         Tokenizer.from_pretrained(base).save(folder)
         if (adapter / "prompt.toml").exists():
             Prompt.load(adapter).save(folder)

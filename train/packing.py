@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minillama.packed_attention import Documents
+from minillama.packed_attention import PackedSequences
 
 if TYPE_CHECKING:
     from train.data import Example
@@ -30,18 +30,18 @@ WORTH = 0.05
 class Batch:
     """One forward pass. target_rows_M index the flattened (B*T) hidden states that predict targets_M; all int64.
 
-    Right-padded rows, one example each, or with `documents` a single row (1, T) of packed examples. targets_M may be
+    Right-padded rows, one example each, or with `packed` a single row (1, T) of packed examples. targets_M may be
     empty (a rank with nothing to do in a step): loss and gradients are then zero.
     """
 
     inputs_BT: Tensor
     target_rows_M: Tensor
     targets_M: Tensor
-    documents: Documents | None = None
+    packed: PackedSequences | None = None
 
     def to(self, device: torch.device) -> Batch:
         return Batch(
-            self.inputs_BT.to(device), self.target_rows_M.to(device), self.targets_M.to(device), self.documents
+            self.inputs_BT.to(device), self.target_rows_M.to(device), self.targets_M.to(device), self.packed
         )
 
 
@@ -92,7 +92,7 @@ def pack(examples: Sequence[Example], share_prefix: bool = True) -> Batch:
         torch.from_numpy(np.concatenate(inputs)[None]),
         torch.from_numpy(np.concatenate(rows)),
         torch.from_numpy(np.concatenate(targets)),
-        Documents(tuple(len(example.tokens) - 1 - prefix for example in examples), prefix),
+        PackedSequences(tuple(len(example.tokens) - 1 - prefix for example in examples), prefix),
     )
 
 

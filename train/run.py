@@ -16,8 +16,8 @@ import torch
 from corpora import Prompt
 from minillama import InputError, Llama, LlamaConfig, Tokenizer
 from minillama.config import read_json
-from minillama.files import write_whole
-from minillama.weights import open_folder, resolve_folder, write_model
+from minillama.files import atomic_write, resolve_folder
+from minillama.weights import open_folder
 from train.checkpoint import finish, is_finished
 from train.config import write_toml
 from train.data import Example
@@ -139,7 +139,7 @@ def train_and_save(
             write_adapter(result, settings, arguments.model or "", folder)
         else:
             merge(result)
-            write_model(result.to(DTYPES[settings.save_dtype or settings.dtype]), folder)
+            result.to(DTYPES[settings.save_dtype or settings.dtype]).write_files(folder)
         start.tokenizer.save(folder)
         if prompt is not None:
             prompt.save(folder)
@@ -165,8 +165,8 @@ def write_record(output: Path, arguments: argparse.Namespace, record: dict[str, 
     try:
         output.mkdir(parents=True, exist_ok=True)
         given = {name: value for name, value in vars(arguments).items() if name not in ("config", "dry_run", "resume")}
-        write_whole(output / "run.toml", write_toml(given))
-        write_whole(output / "run.json", _json(record))
+        atomic_write(output / "run.toml", write_toml(given))
+        atomic_write(output / "run.json", _json(record))
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror})") from None
 

@@ -173,12 +173,12 @@ class Ensemble:
         """Numbers that all processes of a split member go on with: those of the first."""
         if self.part is None:
             return list(numbers)
-        return self.part.agreed(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
+        return self.part.broadcast(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
 
     def _agreed(self, *results: Tensor) -> Sequence[Tensor]:
         if self.part is None:
             return results
-        flat = self.part.agreed(torch.cat([result.flatten().double() for result in results]))  # loses no bit
+        flat = self.part.broadcast(torch.cat([result.flatten().double() for result in results]))  # loses no bit
         parts = flat.split([result.numel() for result in results])
         return [part.view(result.shape).to(result.dtype) for part, result in zip(parts, results)]
 

@@ -34,7 +34,7 @@ from kernels import PackedLinear, backend
 from kernels.cpu.packed_linear import lossless_storage
 from minillama import KVCache, Llama
 from minillama.model import Layer, RMSNorm
-from minillama.tensor_parallel import LlamaPart
+from minillama.tensor_parallel import LlamaShard
 
 # Floats behind each row of the residual stream: the first makes its length that of RMSNorm, the others align the rows.
 TAIL = 16
@@ -48,7 +48,7 @@ GPU_TILE_ROWS = 64
 
 
 class PreparedLlama:
-    """`PreparedLlama(model)` decodes what `model` would. Of a LlamaPart all processes make every pass together.
+    """`PreparedLlama(model)` decodes what `model` would. Of a LlamaShard all processes make every pass together.
 
     storage: how the CPU holds the weights of linear layers, see `PackedLinear`; "plain" leaves them where they are,
     which costs no memory but for queries, keys and values.   invariant: see the head of this file; without it products
@@ -62,7 +62,7 @@ class PreparedLlama:
         self.device = model.device
         self.stop_tokens = model.stop_tokens
         self.invariant = invariant
-        self.part = model.part if isinstance(model, LlamaPart) else None
+        self.part = model.tp if isinstance(model, LlamaShard) else None
         on_cpu = self.device.type == "cpu"
         if storage == "auto":
             storage = lossless_storage(model.dtype)
@@ -144,7 +144,7 @@ class PreparedLlama:
         if self.part is None:
             embedded_RD = F.embedding(tokens_R, self.embedding_VD)
         else:
-            embedded_RD = self.part.embedded(tokens_R, self.embedding_VD)
+            embedded_RD = self.part.embedding(tokens_R, self.embedding_VD)
         stream = Stream(self, embedded_RD, cache.entries_LBSEKC.dtype)
         entries_LPJ = cache.entries_LBSEKC.flatten(3).flatten(1, 2)
         for number, (layer, entries_PJ) in enumerate(zip(self.layers, entries_LPJ.unbind())):
@@ -157,7 +157,7 @@ class PreparedLlama:
         The combined choice adds in float32 whatever it is given, so what is written and read again is not made wider.
         """
         logits_RV = self.head.product(hidden_RD) if isinstance(self.head, PlainLinear) else self.head(hidden_RD)
-        return logits_RV if self.part is None else self.part.logits(logits_RV, self.config.vocab_size)
+        return logits_RV if self.part is None else self.part.gather_logits(logits_RV, self.config.vocab_size)
 
     def output_matrix(self) -> Tensor:
         """(V, D) by which `logits` multiplies what `hidden` returns, in the dtype that it brings that to. A new tensor
@@ -240,7 +240,7 @@ class PreparedLayer:
 
     def summed(self, part_RD: Tensor) -> Tensor:
         """What is added to the residual stream: of a part of a model the sum of all parts', in float32."""
-        return part_RD if self.part is None else self.part.summed(part_RD.float(), self.ordered)
+        return part_RD if self.part is None else self.part.all_reduce(part_RD.float(), self.ordered)
 
     def attend(self, q_RKGC: Tensor, positions: Pass, number: int, out_RKGC: Tensor) -> None:
         """Every position's G queries of a key head against its row's keys."""

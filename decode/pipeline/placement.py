@@ -11,7 +11,7 @@ import torch
 
 from kernels.cpu.packed_linear import INT8_ROWS, has_bfloat16_instructions, has_float16_product
 from minillama import InputError
-from minillama.device import pick_device
+from minillama.machine import pick_device
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}

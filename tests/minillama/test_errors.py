@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from minillama import InputError, Llama
-from minillama.device import pick_device
 from minillama.errors import Interrupted, exit_code
+from minillama.machine import pick_device
 
 
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1), (3, 3)])

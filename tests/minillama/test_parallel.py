@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_model
 
 from minillama import InputError
-from minillama.tensor_parallel import LlamaPart, Part, check_divides
+from minillama.tensor_parallel import LlamaShard, Part, check_divides
 
 FIELDS = {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
 
@@ -18,7 +18,7 @@ def test_parts_put_together_are_the_whole(count, vocabulary):
         for name, parameter in whole.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_()
-    parts = [LlamaPart(whole.config, Part(index, count)) for index in range(count)]
+    parts = [LlamaShard(whole.config, Part(index, count)) for index in range(count)]
     for name, tensor in whole.state_dict().items():
         own = [Part(index, count).of(name, tensor) for index in range(count)]
         shapes = {tuple(part.state_dict()[name].shape) for part in parts}
