@@ -25,7 +25,7 @@ from decode.engine.expression import parse
 from decode.fitting.fit import best_scale, compare, describe, fit_weights, format_sum, report_lines, rounded
 from decode.fitting.newton import Array, Bounds
 from decode.pipeline.config import Options
-from decode.pipeline.weights_file import combination, write_report
+from decode.pipeline.weights_file import combination, write_weights
 from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
 
@@ -164,7 +164,7 @@ def run(arguments: argparse.Namespace) -> int:
         "versions": versions(),
     }
     if arguments.output:
-        write_report(arguments.output, report)
+        write_weights(arguments.output, report)
     print(json.dumps(finite(report), indent=2, ensure_ascii=False) if arguments.json else "\n".join(report_lines(report)))
     return 0
 
