@@ -42,10 +42,6 @@ class KVCache:
     def capacity(self) -> int:
         return self.entries_LBSEKC.shape[2]
 
-    @property
-    def nbytes(self) -> int:
-        return self.entries_LBSEKC.nbytes
-
     @staticmethod
     def bytes_per_position(config: LlamaConfig, dtype: torch.dtype) -> int:
         """Bytes of one position of one sequence, all layers."""

@@ -18,7 +18,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def exit_code(main: Callable[[], int | None]) -> int:
-    """Run a command: 0 success, 2 bad arguments or input, 130 interrupted. Any other exception is a bug, with traceback.
+    """Run a command: 0 success, 2 bad arguments or input, 130 interrupted. Other exceptions are bugs and pass through.
 
     SIGTERM acts like Ctrl-C. Both handlers are set here, since a background job of a script inherits SIGINT ignored.
     """

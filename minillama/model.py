@@ -182,11 +182,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self,
-        tokens_BT: Tensor,
-        positions_BT: Tensor | None = None,
-        cache: KVCache | None = None,
-        packed: PackedSequences | None = None,
+        self, tokens_BT: Tensor, positions_BT: Tensor | None, cache: KVCache | None, packed: PackedSequences | None
     ) -> Tensor:
         batch, count = tokens_BT.shape
         if packed is not None:

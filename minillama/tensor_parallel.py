@@ -177,21 +177,17 @@ class _VocabParallelEmbedding(Embedding):
 
 def check_divides(config: LlamaConfig, size: int, name: str = "the model") -> None:
     """Raise InputError where heads or inner channels are not divisible by `size`; `name` is the model's in the text."""
-    for field, what in (
-        ("num_attention_heads", "attention heads"),
-        ("num_key_value_heads", "key and value heads"),
-        ("intermediate_size", "inner channels"),
-    ):
-        count = getattr(config, field)
+    counts = {
+        "attention heads": config.num_attention_heads,
+        "key and value heads": config.num_key_value_heads,
+        "inner channels": config.intermediate_size,
+    }
+    for what, count in counts.items():
         if count % size:
-            possible = [n for n in range(2, config.num_key_value_heads + 1) if _divides(config, n)]
-            hint = f"it can be split in {', '.join(map(str, possible))}" if possible else "it cannot be split"
+            sizes = range(2, config.num_key_value_heads + 1)
+            possible = [str(n) for n in sizes if not any(count % n for count in counts.values())]
+            hint = f"it can be split in {', '.join(possible)}" if possible else "it cannot be split"
             raise InputError(f"{name} has {count:,} {what}, which {size} processes cannot share evenly; {hint}")
-
-
-def _divides(config: LlamaConfig, size: int) -> bool:
-    counts = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
-    return all(count % size == 0 for count in counts)
 
 
 def load_shard(

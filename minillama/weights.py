@@ -8,8 +8,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ from minillama.config import LlamaConfig, read_config, read_json, token_ids
 from minillama.errors import InputError
 from minillama.files import umask
 
-# The largest tensors are read first, while little else is in memory. The map is reopened after this many bytes: mapped
-# pages count as the process's memory, and pages that were copied are released.
+# Mapped pages count as the process's memory; the map is reopened after this many bytes to release them.
 MAPPED_BYTES = 8 << 20
 # The dtypes that can be loaded, by safetensors' names.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -142,6 +142,24 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _read_largest_first(
+    names: Iterable[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    open_map: Callable[[], Any],
+    read: Callable[[Any, str], Tensor],
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors from a memory map, the largest first, while little else is in memory."""
+    remaining = sorted(names, key=lambda name: -math.prod(shapes[name]))
+    while remaining:
+        mapped, handle = 0, open_map()
+        while remaining and mapped < MAPPED_BYTES:
+            tensor = read(handle, remaining[0])
+            mapped += tensor.nbytes
+            yield remaining.pop(0), tensor
+            del tensor
+        del handle
+
+
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
 
 
@@ -151,12 +169,13 @@ def _open_hugging_face(folder: Path) -> Checkpoint:
     if (folder / "generation_config.json").exists():
         generation = read_json(folder / "generation_config.json")
         stop_tokens = tuple(dict.fromkeys(stop_tokens + token_ids(generation.get("eos_token_id"))))
-    files = _weight_files(folder)
+    names: dict[Path, list[str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
-    for file in files:
+    for file in _weight_files(folder):
         with _open_safetensors(file) as handle:
-            for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
+            names[file] = list(handle.keys())
+            for name in names[file]:
                 entry = handle.get_slice(name)
                 shapes[name], dtypes[name] = tuple(entry.get_shape()), entry.get_dtype()
     quantised = [f"{name} ({kind})" for name, kind in dtypes.items() if kind not in FLOATS]
@@ -167,8 +186,8 @@ def _open_hugging_face(folder: Path) -> Checkpoint:
     dtype = FLOATS[dtypes.get("model.embed_tokens.weight", "F32")]
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for file in files:
-            yield from _read_safetensors(file)
+        for file in names:
+            yield from _read_largest_first(names[file], shapes, partial(_open_safetensors, file), safe_open.get_tensor)
 
     return Checkpoint(folder, config, stop_tokens, dtype, shapes, tensors)
 
@@ -186,7 +205,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return files
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
-    raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+    raise InputError(f"{folder}: no model.safetensors and no {index.name}")
 
 
 def _open_safetensors(file: Path) -> safe_open:
@@ -197,19 +216,6 @@ def _open_safetensors(file: Path) -> safe_open:
         raise InputError(f"{file}: truncated or damaged ({size:,} bytes; {error}); copy or download it again") from None
 
 
-def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    with _open_safetensors(file) as handle:
-        names = sorted(handle.keys(), key=lambda name: -math.prod(handle.get_slice(name).get_shape()))
-    while names:
-        mapped = 0
-        with _open_safetensors(file) as handle:
-            while names and mapped < MAPPED_BYTES:
-                tensor = handle.get_tensor(names[0])
-                mapped += tensor.nbytes
-                yield names.pop(0), tensor
-                del tensor
-
-
 # --- Meta -------------------------------------------------------------------------------------------------------------
 
 
@@ -218,8 +224,8 @@ def _open_meta(folder: Path) -> Checkpoint:
     if not files:
         raise InputError(f"{folder}: params.json without consolidated.*.pth")
     shards = [_map_pth(file) for file in files]
-    names = [name for name in shards[0] if not name.startswith("rope.")]
-    shapes = {_hugging_face_name(name): _joined_shape(name, shards, files) for name in names}
+    meta_names = {_hugging_face_name(name): name for name in shards[0] if not name.startswith("rope.")}
+    shapes = {name: _joined_shape(meta_name, shards, files) for name, meta_name in meta_names.items()}
     try:
         vocab_size, width = shapes["model.embed_tokens.weight"]
     except KeyError:
@@ -230,19 +236,13 @@ def _open_meta(folder: Path) -> Checkpoint:
     if width != config.hidden_size:
         raise InputError(f"{params}: dim is {config.hidden_size}, but tok_embeddings.weight is {width} wide")
 
+    def read(shards: list[dict[str, Tensor]], name: str) -> Tensor:
+        tensor = _joined(meta_names[name], shards)
+        is_rotated = name.endswith(("q_proj.weight", "k_proj.weight"))
+        return _to_hugging_face_rows(tensor, config.head_dim) if is_rotated else tensor
+
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        remaining = sorted(names, key=lambda name: -math.prod(shapes[_hugging_face_name(name)]))
-        while remaining:
-            mapped = 0
-            shards = [_map_pth(file) for file in files]
-            while remaining and mapped < MAPPED_BYTES:
-                tensor = _joined(remaining[0], shards)
-                mapped += tensor.nbytes
-                hf_name = _hugging_face_name(remaining.pop(0))
-                if hf_name.endswith(("q_proj.weight", "k_proj.weight")):
-                    tensor = _to_hugging_face_rows(tensor, config.head_dim)
-                yield hf_name, tensor
-                del tensor
+        return _read_largest_first(meta_names, shapes, lambda: [_map_pth(file) for file in files], read)
 
     dtype = shards[0]["tok_embeddings.weight"].dtype
     return Checkpoint(folder, config, config.eos_token_id, dtype, shapes, tensors, copy=True)
@@ -279,7 +279,7 @@ META_NAMES = {
 
 
 def _hugging_face_name(name: str) -> str:
-    """`layers.3.attention.wq.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown ones are kept and refused later."""
+    """`layers.3.attention.wq.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names stay as they are."""
     if name in META_NAMES:
         return META_NAMES[name]
     match = re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", name)
@@ -293,25 +293,20 @@ def _split_axis(name: str) -> int:
     return 1 if name.endswith(("wo.weight", "w2.weight")) else 0
 
 
-def _is_split(name: str, shards: list[dict[str, Tensor]]) -> bool:
-    return len(shards) > 1 and shards[0][name].dim() == 2
-
-
 def _joined_shape(name: str, shards: list[dict[str, Tensor]], files: list[Path]) -> tuple[int, ...]:
     incomplete = [file.name for shard, file in zip(shards, files) if name not in shard]
     if incomplete:
         raise InputError(f"{files[0].parent}: {name} is missing from {', '.join(incomplete)}")
     shape = list(shards[0][name].shape)
-    if _is_split(name, shards):
-        axis = _split_axis(name)
-        shape[axis] = sum(shard[name].shape[axis] for shard in shards)
+    if len(shape) == 2:
+        shape[_split_axis(name)] = sum(shard[name].shape[_split_axis(name)] for shard in shards)
     return tuple(shape)
 
 
 def _joined(name: str, shards: list[dict[str, Tensor]]) -> Tensor:
-    if _is_split(name, shards):
-        return torch.cat([shard[name] for shard in shards], dim=_split_axis(name))
-    return shards[0][name]
+    if len(shards) == 1 or shards[0][name].dim() != 2:  # vectors are in every file whole
+        return shards[0][name]
+    return torch.cat([shard[name] for shard in shards], dim=_split_axis(name))
 
 
 def _is_tied(shards: list[dict[str, Tensor]]) -> bool:

@@ -60,7 +60,7 @@ def run(rank, world, port, folders, prompts, results, on_gpu=False):
         own = load_shard(folder, part, device=device)
         found[name] = {"logits": logits_of(own), "bytes": sum(p.nbytes for p in own.parameters())}
         prepared = PreparedLlama(own)
-        found[name] |= {"prepared bytes": prepared.nbytes, "cache bytes": prepared.cache(1, 64).nbytes}
+        found[name] |= {"prepared bytes": prepared.nbytes, "cache bytes": prepared.cache(1, 64).entries_LBSEKC.nbytes}
     split, whole = load_shard(folders["L"], part, device=device), Llama.from_pretrained(folders["S"], device=device)
     both = {"L": split, "S": load_shard(folders["S"], part, device=device)}
     found["one split"] = decoded({"L": split, "S": whole}, prompts, ("greedy", "drafting when it pays"))
