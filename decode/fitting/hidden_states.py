@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from decode.engine.ensemble import Ensemble
-from decode.engine.likelihood import score
+from decode.engine.generate import score
 from decode.pipeline.output import DecodeProgress
 from kernels import FusedHead, describe_flag, fused_head
 
