@@ -1,57 +1,143 @@
-"""`run.json`: what was run, what came out, how fast, and in which environment."""
+"""What a run of decode.collab says: its plan, its end, and `run.json` with counts, speed, scores and the environment."""
 
 import json
 import math
-import platform
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from importlib import metadata
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from corpora.metrics import text_metrics
-from decode.pipeline.members import Options, Reader
-from decode.pipeline.placement import Place, listed
-from decode.pipeline.results import Results
-from decode.pipeline.session import TooLong
-from decode.pipeline.work import Done
-from minillama import InputError
+from decode.engine.expression import format_weights
+from decode.pipeline.members import EncodedInput, MemberSpec
+from decode.pipeline.placement import Placement, listed
+from minillama import machine
+from minillama.errors import InputError
 from minillama.files import atomic_write
 
+if TYPE_CHECKING:
+    from decode.pipeline.run import TranslationRun
 
-def describe_run(
-    results: Results,
-    done: Done,
-    lines: int,
-    options: Options,
-    readers: Sequence[Reader],
-    places: Mapping[str, Place],
-    too_long: Mapping[str, TooLong],
-) -> dict[str, Any]:
-    """Counts of the whole output; seconds, steps and speeds of this run alone, which may have resumed another."""
-    seconds = max(done.seconds, 1e-9)
-    report = {
-        "sentences": lines,
-        "output_tokens": results.tokens,
-        "seconds": round(done.seconds, 4),
-        "tokens_per_second": round((results.tokens - results.resumed_tokens) / seconds, 2),
-        "sentences_per_second": round((lines - results.resumed) / seconds, 2),
-        "steps": done.steps,
-        "first_token_seconds": None if done.first_token_seconds is None else round(done.first_token_seconds, 4),
-        "resumed_sentences": results.resumed,
-        "prompts": {reader.name: reader.prompt.name for reader in readers},
-        "chat": {reader.name: reader.chat.name for reader in readers},
-        **asdict(options),
-        "device": listed({name: device_name(place.device) for name, place in places.items()}),
-        "dtype": listed({name: place.storage for name, place in places.items()}),
+# Numbers of too long lines that are kept for the report; beyond that they are only counted.
+LISTED = 1000
+
+
+@dataclass
+class LineNumbers:
+    """How many lines, and the numbers (from 1) of the first of them."""
+
+    count: int = 0
+    first: list[int] = field(default_factory=list)
+
+    def add(self, lines: Sequence[int]) -> None:
+        self.count += len(lines)
+        self.first += [line + 1 for line in lines[: LISTED - len(self.first)]]
+
+
+@dataclass
+class RunStats:
+    """What a run did, without anything that grows with its input.
+
+    seconds: decoding alone, the longest of all processes.   steps: the sum of all processes.   first_token_seconds: the
+    earliest, since `started` (time.perf_counter()).
+    """
+
+    started: float = field(default_factory=time.perf_counter)
+    load_seconds: float = 0.0
+    seconds: float = 0.0
+    steps: int = 0
+    first_token_seconds: float | None = None
+    lines: int = 0
+    skipped: LineNumbers = field(default_factory=LineNumbers)
+    truncated: LineNumbers = field(default_factory=LineNumbers)
+
+    def add_input(self, lines: EncodedInput) -> None:
+        self.lines += len(lines.texts)
+        self.skipped.add(lines.skipped)
+        self.truncated.add(lines.truncated)
+
+    def to_json(self) -> dict[str, Any]:
+        """What the main process needs from another one."""
+        return {name: getattr(self, name) for name in ("seconds", "steps", "first_token_seconds")}
+
+    def merge(self, seconds: float, steps: int, first_token_seconds: float | None) -> None:
+        """Add the work of another process."""
+        self.seconds = max(self.seconds, seconds)
+        self.steps += steps
+        both = [value for value in (self.first_token_seconds, first_token_seconds) if value is not None]
+        self.first_token_seconds = min(both, default=None)
+
+
+def describe_members(
+    members: Sequence[MemberSpec], weights: Mapping[str, float] | None, placements: Mapping[str, Placement]
+) -> tuple[str, str]:
+    """`L + S (L 12.3 M, S 4.5 M)`, and where they are: `float32, cpu (AVX512, 8 threads)`."""
+    sizes = ", ".join(f"{member.name} {member.checkpoint.parameters / 1e6:,.1f} M" for member in members)
+    where = {name: f"{place.weight_dtype}, {machine.device_name(place.device)}" for name, place in placements.items()}
+    return f"{format_weights(weights)} ({sizes})" if weights else sizes, listed(where)
+
+
+def describe_plan(run: "TranslationRun") -> str:
+    """What the run will do, before the long part of it."""
+    options, processes, tp_size = run.options, run.distributed.processes, run.distributed.tp_size
+    models, where = describe_members(run.members, run.weights, run.placements)
+    count = "standard input"
+    if run.file is not None:
+        count = f"{len(run.file.texts):,} sentences of {run.arguments.input}"
+        count += f", {len(run.done):,} of them finished by an earlier run" if run.done else ""
+    memory = f", {run.memory}" if run.memory else ""
+    several = f", {processes} processes" if processes > 1 else ""
+    several += f" in groups of {tp_size}" if tp_size > 1 else ""
+    text = (
+        f"{models}: {count}, {options.source} to {options.target}, batches of {options.batch_size}{memory}, "
+        f"{where}{several}"
+    )
+    output = Path(run.arguments.output)
+    if run.file is not None and run.journal is None and output.is_file():
+        text += f"\nno journal: {output.parent} takes no new file; this run cannot be resumed"
+    return text
+
+
+def describe_run(run: "TranslationRun") -> dict[str, Any]:
+    """`run.json`: counts of the whole output; seconds, steps and speeds of this run, which may have resumed another."""
+    assert run.outputs is not None
+    stats, outputs, weights = run.stats, run.outputs, run.weights
+    seconds = max(stats.seconds, 1e-9)
+    first = stats.first_token_seconds
+    report: dict[str, Any] = {
+        "sentences": stats.lines,
+        "output_tokens": outputs.tokens,
+        "seconds": round(stats.seconds, 4),
+        "tokens_per_second": round((outputs.tokens - outputs.resumed_tokens) / seconds, 2),
+        "sentences_per_second": round((stats.lines - outputs.resumed) / seconds, 2),
+        "steps": stats.steps,
+        "first_token_seconds": None if first is None else round(first, 4),
+        "resumed_sentences": outputs.resumed,
+        "prompts": {member.name: member.prompt.name for member in run.members},
+        "chat": {member.name: member.chat.name for member in run.members},
+        **asdict(run.options),
+        "device": listed({name: machine.device_name(place.device) for name, place in run.placements.items()}),
+        "dtype": listed({name: place.weight_dtype for name, place in run.placements.items()}),
         "versions": versions(),
     }
-    for kind, found in too_long.items():
-        report[f"{kind}_lines"] = found.lines
-        if found.count > len(found.lines):
+    for kind, found in (("skipped", stats.skipped), ("truncated", stats.truncated)):
+        report[f"{kind}_lines"] = found.first
+        if found.count > len(found.first):
             report[f"{kind}_count"] = found.count
+    report |= {
+        "load_seconds": round(stats.load_seconds, 4),
+        "combine": run.arguments.combine or format_weights(weights),
+        "weights": weights,
+        "models": {name: run.folders[name] for name in weights},
+        "processes": run.distributed.processes,
+        "tensor_parallel": run.distributed.tp_size,
+    }
+    references = run.references
+    if references and outputs.texts is not None and len(references) == stats.lines:
+        report |= scores([outputs.texts[line] for line in range(stats.lines)], references, run.options.target)
     return report
 
 
@@ -65,20 +151,9 @@ def scores(hypotheses: Sequence[str], references: Sequence[str], target: str) ->
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("collab-mt", "safetensors", "tokenizers", "sacrebleu", "triton"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    threads = torch.get_num_threads()
-    return f"cpu ({torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' if threads > 1 else ''})"
+    """Python and the packages that decide a translation or its score."""
+    others = machine.versions("collab-mt", "safetensors", "tokenizers", "sacrebleu", "triton")
+    return {"python": others.pop("python"), "torch": torch.__version__, **others}
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:
@@ -103,7 +178,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
 
 
 def write_report(path: str, report: Mapping[str, Any]) -> None:
-    """Write the JSON whole or not at all."""
+    """Write the JSON atomically."""
     try:
         atomic_write(Path(path), json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
@@ -111,7 +186,7 @@ def write_report(path: str, report: Mapping[str, Any]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """JSON has no infinity: null stands for it."""
+    """JSON has no infinity and no NaN: null in their place."""
     if isinstance(value, dict):
         return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list):
