@@ -120,7 +120,9 @@ def _template(run: ExplainedRun) -> tuple[str, str, str]:
         "search": run.search,
         "other": run.other_decider,
     }
-    page, style, script = (files("decode.explain").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    page, style, script = (
+        files("decode.explain").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js")
+    )
     page = page.replace("@@style@@", style).replace("@@script@@", script)
     page = page.replace("@@title@@", escape(f"{expression}, {options.source} to {options.target}"))
     before_sentences, rest = page.replace("@@run@@", _json(description)).split("@@sentences@@")

@@ -1,22 +1,18 @@
 """Maximum-likelihood weights and the report on them: a dictionary for files, lines for a reader.
 
-This file knows neither models nor files; torch is not needed to import it.
+This file knows neither models nor files.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from decode.engine.expression import format_weights
+from decode.fitting.hidden_states import HiddenStates
 from decode.fitting.newton import Array, Bounds, Function, Minimum, Point, minimise, standard_errors
-
-if TYPE_CHECKING:
-    from decode.fitting.hidden_states import HiddenStates
 
 # A first fit on about so many positions gives the start of the fit on all.
 COARSE_TOKENS = 1024
@@ -45,7 +41,7 @@ def format_sum(weights_N: Array, names: Sequence[str]) -> str:
     return format_weights({name: float(weight) for name, weight in zip(names, weights_N) if weight})
 
 
-def mean_nats(data: HiddenStates) -> Function:
+def objective(data: HiddenStates) -> Function:
     """The function that is minimised: negative log-likelihood, nats per token."""
 
     def function(weights_N: Array) -> Point:
@@ -74,8 +70,8 @@ def fit_weights(
     log: called with a line for each evaluation.
     """
     if (part := _coarse(data)) is not None:
-        start_N = minimise(mean_nats(part), start_N, prior_N, l2, bounds, COARSE_NORM).function.weights_N
-    function = mean_nats(data)
+        start_N = minimise(objective(part), start_N, prior_N, l2, bounds, COARSE_NORM).function.weights_N
+    function = objective(data)
 
     def logged(weights_N: Array) -> Point:
         point = function(weights_N)
@@ -104,8 +100,8 @@ def best_scale(data: HiddenStates, prior_N: Array) -> tuple[float, float]:
 
     start_1 = np.ones(1)
     if (part := _coarse(data)) is not None:
-        start_1 = minimise(along(mean_nats(part)), start_1).point.weights_N
-    found = minimise(along(mean_nats(data)), start_1)
+        start_1 = minimise(along(objective(part)), start_1).point.weights_N
+    found = minimise(along(objective(data)), start_1)
     return float(found.point.weights_N[0]), found.function.value
 
 
@@ -136,7 +132,7 @@ def _gain(gain_S: Array, data: HiddenStates) -> tuple[float, float]:
     return mean, float(np.sqrt(data.texts / (data.texts - 1) * (about_S**2).sum()) / data.tokens)
 
 
-def describe(fit: Fit, data: HiddenStates, names: Sequence[str]) -> dict[str, Any]:
+def describe_fit(fit: Fit, data: HiddenStates, names: Sequence[str]) -> dict[str, Any]:
     """Weights, standard errors and the certificate."""
     minimum = fit.minimum
 
@@ -191,8 +187,8 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
     ]
     confidence = "over-confident" if scale["scale"] < 1 else "under-confident"
     lines.append(
-        f"{fit['centre']} fits best at temperature {scale['temperature']:.3g} ({scale['nats']:.4f} nats per token): its "
-        f"own probabilities are {confidence}, which does not change greedy decoding"
+        f"{fit['centre']} is {confidence}: it fits best at temperature {scale['temperature']:.3g} "
+        f"({scale['nats']:.4f} nats per token); greedy decoding is the same at every temperature"
     )
     return [*lines, "", f'--combine "{report["combine"]}"']
 

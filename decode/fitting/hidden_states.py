@@ -23,15 +23,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from decode.engine.ensemble import Ensemble
 from decode.engine.generate import score
+from decode.fitting.newton import Array
 from decode.pipeline.output import DecodeProgress
 from kernels import FusedHead, describe_flag, fused_head
-
-Array = NDArray[np.float64]
 
 # Positions whose moments exist at once: 80 MB with five members and a vocabulary of 128,256.
 POSITIONS_AT_ONCE = 4096
@@ -84,7 +82,9 @@ class HiddenStates:
             return self, None
         end = self.stops[0]
         if len(self.stops) > 1:
-            ends = replace(self, hidden=tuple(hidden_TD[ends_T] for hidden_TD in self.hidden), token_T=self.token_T[ends_T])
+            ends = replace(
+                self, hidden=tuple(hidden_TD[ends_T] for hidden_TD in self.hidden), token_T=self.token_T[ends_T]
+            )
             stops_TG = torch.tensor([self.stops] * ends.tokens, device=ends_T.device)
             end = self.stops[int(ends.logprobs(weights_N, stops_TG).sum(dim=0).argmax())]
         return replace(self, token_T=self.token_T.masked_fill(ends_T, end)), end
@@ -98,6 +98,10 @@ class HiddenStates:
     def nats(self, weights_N: Array) -> Array:
         """(S,) negative log-likelihoods of the texts."""
         return self._by_text(-self.logprobs(weights_N, self.token_T[:, None]))[:, 0]
+
+    def mean_nats(self, weights_N: Array) -> float:
+        """Negative log-likelihood per token."""
+        return float(self.nats(weights_N).sum()) / self.tokens
 
     def likelihood(self, weights_N: Array) -> Likelihood:
         """Value and derivatives. Weights are rounded to float32, in which logits are summed; sums over positions are
@@ -117,7 +121,9 @@ class HiddenStates:
         nats_S, gradient_SN, hessian_SM = np.split(self._by_text(torch.cat(terms)), (1, 1 + members), axis=1)
         return Likelihood(weights_N, self.tokens, nats_S[:, 0], gradient_SN, hessian_SM.reshape(-1, members, members))
 
-    def _heads(self, weights_N: Array, targets_TG: Tensor, members: Sequence[int], moments: bool) -> Iterator[FusedHead]:
+    def _heads(
+        self, weights_N: Array, targets_TG: Tensor, members: Sequence[int], moments: bool
+    ) -> Iterator[FusedHead]:
         weights = [float(weights_N[number]) or TINY_WEIGHT for number in members]
         output = [self.output[number] for number in members]
         for start in range(0, self.tokens, POSITIONS_AT_ONCE):

@@ -17,7 +17,7 @@ import torch
 from decode.engine.engine import Engine
 from decode.engine.ensemble import Ensemble
 from decode.engine.sequence import Completion, Sequence
-from decode.explain.page import Explained, PageWriter
+from decode.explain.page import ExplainedRun, PageWriter
 from decode.explain.text import TextWriter
 from decode.pipeline.config import DEFAULT_BATCH_SIZE, Options, named_folders
 from decode.pipeline.distributed import Distributed, chunks
@@ -226,7 +226,8 @@ class TranslationRun:
         explanations: PageWriter | TextWriter | None = None
         output = arguments.output
         if arguments.explain is not None:
-            explained = Explained(self.weights, self.options, self.members[0].tokenizer.pieces(), self.references or ())
+            pieces = self.members[0].tokenizer.pieces()
+            explained = ExplainedRun(self.weights, self.options, pieces, self.references or ())
             if arguments.explain == "-":
                 explanations = TextWriter(explained)
                 output = os.devnull if output == "-" else output  # in place of the translations

@@ -57,7 +57,9 @@ def write_weights(path: str, report: Mapping[str, Any]) -> None:
     """Write a report of decode.tune atomically. Entries of None are left out; of `against` only the nats are kept."""
     content = _without_none({**report, "against": {row["expression"]: row["nats"] for row in report["against"]}})
     try:
-        atomic_write(Path(path), f"# Written by decode.tune; decode.collab --weights reads it.\n{tomli_w.dumps(content)}")
+        atomic_write(
+            Path(path), f"# Written by decode.tune; decode.collab --weights reads it.\n{tomli_w.dumps(content)}"
+        )
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 

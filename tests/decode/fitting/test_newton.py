@@ -1,4 +1,4 @@
-"""Newton within bounds against scipy, enumeration and by-hand cases; the functions are small and in float64."""
+"""Newton's method within bounds against scipy, enumeration and cases by hand; small functions in float64."""
 
 from itertools import product
 
@@ -11,15 +11,15 @@ from scipy.optimize import minimize
 from decode.fitting.newton import Bounds, Point, box_step, null_directions, minimise
 
 
-def log_linear(seed, places=30, entries=7, members=3, scale=2.0):
+def log_linear(seed, positions=30, entries=7, members=3, scale=2.0):
     """Negative log-likelihood of a log-linear model over random features: what decode.tune minimises, without models.
 
     Half of the answers are the first member's best entry, so that the minimum is finite.
     """
     generator = np.random.default_rng(seed)
-    x_TVN = generator.normal(0.0, scale, (places, entries, members))
-    y_T = np.where(np.arange(places) % 2, x_TVN[:, :, 0].argmax(axis=1), generator.integers(0, entries, places))
-    own_TN = x_TVN[np.arange(places), y_T]
+    x_TVN = generator.normal(0.0, scale, (positions, entries, members))
+    y_T = np.where(np.arange(positions) % 2, x_TVN[:, :, 0].argmax(axis=1), generator.integers(0, entries, positions))
+    own_TN = x_TVN[np.arange(positions), y_T]
 
     def function(weights_N):
         logits_TV = x_TVN @ weights_N
@@ -30,7 +30,7 @@ def log_linear(seed, places=30, entries=7, members=3, scale=2.0):
         value = (peak_T1[:, 0] + np.log(total_T1[:, 0]) - own_TN @ weights_N).mean()
         mean_TN = np.einsum("tv,tvn->tn", p_TV, x_TVN)
         about_TVN = x_TVN - mean_TN[:, None]
-        hessian_NN = np.einsum("tv,tvn,tvm->nm", p_TV, about_TVN, about_TVN) / places
+        hessian_NN = np.einsum("tv,tvn,tvm->nm", p_TV, about_TVN, about_TVN) / positions
         return Point(np.asarray(weights_N, dtype=float), value, (mean_TN - own_TN).mean(axis=0), hessian_NN)
 
     return function
@@ -60,7 +60,7 @@ def test_the_minimum_is_scipys_from_near_and_far(seed, members, far):
 
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 10_000), st.floats(-0.5, 0.09), st.floats(0.1, 0.3), st.sampled_from([0.0, 0.05]))
-def test_within_bounds_the_minimum_is_scipys_and_no_weight_wants_further_inside(seed, low, high, l2):
+def test_within_bounds_the_minimum_is_scipys_and_no_gradient_points_inside(seed, low, high, l2):
     function, prior_N = log_linear(seed, members=4), np.full(4, 0.25)
     found = minimise(function, prior_N, prior_N, l2, Bounds(np.full(4, low), np.full(4, high)))
     expected_N = by_scipy(function, np.full(4, low), l2, prior_N, [(low, high)] * 4)
@@ -101,14 +101,14 @@ def test_a_step_within_bounds_is_the_best_of_all_active_sets(seed, count):
     assert value(found_N) == pytest.approx(best, abs=1e-8)
 
 
-def test_a_pull_to_a_centre_is_scipys_and_a_strong_one_stays_there():
+def test_an_l2_penalty_is_scipys_and_a_strong_one_keeps_the_prior_weights():
     function, prior_N = log_linear(1), np.array([1.0, 1.0, -1.0])
     found = minimise(function, np.zeros(3), prior_N, l2=0.3)
     assert found.point.weights_N == pytest.approx(by_scipy(function, np.zeros(3), 0.3, prior_N), abs=1e-6)
     assert minimise(function, np.zeros(3), prior_N, l2=1e6).point.weights_N == pytest.approx(prior_N, abs=1e-4)
 
 
-def test_along_a_direction_that_changes_nothing_weights_stay_at_the_centre():
+def test_along_a_null_direction_weights_stay_at_the_priors():
     """Members 0 and 2 are the same: only their sum counts, and the best sum is that of two members."""
     two = log_linear(2, members=2)
     spread_NK = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
@@ -127,7 +127,7 @@ def test_along_a_direction_that_changes_nothing_weights_stay_at_the_centre():
         assert found.eigenvalues_N[0] == pytest.approx(0.0, abs=1e-9)
 
 
-def test_null_directions_are_found_beside_known_ones():
+def test_null_directions_are_found_orthogonal_to_known_ones():
     hessian_NN = np.diag([4.0, 0.0, 1.0, 1e-9])
     first_KN = null_directions(hessian_NN, np.empty((0, 4)))
     assert np.abs(first_KN).sum(axis=0) == pytest.approx([0.0, 1.0, 0.0, 1.0])
@@ -135,7 +135,7 @@ def test_null_directions_are_found_beside_known_ones():
     assert null_directions(hessian_NN, first_KN).shape == (0, 4)
 
 
-def test_a_function_as_rough_as_float32_is_minimised_as_far_as_it_can_be_told():
+def test_a_function_in_float32_is_minimised_to_its_precision():
     fine = log_linear(3)
 
     def rough(weights_N):
