@@ -8,9 +8,9 @@ import pytest
 
 from corpora import sample
 from decode.collab import main as collab
+from decode.pipeline.weights_file import read_weights
 from decode.score import main as score
 from decode.tune import main
-from decode.pipeline.weights_file import read_weights
 from minillama.errors import exit_code
 
 PAIRS = sample()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from decode.fitting.newton import Bounds, Point, box_step, null_directions, minimise
+from decode.fitting.newton import Bounds, Point, box_step, minimise, null_directions
 
 
 def log_linear(seed, positions=30, entries=7, members=3, scale=2.0):
