@@ -194,7 +194,7 @@ function details(sentence, number, token) {
           ` ${probability(token.runnerLogprob)}, margin ${signed(margin)} nats.`])),
     make("table", null,
       make("thead", null,
-        row("th", null, "", "probability", "rank", make("th", { class: "own" }, "own choice"), "contribution")),
+        row("th", null, "", "p", "rank", make("th", { class: "own" }, "own choice"), "contribution")),
       make("tbody", null, ...rows),
       margin === null ? null : make("tfoot", null,
         row("td", null, make("td", { colspan: 4 }, "Margin"), make("td", { class: "margin" }, signed(margin))))),

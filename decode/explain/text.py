@@ -2,8 +2,8 @@
 
 A sentence is its line number, source, translation and reference, and below them a table with a row for each token:
 
-    token    p     decided by  L              S_src          S_tgt          margin  runner-up
-    went     0.55  S_src       0.12 #3 -1.20  0.80 #1 +2.10  0.61 #1 +0.90  1.80    goes 0.09
+    token    p     decider  L              S_src          S_tgt          margin  runner-up
+    went     0.55  S_src    0.12 #3 -1.20  0.80 #1 +2.10  0.61 #1 +0.90  1.80    goes 0.09
 
 Under a member stand its own probability of the token, the token's rank by it, and its contribution to the margin
 (decode/engine/attribution.py).
@@ -90,7 +90,7 @@ def _head(run: ExplainedRun, line: int, source: str, record: Record) -> list[str
 
 
 def _columns(run: ExplainedRun) -> list[str]:
-    return ["token", "p", "decided by", *run.weights, "margin", "runner-up"]
+    return ["token", "p", "decider", *run.weights, "margin", "runner-up"]
 
 
 def _cells(run: ExplainedRun, explanation: Explanation) -> list[str]:

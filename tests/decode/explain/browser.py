@@ -1,6 +1,6 @@
-"""A headless Chromium over its debugging pipe (the DevTools protocol), for pages that are to be looked at and used.
+"""A headless Chromium over its debugging pipe (the DevTools protocol), to test and photograph pages.
 
-`python -m tests.browser report.html#12.3 shot.png --width 390 --dark` takes a picture.
+`python tests/decode/explain/browser.py report.html#12.3 shot.png --width 390 --dark` takes a picture.
 """
 
 import argparse
@@ -133,7 +133,7 @@ class Browser:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.browser", description="A picture of a page.")
+    parser = argparse.ArgumentParser(description="A picture of a page.")
     parser.add_argument("page")
     parser.add_argument("output")
     parser.add_argument("--width", type=int, default=1200)
