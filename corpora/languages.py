@@ -4,6 +4,7 @@ Codes are ISO 639-1 where one exists, plus the codes that ALT uses for its langu
 (`pt-BR` is Portuguese), a script is not guessed.
 """
 
+import argparse
 import difflib
 
 from minillama.errors import InputError
@@ -107,3 +108,12 @@ def language_name(code: str) -> str:
     near = names.get(near, near) if near else None
     hint = f"{near} ({LANGUAGES[near]})" if near else "ja (Japanese) or de (German)"
     raise InputError(f"unknown language {code!r}: expected a code such as {hint}")
+
+
+def language_code(code: str) -> str:
+    """Return the code unchanged where it is known; for argparse's `type=`, with the message of language_name."""
+    try:
+        language_name(code)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return code

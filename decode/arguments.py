@@ -3,7 +3,7 @@
 import argparse
 
 from corpora.languages import language_code
-from decode.engine.sequence import MAX_BEAMS, MAX_DRAFT_TOKENS
+from decode.engine.sequence import MAX_BEAMS, MAX_DRAFT
 from decode.pipeline.config import DEFAULT_BATCH_SIZE, DTYPES, TOO_LONG
 from minillama.cli import Parser
 
@@ -147,7 +147,7 @@ def _add_decoding_options(parser: argparse.ArgumentParser) -> None:
         default="off",
         metavar="auto|off|N",
         help="draft tokens and verify them together, the translations are the same; auto: where it is expected to be "
-        f"faster, N: 1 to {MAX_DRAFT_TOKENS} at a time (default off)",
+        f"faster, N: 1 to {MAX_DRAFT} at a time (default off)",
     )
     add(
         "--invariant",

@@ -10,11 +10,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from decode.pipeline.report import device_name, versions
+from decode.pipeline.report import versions
 from eval.expressions import EXPRESSIONS, FITTED, tables
 from eval.graph import Step, Store, in_order
 from eval.steps import Row, Steps
-from minillama.machine import pick_device
+from minillama.machine import device_name, pick_device
 
 
 def gather(steps: Steps, store: Store, config: Path, seconds: float) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any
 
-from decode.engine.sequence import MAX_BEAMS, MAX_DRAFT_TOKENS, SamplingParams
+from decode.engine.sequence import MAX_BEAMS, MAX_DRAFT, SamplingParams
 from minillama.errors import InputError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
@@ -48,7 +48,7 @@ class Options:
         return cls(**{**values, "explain": arguments.explain is not None, **changes})
 
     def __post_init__(self) -> None:
-        drafts = self.speculate in ("off", "auto") or self.speculate in map(str, range(1, MAX_DRAFT_TOKENS + 1))
+        drafts = self.speculate in ("off", "auto") or self.speculate in map(str, range(1, MAX_DRAFT + 1))
         # Written so that NaN is refused.
         for valid, message in (
             (self.batch_size >= 1, f"--batch-size {self.batch_size}: must be at least 1"),
@@ -60,7 +60,7 @@ class Options:
             (self.top_k >= 0, f"--top-k {self.top_k}: expected 0 or more"),
             (0 < self.top_p <= 1, f"--top-p {self.top_p:g}: expected above 0, up to 1"),
             (0 <= self.seed <= MAX_SEED, f"--seed {self.seed}: expected 0 to {MAX_SEED}"),
-            (drafts, f"--speculate {self.speculate}: expected auto, off, or 1 to {MAX_DRAFT_TOKENS} tokens"),
+            (drafts, f"--speculate {self.speculate}: expected auto, off, or 1 to {MAX_DRAFT} tokens"),
             (not self.sample or self.beam == 1, "--sample and --beam exclude one another; give one of them"),
             (
                 self.speculate == "off" or self.beam == 1,

@@ -71,6 +71,7 @@ class TranslationRun:
     stats: RunStats = field(default_factory=RunStats)
     ensemble: Ensemble | None = None
     engine: Engine | None = None
+    engine_batch_size: int = 0
     outputs: Outputs | None = None
     followers: list[JournalFollower] = field(default_factory=list)
     polled: float = 0.0
@@ -209,9 +210,10 @@ class TranslationRun:
         batch_size, _ = self.budget.fit(
             group.prompts, self.options.max_new_tokens, requested, self.arguments.batch_size is None
         )
-        if self.engine is None or not self.engine.fits(sequences):
+        if self.engine is None or self.engine_batch_size < batch_size or not self.engine.fits(sequences):
             self.engine = None  # its memory is free before more is allocated
             self.engine = Engine.fitting(self.ensemble, sequences, batch_size, self.options.speculate)
+            self.engine_batch_size = batch_size
         return self.engine
 
     def _record(self, line: int, completion: Completion) -> Record:
@@ -251,7 +253,8 @@ def prepare(arguments: argparse.Namespace, distributed: Distributed, stack: Exit
     folders = named_folders(arguments.model)
     names = list(folders)
     weights = combination(arguments, names)
-    options = Options.from_arguments(arguments, batch_size=arguments.batch_size or DEFAULT_BATCH_SIZE)
+    batch_size = DEFAULT_BATCH_SIZE if arguments.batch_size is None else arguments.batch_size
+    options = Options.from_arguments(arguments, batch_size=batch_size)
     sizes = tp_sizes(arguments.tensor_parallel, names)
     all_placements = placements(arguments.device, arguments.dtype, names, options.batch_size, sizes)
     where = {name: all_placements[name] for name in weights}

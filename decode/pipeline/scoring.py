@@ -15,7 +15,7 @@ from typing import Any
 from corpora import iter_lines
 from corpora.text import display_name, open_binary
 from decode.engine.ensemble import Ensemble
-from decode.engine.likelihood import score
+from decode.engine.generate import score
 from decode.engine.sequence import Completion
 from decode.pipeline.config import Options, named_folders
 from decode.pipeline.input import GROUP_BATCHES, read_available_lines

@@ -12,8 +12,8 @@ from corpora import sample
 from decode import Ensemble
 from decode.engine.beam import beam_search
 from decode.collab import main
-from decode.pipeline.journal import Record
-from decode.pipeline.nbest import NBestWriter
+from decode.pipeline.record import Record
+from decode.pipeline.output import NBestWriter
 from decode.translate import translate
 from minillama import InputError, Llama, Tokenizer
 from minillama.errors import exit_code
@@ -222,7 +222,7 @@ def test_lists_that_wait_for_an_unfinished_line_are_kept_after_an_interruption(t
     found = [["text [5]", -0.75, -0.375]]
     with NBestWriter(str(tmp_path / "nbest")) as writer:
         for line in (0, 3, 2):
-            writer.put(line, Record(line, "text [5]", [5], [-0.5], "stop", found))
+            writer.put_record(line, Record(line, "text [5]", [5], [-0.5], "stop", found))
         writer.write_finished()
     lines = (tmp_path / "nbest").read_text().splitlines()
     assert [line.split(" ||| ")[0] for line in lines] == ["0", "2", "3"]
@@ -232,9 +232,9 @@ def test_lists_that_wait_for_an_unfinished_line_are_kept_after_an_interruption(t
 @pytest.mark.slow
 def test_the_demos_model_on_fifty_prompts():
     from decode.demo import FOLDER
-    from decode.pipeline.members import open_readers
+    from decode.pipeline.members import open_members
 
-    reader = open_readers({"L": str(FOLDER / "L")}, None, None)[0]
+    reader = open_members({"L": str(FOLDER / "L")}, None, None)[0]
     prompts = [reader.encode(sentence, "ja", "en") for sentence in PAIRS.source]
     prompts += [reader.encode(sentence, "en", "ja") for sentence in PAIRS.target[: 50 - len(prompts)]]
     compare_real(FOLDER / "L", prompts, "the demo's L")
