@@ -4,12 +4,9 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 
 from pages import page_of
-from processes import code_of, kill, start, start_ranks, wait_for_lines
+from processes import code_of, kill, start, start_ranks, start_with_pipes, wait_for_lines
 
 from corpora import sample
 from decode.collab import main
@@ -40,12 +37,6 @@ def killed(argv, folder):
     process = start(argv)
     wait_for_lines([folder / "hyp.txt.journal"], 3)
     kill(process)
-
-
-def command(argv, **pipes):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, "-m", "decode.collab", *argv]
-    return subprocess.Popen(argv, stderr=subprocess.PIPE, env=environment, **pipes)
 
 
 def test_the_command_writes_translations_as_before_and_a_page_of_all_lines(model_folders, tmp_path):
@@ -111,30 +102,25 @@ def test_two_processes_make_one_page(model_folders, tmp_path):
 def test_standard_input_is_explained_as_it_streams(model_folders, tmp_path):
     page = tmp_path / "r.html"
     argv = arguments(model_folders, tmp_path, "--input", "-", "--output", "-", "--explain", str(page))
-    with command(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with start_with_pipes(argv, tmp_path) as (process, stdin, stdout):
         for sentence in SENTENCES[:3]:
-            process.stdin.write(sentence.encode() + b"\n")
-            process.stdin.flush()
-            assert process.stdout.readline().endswith(b"\n")
-        process.stdin.close()
-        assert process.wait(60) == 0
+            stdin.write(sentence.encode() + b"\n")
+            assert stdout.readline().endswith(b"\n")
+        stdin.close()
+        assert code_of(process) == 0
     assert [sentence["source"] for sentence in page_of(page).sentences] == SENTENCES[:3]
 
 
 def test_an_interrupted_run_leaves_the_page_of_what_was_finished(model_folders, tmp_path):
     (tmp_path / "src.txt").write_text("\n".join(sorted(sample().source, key=len)[::-1] * 20) + "\n", encoding="utf-8")
     argv = arguments(model_folders, tmp_path, "--batch-size", "2", "--explain", str(tmp_path / "r.html"))
-    with command(argv) as process:
-        process.stderr.readline()  # what it will do
-        while not ((tmp_path / "hyp.txt").exists() and (tmp_path / "hyp.txt").stat().st_size):
-            time.sleep(0.02)
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        error = process.stderr.read().decode()
-        assert process.wait(60) == 130
-    count = int(re.search(r"interrupted: ([\d,]+) of 800", error)[1].replace(",", ""))
+    process = start(argv, tmp_path / "log")
+    wait_for_lines([tmp_path / "hyp.txt.journal"], 3)
+    os.kill(process.pid, signal.SIGINT)
+    assert code_of(process) == 130
+    count = int(re.search(r"interrupted: ([\d,]+) of 800", (tmp_path / "log").read_text())[1].replace(",", ""))
     page = page_of(tmp_path / "r.html")
-    assert len(page.sentences) == count
+    assert count - len(page.sentences) in (0, 1)  # the interruption may come between the output and the page
     assert not page.end["whole"]
 
 
