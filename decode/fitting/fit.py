@@ -152,8 +152,8 @@ def describe_fit(fit: Fit, data: HiddenStates, names: Sequence[str]) -> dict[str
             "steps": minimum.steps,
             "converged": minimum.converged,
             "gradient_norm": minimum.gradient_norm,
-            "smallest_eigenvalue": float(minimum.eigenvalues_N[0]),
-            "largest_eigenvalue": float(minimum.eigenvalues_N[-1]),
+            "smallest_eigenvalue": minimum.eigenvalues[0],
+            "largest_eigenvalue": minimum.eigenvalues[-1],
             "left_to_gain": max(minimum.decrement, 0.0),
             "at_bounds": [name for name, free in zip(names, minimum.bounds.free(minimum.point)) if not free],
             "flat": [format_weights(direction(null_N)) for null_N in minimum.null_KN],
@@ -164,47 +164,46 @@ def describe_fit(fit: Fit, data: HiddenStates, names: Sequence[str]) -> dict[str
 def report_lines(report: Mapping[str, Any]) -> list[str]:
     """What decode.tune prints: weights, likelihoods beside those of fixed expressions, certificate, expression."""
     fit, scale = report["fit"], report["temperature"]
-    width = max(map(len, report["weights"]))
-    lines = [f"{'':{width}} {'weight':>9}   s.e."]
+    weights, nats = [["", "weight", "s.e."]], [["nats per token", "on the text", "gain of the fit"]]
     for name, weight in report["weights"].items():
         error = report["standard_errors"][name]
         shown = "at its bound" if name in fit["at_bounds"] else "–" if math.isnan(error) else f"{error:.4f}"
-        lines.append(f"{name:{width}} {weight:9.4f}   {shown}")
-    lines += [
-        "",
-        *_likelihoods(report),
-        "",
+        weights.append([name, f"{weight:.4f}", shown])
+    nats.append(["fitted", f"{fit['nats']:.4f}", ""])
+    kinds = [""]
+    if "held_out" in report:
+        nats[0] += ["held out", "gain of the fit"]
+        nats[1] += [f"{report['held_out']['nats']:.4f}", ""]
+        kinds.append("held_out_")
+    for row in report["against"]:
+        nats.append([row["expression"]])
+        for kind in kinds:
+            gain, error = row[f"{kind}gain"], row[f"{kind}gain_error"]
+            nats[-1] += [f"{row[f'{kind}nats']:.4f}", f"{gain:.4f} ± {error:.4f}"]
+    certificate = [
         f"{fit['texts']:,} texts, {fit['tokens']:,} tokens, {fit['steps']} Newton steps in {fit['seconds']:.1f} s: "
         f"gradient {fit['gradient_norm']:.1e}, smallest eigenvalue of the Hessian {fit['smallest_eigenvalue']:.4g}, "
-        f"Newton decrement {fit['left_to_gain']:.1e} nats per token",
+        f"Newton decrement {fit['left_to_gain']:.1e} nats per token"
     ]
     if not fit["converged"]:
-        lines.append("not converged: the gradient is not zero; check the scale of the logits, or give --l2 or --bounds")
-    lines += [
+        hint = "check the scale of the logits, or give --l2 or --bounds"
+        certificate.append(f"not converged: the gradient is not zero; {hint}")
+    certificate += [
         f"the Hessian is singular along {direction}: the text does not determine the weights in this direction; they "
         "keep the values of --combine there"
         for direction in fit["flat"]
     ]
     confidence = "over-confident" if scale["scale"] < 1 else "under-confident"
-    lines.append(
+    temperature = (
         f"{fit['centre']} is {confidence}: it fits best at temperature {scale['temperature']:.3g} "
         f"({scale['nats']:.4f} nats per token); greedy decoding is the same at every temperature"
     )
-    return [*lines, "", f'--combine "{report["combine"]}"']
+    combine = f'--combine "{report["combine"]}"'
+    return [*_table(weights), "", *_table(nats), "", *certificate, temperature, "", combine]
 
 
-def _likelihoods(report: Mapping[str, Any]) -> list[str]:
-    """Columns of nats per token and gains, twice with held-out text."""
-    kinds = ["", "held_out_"] if "held_out" in report else [""]
-    rows = [["nats per token", "on the text", "gain of the fit"], ["fitted", f"{report['fit']['nats']:.4f}", ""]]
-    if "held_out" in report:
-        rows[0] += ["held out", "gain of the fit"]
-        rows[1] += [f"{report['held_out']['nats']:.4f}", ""]
-    for row in report["against"]:
-        cells = [row["expression"]]
-        for kind in kinds:
-            cells += [f"{row[f'{kind}nats']:.4f}", f"{row[f'{kind}gain']:.4f} ± {row[f'{kind}gain_error']:.4f}"]
-        rows.append(cells)
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned columns, the first to the left."""
     first, *others = (max(map(len, column)) for column in zip(*rows))
     return [
         "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others))]).rstrip()

@@ -4,10 +4,10 @@ A step goes to the minimum of the quadratic model within the bounds and is short
 (Armijo). The certificate: the norm of the projected gradient, zero at the minimum and nowhere else (Karush, Kuhn,
 Tucker), the smallest eigenvalue of the Hessian, and the Newton decrement, the decrease that the model still predicts.
 
-A quadratic term (w - prior)' M (w - prior) / 2 can be added. An L2 penalty is M = lambda I. Along a null direction of
-the Hessian the function is constant; there a term of its own keeps the weights at the prior's and changes nothing else.
+The penalty (w - prior)' M (w - prior) / 2 is added: M = lambda I for --l2, and a term along each null direction of the
+Hessian, in which the function is constant: it keeps the weights at the prior's there and changes nothing else.
 
-This file knows neither models nor text. It computes in float64; the function itself may have float32's precision.
+Nothing here knows models or text. All is float64, but the function may have float32's precision.
 
     N weights  K null directions  S texts
 """
@@ -94,9 +94,9 @@ class Minimum:
     decrement: float
 
     @property
-    def eigenvalues_N(self) -> Array:
+    def eigenvalues(self) -> list[float]:
         """Of the function's own Hessian, without the penalty, ascending."""
-        return np.linalg.eigvalsh(self.function.hessian_NN)
+        return np.linalg.eigvalsh(self.function.hessian_NN).tolist()
 
     @property
     def converged(self) -> bool:
@@ -174,7 +174,7 @@ def box_step(gradient_N: Array, hessian_NN: Array, low_N: Array, high_N: Array) 
     Of the bounds that the unbounded minimum violates, one at least is active at the bounded minimum: otherwise a short
     way from there to the unbounded minimum would stay inside and go down. So each is tried. There are few weights.
     """
-    step_N = -np.linalg.solve(hessian_NN, gradient_N)
+    step_N: Array = -np.linalg.solve(hessian_NN, gradient_N).astype(np.float64)
     candidates = []
     for held in np.flatnonzero((step_N < low_N) | (step_N > high_N)):
         free_N = np.arange(len(step_N)) != held

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompts, chats = per_member(arguments.prompt, names, "--prompt"), per_member(arguments.chat, names, "--chat")
     members = open_members(folders, prompts, chats)
     pairs = read_pairs(arguments.input, arguments.reference, members, options)
-    other_pairs = read_pairs(*arguments.held_out, members, options) if arguments.held_out else None
+    others = read_pairs(arguments.held_out[0], arguments.held_out[1], members, options) if arguments.held_out else None
     models, devices = describe_members(members, None, where)
     languages = f"{options.source} to {options.target}"
     _log(
@@ -82,8 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
     data = hidden_states(ensemble, pairs.prompts, pairs.targets, options.batch_size)
     data, end = data.with_end(prior_N)
     held_out = None
-    if other_pairs is not None:
-        held_out = hidden_states(ensemble, other_pairs.prompts, other_pairs.targets, options.batch_size, data.output)
+    if others is not None:
+        held_out = hidden_states(ensemble, others.prompts, others.targets, options.batch_size, data.output)
         held_out, _ = held_out.with_end(prior_N)
     del ensemble
     read_seconds = time.perf_counter() - started

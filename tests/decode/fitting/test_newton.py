@@ -55,7 +55,7 @@ def test_the_minimum_is_scipys_from_near_and_far(seed, members, far):
     assert found.converged
     assert found.gradient_norm <= 1e-6
     assert found.point.weights_N == pytest.approx(by_scipy(function, np.zeros(members)), abs=1e-5)
-    assert found.eigenvalues_N[0] == pytest.approx(np.linalg.eigvalsh(found.function.hessian_NN)[0])
+    assert found.eigenvalues[0] == pytest.approx(np.linalg.eigvalsh(found.function.hessian_NN)[0])
 
 
 @settings(deadline=None, max_examples=15)
@@ -124,7 +124,7 @@ def test_along_a_null_direction_weights_stay_at_the_priors():
         assert spread_NK.T @ found.point.weights_N == pytest.approx(expected_K, abs=1e-6)
         assert found.point.weights_N[0] - found.point.weights_N[2] == pytest.approx(0.6, abs=1e-6)
         assert np.abs(found.null_KN) == pytest.approx(np.array([[0.5**0.5, 0.0, 0.5**0.5]]), abs=1e-9)
-        assert found.eigenvalues_N[0] == pytest.approx(0.0, abs=1e-9)
+        assert found.eigenvalues[0] == pytest.approx(0.0, abs=1e-9)
 
 
 def test_null_directions_are_found_orthogonal_to_known_ones():
