@@ -41,7 +41,7 @@ def prompts():
 
 @torch.no_grad()
 def logits_of(models, prompts, sentence, tokens):
-    """(N, T, V) float64: what each member's own forward pass says at each token's place."""
+    """(N, T, V) float64: what each member's own forward pass says at each token's position."""
     found = []
     for name, model in models.items():
         prompt = prompts[name][sentence]
