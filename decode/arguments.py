@@ -180,4 +180,10 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=1.0, metavar="T", help="logits are divided by it (default 1)")
     add("--top-k", type=int, default=0, metavar="K", help="sample from the K best tokens (default: all)")
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from the best tokens with mass P (default 1)")
-    add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same translation of a line (default 0)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the same seed gives the same translation of a line (default 0)",
+    )

@@ -2,12 +2,12 @@
 
     loss = sum_r logsumexp(W h_r) - (W h_r)[target_r],   dloss/dlogits = softmax(logits) - onehot(target)
 
-Rows are taken in chunks. The gradient of a sum is known as soon as its logits are, so a chunk's logits become the
-gradient in place and at once go into the gradients of the hidden states and of the weight: three matrix products, as
-many as without chunks, and nothing is computed twice. Backward only multiplies by the gradient of the sum.
+Rows are processed in chunks. The gradient of a sum is known as soon as its logits are, so a chunk's logits become the
+gradient in place and at once go into the gradients of the hidden states and of the weight: three matmuls, as many as
+without chunks, and nothing is computed twice. Backward only multiplies by the gradient of the sum.
 
-Memory over inputs and gradients: one chunk of logits, CHUNK_BYTES. Half precision keeps its products, as autograd
-would have them; softmax and sums are in float32, and so is the sum of the weight's gradient over chunks.
+Memory over inputs and gradients: one chunk of logits, CHUNK_BYTES. In half precision the matmuls have that dtype, as in
+autograd; softmax and sums are in float32, and so is the sum of the weight's gradient over chunks.
 
     R rows  C rows of a chunk  D width  V vocabulary
 """
@@ -18,22 +18,22 @@ import torch
 from torch import Tensor
 
 # A chunk's logits: large enough that reading and writing the weight's gradient once a chunk is little beside its
-# matrix products, which on a GPU are many times faster.
+# matmuls, which on a GPU are many times faster.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Arguments as `kernels.linear_cross_entropy`; `dtype` is that of the products, `wanted` the gradients asked for.
+    """Arguments as `kernels.linear_cross_entropy`; `dtype` is that of the matmuls.
 
-    wanted: (hidden, weight), read outside, since whether gradients are recorded at all is not known inside.
+    needed: which gradients, (hidden, weight); read outside, since whether gradients are recorded is not known inside.
     """
 
     @staticmethod
-    def forward(ctx, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, dtype: torch.dtype, wanted, softmax):
+    def forward(ctx, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, dtype: torch.dtype, needed, softmax):
         vocabulary = weight_VD.shape[0]
         weight = weight_VD.to(dtype)
         total = hidden_RD.new_zeros((), dtype=_wide(dtype))
-        d_hidden_RD = torch.empty_like(hidden_RD) if wanted[0] else None
+        d_hidden_RD = torch.empty_like(hidden_RD) if needed[0] else None
         d_weight_VD: Tensor | None = None
         rows, most = len(hidden_RD), max(1, CHUNK_BYTES[hidden_RD.device.type] // (vocabulary * dtype.itemsize))
         size = max(1, -(-rows // max(1, -(-rows // most))))  # equal chunks: a small last one would cost as much
@@ -45,13 +45,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             total += softmax(chunk_CV, target_R[start : start + size])
             if d_hidden_RD is not None:
                 d_hidden_RD[start : start + size] = chunk_CV @ weight
-            if wanted[1] and d_weight_VD is None:
+            if needed[1] and d_weight_VD is None:
                 d_weight_VD = (chunk_CV.T @ hidden_CD).to(_wide(weight_VD.dtype))
             elif d_weight_VD is not None and d_weight_VD.dtype == dtype:
                 d_weight_VD.addmm_(chunk_CV.T, hidden_CD)
             elif d_weight_VD is not None:
                 d_weight_VD += chunk_CV.T @ hidden_CD
-        if wanted[1] and d_weight_VD is None:  # no rows
+        if needed[1] and d_weight_VD is None:  # no rows
             d_weight_VD = torch.zeros_like(weight_VD)
         ctx.gradients = (d_hidden_RD, d_weight_VD, weight_VD.dtype)
         return total
@@ -59,9 +59,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_total: Tensor):  # type: ignore[override]
         if ctx.gradients is None:
-            raise RuntimeError("backward a second time: the gradients of the loss were handed on in the first")
+            raise RuntimeError("backward a second time: the first one gave the gradients of the loss away")
         d_hidden_RD, d_weight_VD, weight_dtype = ctx.gradients
-        ctx.gradients = None  # in place, so once: nobody else has these tensors
+        ctx.gradients = None  # changed in place, so only once
         if d_hidden_RD is not None:
             d_hidden_RD.mul_(d_total)
         if d_weight_VD is not None:
@@ -70,7 +70,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def softmax_minus_target(logits_CV: Tensor, target_C: Tensor) -> Tensor:
-    """Turns logits into the gradient of their summed cross-entropy, in place; returns the sum, float32 or wider."""
+    """Turn logits into the gradient of their summed cross-entropy, in place; returns the sum, float32 or wider."""
     wide_CV = logits_CV.to(_wide(logits_CV.dtype))
     peak_C1, best_C1 = wide_CV.max(dim=1, keepdim=True)
     at_target_C1 = wide_CV.gather(1, target_C[:, None])

@@ -18,7 +18,6 @@ from kernels.types import (
     MAX_TOP_K,
     FusedHead,
     FusedLogits,
-    HeadRequest,
     Request,
     Sampling,
     check_head,
@@ -31,7 +30,7 @@ from kernels.types import (
 
 
 def backend(device: torch.device) -> Literal["triton", "cpu", "eager"]:
-    """The implementation that tensors on `device` get. Raises ValueError if COLLAB_KERNELS asks for an impossible one."""
+    """The implementation for tensors on `device`. Raises ValueError if COLLAB_KERNELS asks for an impossible one."""
     forced = os.environ.get("COLLAB_KERNELS", "")
     if not forced:
         return "triton" if device.type == "cuda" else "cpu"
@@ -110,22 +109,22 @@ def fused_head(
     hidden: N <= 8 tensors (B, D_i), of the dtype of their output layer.   output: N tensors (V, D_i), row-major.
     weights: (N,) or (N, B) float32, finite and not zero.   targets: (B,) or (B, G) int64, log-probabilities of these
     tokens.   moments: mean and covariance of the members' logits under the combined distribution, and their own logits
-    of the targets.   out: an earlier result, overwritten.
+    of the targets.   out: an earlier result, overwritten. On a GPU each chunk waits for the device once.
     Raises ValueError for shapes, dtypes and devices that do not fit; wrong values are reported by `flag`: here OVERFLOW
     stands for any infinite sum and the member is the one after which the sum is no longer finite.
     """
     hidden, output = check_head(hidden, output)
     batch, device = hidden[0].shape[0], hidden[0].device
     weights = check_weights(weights, len(hidden), batch, device, may_be_zero=False)
-    request = HeadRequest(hidden, output, weights, check_targets(targets, batch, device), moments)
+    targets = check_targets(targets, batch, device)
     if backend(device) == "eager":
         from kernels import reference
 
-        result = reference.fused_head(request)
+        result = reference.fused_head(hidden, output, weights, targets, moments)
     else:
         from kernels import output_moments
 
-        result = output_moments.run(request)
+        result = output_moments.run(hidden, output, weights, targets, moments)
     return result if out is None else copy_into(out, result)
 
 

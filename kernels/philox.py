@@ -48,9 +48,9 @@ def random_words(seed_B: Tensor, row_id_B: Tensor, position_B: Tensor, start: in
 def gumbel(words: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard Gumbel noise -log(E), E exponential, from 32-bit words.
 
-    With u = (word + 1/2) / 2**32, E = -log(1 - u): fine steps where u is small, which is where the noise is large and
-    decides the sample. In float32 the logarithm of 1 - u loses them below u = 2**-12, so three terms of its series stand
-    in there.
+    With u = (word + 1/2) / 2**32, E = -log(1 - u): fine steps where u is small, where the noise is large and decides
+    the sample. In float32 the logarithm of 1 - u loses them below u = 2**-12, so three terms of its series
+    replace it there.
     """
     u = (words.to(dtype) + 0.5) * 2.0**-32
     if dtype == torch.float64:

@@ -8,11 +8,22 @@ Written to be read, not to be fast: each step is one line of the definition, ove
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from kernels.philox import gumbel, random_words
-from kernels.types import ALL_MASKED, INFINITE, NAN, OVERFLOW, FusedHead, FusedLogits, HeadRequest, Request, SamplingTensors
+from kernels.types import (
+    ALL_MASKED,
+    INFINITE,
+    NAN,
+    OVERFLOW,
+    FusedHead,
+    FusedLogits,
+    Request,
+    SamplingTensors,
+)
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -126,23 +137,30 @@ def threshold(x_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Ten
     return sorted_RV.masked_fill(~kept_RV, torch.inf).amin(dim=1)
 
 
-def fused_head(request: HeadRequest, dtype: torch.dtype = torch.float32) -> FusedHead:
+def fused_head(
+    hidden: Sequence[Tensor],
+    output: Sequence[Tensor],
+    weights: Tensor,
+    targets: Tensor | None = None,
+    moments: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> FusedHead:
     """Output layers, weighted sum, log-softmax, argmax and moments, with all logits in memory."""
-    pairs = zip(request.hidden, request.output, strict=True)
+    pairs = zip(hidden, output, strict=True)
     logits_NBV = torch.stack([hidden_BD.to(dtype) @ output_VD.to(dtype).T for hidden_BD, output_VD in pairs])
-    sums = Request(tuple(logits_NBV), request.weights, targets=request.targets)
+    sums = Request(tuple(logits_NBV), weights, targets=targets)
     result = fused_logits(sums, dtype)
     mean_NB = covariance_NNB = target_logits_NBG = None
-    if request.moments:
+    if moments:
         x_BV, flag_B = combine(sums, dtype)
         p_BV = torch.where((flag_B == 0)[:, None], torch.softmax(x_BV, dim=1), torch.nan)
         mean_NB = torch.einsum("bv,nbv->nb", p_BV, logits_NBV)
         about_NBV = logits_NBV - mean_NB[:, :, None]
         covariance_NNB = torch.einsum("bv,nbv,mbv->nmb", p_BV, about_NBV, about_NBV).float()
         mean_NB = mean_NB.float()
-        if request.targets is not None:
-            inside_BG = (request.targets >= 0) & (request.targets < request.vocabulary)
-            token_BG = torch.where(inside_BG, request.targets, 0)
+        if targets is not None:
+            inside_BG = (targets >= 0) & (targets < sums.vocabulary)
+            token_BG = torch.where(inside_BG, targets, 0)
             own_NBG = torch.stack([logits_BV.gather(1, token_BG) for logits_BV in logits_NBV])
             target_logits_NBG = torch.where(inside_BG, own_NBG, torch.nan).float()
     return FusedHead(

@@ -114,7 +114,7 @@ class FusedLogits:
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request: logits N tensors (B, V), weights (N,) or (N, B) float32, targets (B, G); see `fused_logits`."""
+    """The checked arguments of `fused_logits`: logits (B, V) of N members, weights (N,) or (N, B), targets (B, G)."""
 
     logits: tuple[Tensor, ...]
     weights: Tensor
@@ -163,33 +163,6 @@ class FusedHead:
     target_logits: Tensor | None = None
     mean: Tensor | None = None
     covariance: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class HeadRequest:
-    """A checked request: hidden N tensors (B, D_i), output N tensors (V, D_i), weights (N,) or (N, B) float32."""
-
-    hidden: tuple[Tensor, ...]
-    output: tuple[Tensor, ...]
-    weights: Tensor
-    targets: Tensor | None = None
-    moments: bool = False
-
-    @property
-    def batch(self) -> int:
-        return self.hidden[0].shape[0]
-
-    @property
-    def vocabulary(self) -> int:
-        return self.output[0].shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.hidden[0].device
-
-    @property
-    def weights_NB(self) -> Tensor:
-        return self.weights if self.weights.dim() == 2 else self.weights[:, None].expand(-1, self.batch)
 
 
 def check_logits(logits: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -99,8 +99,5 @@ def stop_tokens(chat: ChatFormat, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def _pieces(template: tuple[str, ...], role: str, tokenizer: Tokenizer) -> list[int | str]:
     """Control tokens as ids, the rest as text."""
-    found: list[int | str] = []
-    for piece in template:
-        token = tokenizer.special(piece)
-        found.append(piece.replace("{role}", role) if token is None else token)
-    return found
+    tokens = ((piece, tokenizer.special(piece)) for piece in template)
+    return [piece.replace("{role}", role) if token is None else token for piece, token in tokens]

@@ -9,7 +9,6 @@ Triton is installed.
 # T positions of the row  N sequences  R positions of all buckets  H heads  K key/value heads  C head width
 # L positions of a bucket's sequences  P positions of the prefix
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -23,8 +22,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from minillama.flex_attention import FlexAttention
 
-# COLLAB_PACKED=buckets keeps a GPU from compiling flex_attention.
-FORCE_BUCKETS = os.environ.get("COLLAB_PACKED") == "buckets"
 # flex_attention refuses heads that are narrower than a matrix multiplication on a GPU.
 MIN_FLEX_HEAD_WIDTH = 16
 # With a prefix, a bucket's padding may grow its positions by this factor: some are wasted, fewer calls are made.
@@ -66,7 +63,7 @@ class PackedSequences:
     def attention(self, device: torch.device, dtype: torch.dtype, width: int) -> "BucketAttention | FlexAttention":
         """Attention over this row for one forward, of heads of that width."""
         fits = device.type == "cuda" and dtype != torch.float64 and width >= MIN_FLEX_HEAD_WIDTH
-        if fits and find_spec("triton") and not FORCE_BUCKETS:
+        if fits and find_spec("triton"):
             from minillama.flex_attention import FlexAttention, block_mask, compiled
 
             return FlexAttention(block_mask(self.lengths, self.prefix, device), compiled())

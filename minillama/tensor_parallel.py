@@ -5,11 +5,9 @@ projections after them by their inputs: a layer needs two all-reduces. Embedding
 vocabulary: an embedding lookup is one more all-reduce, and every rank gathers all logits. Norms are replicated. A
 rank's shard is an ordinary Llama with fewer heads, so it can be packed like a whole model, and its KV cache is smaller.
 
-torch.distributed.tensor.parallel would turn the parameters into DTensors, which decoding would have to undo before it
-packs the weights (decode/model/packed_llama.py). So weights are sliced while they are read, and collectives are called
-here.
-
-For inference only: no gradient passes through the collectives. How processes are started is not known here.
+Weights are sliced while they are read and collectives are called here, because the DTensors that
+torch.distributed.tensor.parallel makes cannot be packed for inference (decode/model/packed_llama.py). No gradient
+passes through the collectives. How processes are started is not known here.
 """
 
 # D model width  V vocabulary  O outputs of a shard
@@ -35,6 +33,11 @@ from minillama.weights import check_shapes, load_weights, open_folder
 COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROW_PARALLEL = ("o_proj", "down_proj")
 VOCAB_PARALLEL = ("embed_tokens", "lm_head")
+SPLIT_FIELDS = {
+    "num_attention_heads": "attention heads",
+    "num_key_value_heads": "key and value heads",
+    "intermediate_size": "inner channels",
+}
 
 
 class PeerLost(RuntimeError):
@@ -55,12 +58,7 @@ class TPGroup:
     def shard_config(self, config: LlamaConfig) -> LlamaConfig:
         """The configuration of one rank's shard. `vocab_size` stays, because every rank gathers all logits."""
         check_divides(config, self.size)
-        return replace(
-            config,
-            num_attention_heads=config.num_attention_heads // self.size,
-            num_key_value_heads=config.num_key_value_heads // self.size,
-            intermediate_size=config.intermediate_size // self.size,
-        )
+        return replace(config, **{field: getattr(config, field) // self.size for field in SPLIT_FIELDS})
 
     def shard_vocab_size(self, vocab_size: int) -> int:
         """Tokens of one rank's shard; the last shard is padded with rows of zeros."""
@@ -177,11 +175,7 @@ class _VocabParallelEmbedding(Embedding):
 
 def check_divides(config: LlamaConfig, size: int, name: str = "the model") -> None:
     """Raise InputError where heads or inner channels are not divisible by `size`; `name` is the model's in the text."""
-    counts = {
-        "attention heads": config.num_attention_heads,
-        "key and value heads": config.num_key_value_heads,
-        "inner channels": config.intermediate_size,
-    }
+    counts = {what: getattr(config, field) for field, what in SPLIT_FIELDS.items()}
     for what, count in counts.items():
         if count % size:
             sizes = range(2, config.num_key_value_heads + 1)

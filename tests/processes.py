@@ -10,11 +10,14 @@ import time
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
+from torch.distributed import TCPStore
+
 from corpora import sample
 from decode.collab import main
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["decode.pipeline.run"])
+STORES: list[TCPStore] = []
 SENTENCES = [f"{first}{second}" for first in sample().source[:12] for second in sample().source[20:30]]
 # Of a run that takes long enough to be killed in the middle; some lines are blank.
 LINES = [*SENTENCES[:30], "", " ", *SENTENCES[30:60]]
@@ -65,9 +68,10 @@ def start_with_pipes(argv, folder: Path):
 
 
 def start_ranks(argv, world, folder: Path, **environment):
-    """What torchrun starts, without torchrun: rank 0 keeps the store. Returns the processes; logs are rank0.log …"""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared = {"WORLD_SIZE": str(world), **address, **environment}
+    """What torchrun starts; this process keeps the store, in STORES. Returns the processes; logs are rank0.log …"""
+    STORES[:] = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(STORES[0].port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    shared = {"WORLD_SIZE": str(world), "TORCHELASTIC_RESTART_COUNT": "0", **address, **environment}
     return [
         start(argv, folder / f"rank{rank}.log", RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(world)
     ]

@@ -25,7 +25,9 @@ from typing import Any
 import torch
 
 from corpora import Pairs, Prompt, read_pairs, sample
-from kernels.bench import device_name, processor_name, save, versions
+from benchmarks.common import machine_name as device_name
+from benchmarks.common import save
+from minillama.machine import processor_name, versions
 from minillama import InputError, Llama, LlamaConfig, Tokenizer
 from minillama.chat import chat_format
 from minillama.cli import Parser

@@ -23,7 +23,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from decode.engine.sequence import Hypothesis, SamplingParams, TopLogprobs
+from decode.engine.sequence import FinishReason, Hypothesis, SamplingParams, TopLogprobs
 
 if TYPE_CHECKING:
     from decode.engine.attribution import Explanation
@@ -124,7 +124,7 @@ class BeamSearch:
         score = self._score(beam.total, len(beam.tokens))
         stopped = beam.tokens[-1] in self.stops
         tokens = beam.tokens[:-1] if stopped else beam.tokens
-        reason = "stop" if stopped else "length"
+        reason: FinishReason = "stop" if stopped else "length"
         self.finished.append(Hypothesis(tokens, beam.logprobs, reason, score, beam.explanations))
         self.finished.sort(key=lambda hypothesis: -hypothesis.score)  # stable: the earlier one first on ties
         del self.finished[self.params.beams :]

@@ -8,8 +8,8 @@ share a step. One thread calls the engine.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence as SequenceOf
-from os.path import commonprefix
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 
 import torch
 
@@ -19,7 +19,7 @@ from decode.engine.ensemble import Ensemble
 from decode.engine.likelihood import score_targets
 from decode.engine.model_runner import ModelRunner, SamplerOutput, SlotInput
 from decode.engine.scheduler import Scheduler
-from decode.engine.sequence import Completion, Sequence, Stats, TopLogprobs, Update
+from decode.engine.sequence import Completion, Sequence, Stats, Update
 from decode.engine.speculative import Draft, Speculation, check_mode
 from kernels import describe_flag
 from kernels.types import MAX_TOP_K
@@ -227,9 +227,7 @@ class Engine:
             sequence.finish_reason, sequence.error = "error", describe_flag(flag, self.ensemble.names)
             return []
         numbers = range(sequence.params.beams)
-        copies = search.extend(
-            [output.top[rows[n]][: search.num_candidates] if n in rows else [] for n in numbers]
-        )
+        copies = search.extend([output.top[rows[n]][: search.num_candidates] if n in rows else [] for n in numbers])
         for source, target, common in copies:
             slot = sequence.slots[target]
             held = slot.prefix if common < 0 else [len(prompt) + common for prompt in sequence.prompts]
@@ -237,7 +235,8 @@ class Engine:
         if search.over:
             sequence.finish_reason = search.finished[0].finish_reason if search.finished else "stop"
         return [
-            (rows[beam.parent], sequence, beam.explanations, beam.tokens[-1], beam.logprobs[-1]) for beam in search.taken
+            (rows[beam.parent], sequence, beam.explanations, beam.tokens[-1], beam.logprobs[-1])
+            for beam in search.taken
         ]
 
     def _refusal(self, sequence: Sequence) -> str:
@@ -305,7 +304,11 @@ def _explain(ensemble: Ensemble, runner: ModelRunner, output: SamplerOutput, cho
 
 def _shared_prefix(prompts: SequenceOf[list[int]]) -> list[int]:
     """The tokens that several prompts all begin with; every prompt keeps one of its own after them."""
-    return commonprefix(prompts)[: min(map(len, prompts)) - 1] if len(prompts) > 1 else []
+    if len(prompts) < 2:
+        return []
+    first, last = min(prompts), max(prompts)
+    shortest = min(map(len, prompts)) - 1
+    return first[: next((at for at, (a, b) in enumerate(zip(first, last)) if a != b), shortest)][:shortest]
 
 
 def _cost(sequence: Sequence) -> int:

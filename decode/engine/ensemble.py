@@ -9,15 +9,14 @@ knows texts, where prompts come from, or how a step is made.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from decode.engine.expression import format_weights, parse
 from decode.model.packed_llama import PackedLlama
-from kernels.cpu.packed_linear import lossless_storage
+from kernels.cpu.packed_linear import lossless_dtype
 from kernels.types import MAX_MEMBERS
 from minillama import InputError, Llama
 from minillama.machine import free_memory
@@ -109,14 +108,6 @@ class Ensemble:
         """Positions that each member was made for."""
         return {member.name: member.model.config.max_position_embeddings for member in self.members}
 
-    def agree(self, *results: Tensor) -> Sequence[Tensor]:
-        """Results of the first process of a tensor-parallel group, in all of its processes, on the host."""
-        if self.tp is None:
-            return [result.cpu() for result in results]
-        flat = self.tp.broadcast(torch.cat([result.flatten().double() for result in results]))  # loses no bit
-        pieces = flat.split([result.numel() for result in results])
-        return [piece.view(result.shape).to(result.dtype).cpu() for piece, result in zip(pieces, results)]
-
 
 def _graphs_enabled() -> bool:
     """Whether COLLAB_GRAPHS leaves CUDA graphs on; raises InputError for an unknown value."""
@@ -140,5 +131,5 @@ def _packed(model: Llama | PackedLlama, weight_dtype: str, invariant: bool | Non
 def _fits_memory(model: Llama) -> bool:
     """Whether packed copies of the model's weights fit into the memory that is free now."""
     free = free_memory()
-    itemsize = 4 if lossless_storage(model.dtype) == "float32" else 2
+    itemsize = 4 if lossless_dtype(model.dtype) == "float32" else 2
     return free is None or sum(p.numel() for p in model.parameters()) * itemsize * 1.1 < free

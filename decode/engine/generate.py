@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence as SequenceOf
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from decode.engine.attribution import Explanation
@@ -14,6 +15,8 @@ from minillama import InputError
 Prompt = SequenceOf[int]
 # One list for all members, or one per member by name.
 Prompts = SequenceOf[Prompt] | Mapping[str, SequenceOf[Prompt]]
+
+GREEDY = SamplingParams()
 
 
 @dataclass
@@ -37,7 +40,7 @@ def translate(
     ignore_eos: bool = False,
     on_finished: Callable[[int, Completion], None] | None = None,
     speculate: str | int = "off",
-    params: SamplingParams = SamplingParams(),
+    params: SamplingParams = GREEDY,
     explain: bool = False,
 ) -> Translations:
     """Decode all prompts; `on_finished(index, completion)` is called as each one ends.

@@ -11,15 +11,13 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from decode.engine.sequence import Sequence
 
 if TYPE_CHECKING:
     from decode.model.packed_llama import PackedLlama
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """One slot of every member's cache.
 

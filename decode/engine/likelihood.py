@@ -62,7 +62,7 @@ def _score_block(runner: ModelRunner, rows: SequenceOf[SlotInput], hidden: Seque
         token = sequence.targets[at] if at < len(sequence.targets) else END
         own_stops = sorted(sequence.stops)
         requested.append([token, *own_stops, *[END] * (most_stops - len(own_stops))])
-    target_RG = torch.tensor(requested, device=runner.ensemble.device)
+    target_RG = torch.tensor(requested, device=runner.device)
     logits = runner.all_logits(hidden, rows)
     result = fused_logits(logits, runner.weights(sequences), targets=target_RG, members=True)
     assert result.target_logprob is not None

@@ -8,7 +8,8 @@ scheduler's and the engine's to decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as SequenceOf
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -76,7 +77,7 @@ class ModelRunner:
     def __init__(
         self, ensemble: Ensemble, slots: int, max_positions: SequenceOf[int], prefix: SequenceOf[list[int]]
     ) -> None:
-        self.ensemble, self.models = ensemble, ensemble.models
+        self.ensemble, self.models, self.device = ensemble, ensemble.models, ensemble.device
         self.slots = KVSlots(self.models, slots, max_positions, prefix)
         self.graphs = GraphRunner(ensemble, self.slots.caches, slots) if ensemble.graphs else None
         self.threads = _MemberThreads(len(self.models)) if self._threads_pay() else None
@@ -127,7 +128,7 @@ class ModelRunner:
     @torch.inference_mode()
     def logits(self, member: int, hidden_RD: Tensor) -> Tensor:
         """(R, V) on the ensemble's device, for hidden states of `forward`."""
-        return self.models[member].logits(hidden_RD).to(self.ensemble.device)
+        return self.models[member].logits(hidden_RD).to(self.device)
 
     def all_logits(self, hidden: SequenceOf[Tensor | None], rows: SequenceOf[SlotInput]) -> list[Tensor]:
         """(R, V) of every member. rows: whose position each row is; `hidden` has those that a member has read.
@@ -139,7 +140,7 @@ class ModelRunner:
             hidden_RD = hidden[member]
             width = self.models[member].config.vocab_size
             if hidden_RD is None:
-                return torch.empty(len(rows), width, device=self.ensemble.device)
+                return torch.empty(len(rows), width, device=self.device)
             logits_RV = self.logits(member, hidden_RD)
             if len(logits_RV) == len(rows):
                 return logits_RV
@@ -174,11 +175,11 @@ class ModelRunner:
             assert result.top_token is not None
             assert result.top_logprob is not None
             tensors = (token_R, logprob_R, result.flag, result.top_token, result.top_logprob)
-            token_R, logprob_R, flag_R, top_token_RK, top_logprob_RK = self.ensemble.agree(*tensors)
+            token_R, logprob_R, flag_R, top_token_RK, top_logprob_RK = self._agree(*tensors)
             pairs = zip(top_token_RK.tolist(), top_logprob_RK.tolist())
             top = [[(token, value) for token, value in zip(*row) if token >= 0] for row in pairs]
         else:
-            token_R, logprob_R, flag_R = self.ensemble.agree(token_R, logprob_R, result.flag)
+            token_R, logprob_R, flag_R = self._agree(token_R, logprob_R, result.flag)
         return SamplerOutput(token_R.tolist(), logprob_R.tolist(), flag_R.tolist(), top, logits)
 
     def replay(self, inputs: SequenceOf[SlotInput]) -> SamplerOutput:
@@ -196,16 +197,15 @@ class ModelRunner:
             return self.ensemble.weights_N
         default = tuple(self.ensemble.weights.values())
         columns = [sequence.weights or default for sequence in sequences]
-        return torch.tensor(list(zip(*columns)), dtype=torch.float32, device=self.ensemble.device)
+        return torch.tensor(list(zip(*columns)), dtype=torch.float32, device=self.device)
 
     def _sampling(self, positions: SequenceOf[tuple[Sequence, int]]) -> Sampling | None:
         params = [sequence.params for sequence, _ in positions]
         if not any(p.temperature for p in params):
             return None
-        device = self.ensemble.device
 
         def tensor(values: list, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
+            return torch.tensor(values, dtype=dtype, device=self.device)
 
         truncated = any(p.truncated for p in params)
         return Sampling(
@@ -216,6 +216,14 @@ class ModelRunner:
             top_k=tensor([p.top_k for p in params]) if truncated else 0,
             top_p=tensor([p.top_p for p in params], torch.float64) if truncated else 1.0,
         )
+
+    def _agree(self, *results: Tensor) -> SequenceOf[Tensor]:
+        """Results of the first process of a tensor-parallel group, in all of its processes, on the host."""
+        if self.ensemble.tp is None:
+            return [result.cpu() for result in results]
+        flat = self.ensemble.tp.broadcast(torch.cat([result.flatten().double() for result in results]))  # loses no bit
+        pieces = flat.split([result.numel() for result in results])
+        return [piece.view(result.shape).to(result.dtype).cpu() for piece, result in zip(pieces, results)]
 
     def _run(self, member: int, tokens: list[int], segments: list[Segment], starts: list[int]) -> Tensor:
         model, cache = self.models[member], self.slots.caches[member]

@@ -44,7 +44,9 @@ class SamplingParams:
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature {self.temperature}: must be 0 (greedy) or a positive number")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise InputError(f"top_k {self.top_k} and top_p {self.top_p}: top_k must be 0 or more, top_p above 0 up to 1")
+            raise InputError(
+                f"top_k {self.top_k} and top_p {self.top_p}: top_k must be 0 or more, top_p above 0 up to 1"
+            )
         if not 1 <= self.beams <= MAX_BEAMS:
             raise InputError(f"{self.beams} beams: 1 to {MAX_BEAMS} can be searched")
         if not 0 <= self.nbest <= self.beams:
@@ -122,7 +124,7 @@ class Update:
     completion: Completion | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """One prompt per member, how its tokens are chosen, and the state of its decoding.
 

@@ -131,14 +131,17 @@ class Speculation:
     def _plan(self, sequences: int) -> tuple[int | None, int]:
         """The proposer with the largest expected speed-up, and how many tokens it drafts; 0: none."""
         share = sum(map(bool, self.matches.values())) / sequences
-        best, plan = MIN_SPEEDUP if self.mode == "auto" else 0.0, (None, 0)
+        best = MIN_SPEEDUP if self.mode == "auto" else 0.0
+        plan: tuple[int | None, int] = (None, 0)
         for proposer, acceptance in self.acceptance.items():
             if not acceptance.known or (proposer is None and not share):
                 continue
             of_all = 1.0 if proposer is not None else share
             for length in LENGTHS if self.mode == "auto" else [int(self.mode)]:
                 gain = 1 + (expected_tokens(acceptance.rate, length) - 1) * of_all
-                cost = 1 + length * (self.costs.get(proposer, 0.0) + sequences * of_all * POSITION_COST)
+                cost = 1 + length * (
+                    (self.costs[proposer] if proposer is not None else 0.0) + sequences * of_all * POSITION_COST
+                )
                 if gain / cost > best:
                     best, plan = gain / cost, (proposer, length)
         return plan
@@ -155,7 +158,7 @@ class Speculation:
     def _observe(self, inputs: SequenceOf[SlotInput], output: SamplerOutput) -> None:
         """Compare what each member would have proposed with what was chosen, in a step without drafts."""
         positions = [(entry.sequence, 0) for entry in inputs if entry.num_logits]
-        alone = torch.ones(1, device=self.runner.ensemble.device)
+        alone = torch.ones(1, device=self.runner.device)
         for member in self.costs:
             acceptance = self.acceptance[member]
             if acceptance.known and self.steps % OBSERVE_EVERY:
@@ -174,7 +177,7 @@ class Speculation:
         """
         confidence = {entry.sequence.id: 1.0 for entry in decoding}
         drafts: dict[int, list[int]] = {entry.sequence.id: [] for entry in decoding}
-        alone = torch.ones(1, device=self.runner.ensemble.device)
+        alone = torch.ones(1, device=self.runner.device)
         pieces, rows = [], []
         current = inputs
         while True:

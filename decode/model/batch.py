@@ -1,4 +1,4 @@
-"""Where the new positions of a forward pass lie in a member's KV cache, their RoPE rotations, and which keys they see."""
+"""Where the new positions of a forward pass lie in a member's KV cache, their RoPE rotations, the keys they see."""
 
 # R positions of all sequences  B slots  T positions of each  S cached positions  L layers  E key and value
 # H query heads  K key/value heads  C head width  P all positions of a cache
@@ -129,7 +129,7 @@ class DecodeBatch(ForwardBatch):
 
 
 def rope_for_heads(config: LlamaConfig, position_R: Tensor) -> Tensor:
-    """(R, H + K, C/2) complex: `rope_at` for every head of queries and keys; on CUDA (R, 1, C/2), broadcast over heads."""
+    """(R, H + K, C/2) complex: `rope_at` for each head of queries and keys; on CUDA (R, 1, C/2), to be broadcast."""
     rope_R1C = rope_at(config, position_R)[:, None]
     if position_R.is_cuda:
         return rope_R1C

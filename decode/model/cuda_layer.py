@@ -17,14 +17,14 @@ from decode.model.batch import DecodeBatch, ForwardBatch
 from decode.model.layer import TAIL, Norm, PackedLayer, Packing, PlainLinear, ResidualStream
 from kernels.triton import attention
 from kernels.triton import layer as layer_kernels
-from kernels.triton.gemv import Normed, Turned, row_linear
+from kernels.triton.gemv import NormBefore, RopeAfter, gemv
 from minillama.model import Layer, RMSNorm
 
 
 class CudaLinear(PlainLinear):
     def matmul(self, x_RD: Tensor) -> Tensor:
         if len(x_RD) == 1 and not self.tile:  # other bits than in a matmul of several rows
-            return row_linear(x_RD, self.weight_OD, self.bias_O)
+            return gemv(x_RD, self.weight_OD, self.bias_O)
         return super().matmul(x_RD)
 
 
@@ -32,7 +32,7 @@ class CudaNorm(Norm):
     """In the dtype of the norm's weights, which the next matmul reads."""
 
     def __init__(self, norm: RMSNorm, weight_dtype: str) -> None:
-        self.before = Normed(norm.weight.detach().float(), norm.eps)
+        self.before = NormBefore(norm.weight.detach().float(), norm.eps)
         self.dtype = norm.weight.dtype
 
     def __call__(self, stream_RE: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class CudaNorm(Norm):
 
     def of(self, x_RD: Tensor, delta_RD: Tensor | None = None) -> Tensor:
         """Of the residual stream, after delta is added to it in place."""
-        return layer_kernels.normed(x_RD, self.before.scale_D, self.before.epsilon, self.dtype, delta_RD)
+        return layer_kernels.add_rms_norm(x_RD, self.before.scale_D, self.before.epsilon, self.dtype, delta_RD)
 
 
 class CudaLayer(PackedLayer):
@@ -57,26 +57,24 @@ class CudaLayer(PackedLayer):
         qkv, output, gate_up, down = (linear for linear in self.linears if isinstance(linear, CudaLinear))
         if len(x_RD) == 1 and self.tp is None and not self.ordered:
             rope_C2 = torch.view_as_real(batch.rope_RHC)[0, 0]
-            rope = Turned(rope_C2, batch.slot_R, entries_PJ, *self.heads)
-            q_RQ = row_linear(x_RD, qkv.weight_OD, qkv.bias_O, norm=self.input_norm.before, turned=rope)
+            rope = RopeAfter(rope_C2, batch.slot_R, entries_PJ, *self.heads)
+            q_RQ = gemv(x_RD, qkv.weight_OD, qkv.bias_O, norm=self.input_norm.before, rope=rope)
             attended_RQ = self._attention(q_RQ, batch, number, entries_PJ)
-            row_linear(attended_RQ, output.weight_OD, output.bias_O, add_to=x_RD)
-            h_RF = row_linear(x_RD, gate_up.weight_OD, gate_up.bias_O, norm=self.post_norm.before, gated=True)
-            row_linear(h_RF, down.weight_OD, down.bias_O, add_to=x_RD)
+            gemv(attended_RQ, output.weight_OD, output.bias_O, add_to=x_RD)
+            h_RF = gemv(x_RD, gate_up.weight_OD, gate_up.bias_O, norm=self.post_norm.before, gated=True)
+            gemv(h_RF, down.weight_OD, down.bias_O, add_to=x_RD)
             return
         h_RD = self.input_norm.of(x_RD)
-        q_RQ = layer_kernels.turned_and_stored(
-            qkv.matmul(h_RD), batch.rope_RHC, batch.slot_R, entries_PJ, *self.heads
-        )
+        q_RQ = layer_kernels.rope_and_cache(qkv.matmul(h_RD), batch.rope_RHC, batch.slot_R, entries_PJ, *self.heads)
         attended_RD = self.summed(output.matmul(self._attention(q_RQ, batch, number, entries_PJ)))
         h_RD = self.post_norm.of(x_RD, attended_RD)
-        x_RD += self.summed(down.matmul(layer_kernels.silu_multiplied(gate_up.matmul(h_RD))))
+        x_RD += self.summed(down.matmul(layer_kernels.silu_and_mul(gate_up.matmul(h_RD))))
 
     def _attention(self, q_RQ: Tensor, batch: ForwardBatch, number: int, entries_PJ: Tensor) -> Tensor:
         # Under `invariant` prompts too: PyTorch's attention sums in an order of its own for each shape.
         if self.ordered or isinstance(batch, DecodeBatch):
             at = batch.slot_R, batch.capacity
-            return attention.attend(q_RQ, entries_PJ, *at, self.kv_heads, self.head_dim)
+            return attention.decode_attention(q_RQ, entries_PJ, *at, self.kv_heads, self.head_dim)
         q_RGKC = q_RQ.view(-1, self.groups, self.kv_heads, self.head_dim)
         out_RGKC = torch.empty_like(q_RGKC)
         self.attend(q_RGKC.transpose(1, 2), batch, number, out_RGKC.transpose(1, 2))

@@ -111,7 +111,9 @@ class PackedLayer:
         self.output = packing.linear(output_DH.transpose(1, 2).flatten(1), attention.o_proj.bias)
         gate, up = mlp.gate_proj, mlp.up_proj
         self.gate_up: Linear
-        if packing.weight_dtype == "plain" and not (packing.in_triton or gate.weight.is_cuda):  # no room for a joined copy
+        if packing.weight_dtype == "plain" and not (
+            packing.in_triton or gate.weight.is_cuda
+        ):  # no room for a joined copy
             self.gate_up = PlainPair(packing.linear(gate.weight, gate.bias), packing.linear(up.weight, up.bias))
         else:
             bias_O = None if gate.bias is None else torch.cat((gate.bias.detach(), up.bias.detach()))
@@ -190,7 +192,6 @@ class PlainLinear:
         return self.weight_OD.nbytes
 
 
-
 class PlainPair:
     """Two plain layers over the same input, their results side by side."""
 
@@ -206,7 +207,6 @@ class PlainPair:
     @property
     def nbytes(self) -> int:
         return sum(linear.nbytes for linear in self.pair)
-
 
 
 Linear = PackedLinear | PlainLinear | PlainPair

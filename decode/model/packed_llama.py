@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from decode.model.batch import ForwardBatch, cache_positions
 from decode.model.layer import TAIL, Linear, Norm, PackedLayer, Packing, PlainLinear, PlainPair, ResidualStream
 from kernels import backend
-from kernels.cpu.packed_linear import lossless_storage
+from kernels.cpu.packed_linear import lossless_dtype
 from minillama import KVCache, Llama
 from minillama.model import Layer
 from minillama.tensor_parallel import LlamaShard
@@ -44,7 +44,7 @@ class PackedLlama:
         self.tp = model.tp if isinstance(model, LlamaShard) else None
         on_cpu = self.device.type == "cpu"
         if weight_dtype == "auto":
-            weight_dtype = lossless_storage(model.dtype)
+            weight_dtype = lossless_dtype(model.dtype)
         self.weight_dtype = weight_dtype if on_cpu else "plain"
         self.cache_dtype = torch.float32 if on_cpu else model.dtype
         self.embedding_VD = model.model.embed_tokens.weight.detach()

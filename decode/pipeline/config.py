@@ -4,7 +4,6 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any
 
 from decode.engine.sequence import MAX_BEAMS, MAX_DRAFT, SamplingParams
 from minillama.errors import InputError
@@ -42,10 +41,10 @@ class Options:
     explain: bool = False
 
     @classmethod
-    def from_arguments(cls, arguments: argparse.Namespace, **changes: Any) -> "Options":
-        """The options of a command line that has all of them; `changes` in place of its own."""
+    def from_arguments(cls, arguments: argparse.Namespace, batch_size: int) -> "Options":
+        """The options of a command line of decode.collab, with this batch size."""
         values = {field.name: getattr(arguments, field.name) for field in fields(cls)}
-        return cls(**{**values, "explain": arguments.explain is not None, **changes})
+        return cls(**{**values, "explain": arguments.explain is not None, "batch_size": batch_size})
 
     def __post_init__(self) -> None:
         drafts = self.speculate in ("off", "auto") or self.speculate in map(str, range(1, MAX_DRAFT + 1))
@@ -55,7 +54,10 @@ class Options:
             (self.max_new_tokens >= 1, f"--max-new-tokens {self.max_new_tokens}: must be at least 1"),
             (1 <= self.beam <= MAX_BEAMS, f"--beam {self.beam}: expected 1 to {MAX_BEAMS}"),
             (abs(self.length_penalty) <= 10, f"--length-penalty {self.length_penalty:g}: expected -10 to 10"),
-            (0 <= self.nbest <= self.beam, f"--nbest {self.nbest}: --beam {self.beam} gives 1 to {self.beam} hypotheses"),
+            (
+                0 <= self.nbest <= self.beam,
+                f"--nbest {self.nbest}: --beam {self.beam} gives 1 to {self.beam} hypotheses",
+            ),
             (0 < self.temperature <= 1e6, f"--temperature {self.temperature:g}: expected above 0, up to a million"),
             (self.top_k >= 0, f"--top-k {self.top_k}: expected 0 or more"),
             (0 < self.top_p <= 1, f"--top-p {self.top_p:g}: expected above 0, up to 1"),

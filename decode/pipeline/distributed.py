@@ -26,8 +26,6 @@ from minillama.tensor_parallel import PeerLost, TPGroup
 T = TypeVar("T")
 JOIN_TIMEOUT = timedelta(minutes=10)
 POLL_SECONDS = 0.05
-# How long a main process that refuses a run, and may hold the store, waits until the others have read that.
-REFUSAL_SECONDS = 5.0
 
 
 class Distributed:
@@ -111,33 +109,36 @@ class Distributed:
         except InputError as error:
             if self.is_main:
                 self._publish(b"")
-                self._wait_for_readers()
                 raise
-            self._published()
+            self.receive_done()
             raise InputError(f"rank {self.process}: {error}") from None
 
-    def share_done(self, done: set[int] | None = None) -> set[int]:
-        """The lines that an earlier run finished: the main process gives them, all others receive them.
+    def share_done(self, done: set[int]) -> None:
+        """The main process's: tell all others which lines an earlier run finished."""
+        self._publish(zlib.compress(json.dumps(sorted(done)).encode()))
 
-        Others exit with code 2 where the main process refused the run.
-        """
-        if done is not None:
-            self._publish(zlib.compress(json.dumps(sorted(done)).encode()))
-            return done
-        return set(json.loads(zlib.decompress(self._published())))
+    def receive_done(self) -> set[int]:
+        """What the main process shares. Exits with code 2 where it refused the run instead."""
+        while not _ask(lambda: self.store.check(["done"])):
+            time.sleep(POLL_SECONDS)
+        done = _ask(lambda: self.store.get("done"))
+        if not done:
+            raise SystemExit(2)
+        return set(json.loads(zlib.decompress(done)))
 
-    def take_chunks(self, chunks: Sequence[list[int]]) -> Iterator[list[int]]:
-        """The chunks of this rank, one at a time, each taken by one rank only."""
-        if self.world == 1:
-            yield from chunks
+    def take_chunks(self, costs: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+        """Indices of sentences for this rank, a chunk at a time, each taken by one rank only. See `chunks`."""
+        work = chunks(costs, self.world, batch_size)
+        if self.processes == 1:
+            yield from work
             return
-        while True:
-            number = _ask(lambda: self.store.add("taken", 1)) - 1 if self.is_leader else 0
-            if self.tp is not None:
-                number = int(self.tp.broadcast(torch.tensor(number)))
-            if number >= len(chunks):
-                return
-            yield chunks[number]
+        while (number := self._next_chunk()) < len(work):
+            yield work[number]
+
+    def _next_chunk(self) -> int:
+        """The number of the next chunk; the leader asks for its group."""
+        number = _ask(lambda: self.store.add("taken", 1)) - 1 if self.is_leader else 0
+        return number if self.tp is None else int(self.tp.broadcast(torch.tensor(number)))
 
     def report_finished(self) -> None:
         if self.world > 1 and self.is_leader:
@@ -145,34 +146,15 @@ class Distributed:
 
     def wait_for_others(self) -> Iterator[None]:
         """Yield now and then until every other rank has finished."""
-        for rank in range(1, self.world):
-            while not self._has(f"finished{rank}"):
-                time.sleep(POLL_SECONDS)
-                yield
+        keys = [f"finished{rank}" for rank in range(1, self.world)]
+        while keys and not _ask(lambda: self.store.check(keys)):
+            time.sleep(POLL_SECONDS)
+            yield
         yield
 
     def _publish(self, done: bytes) -> None:
         if self.processes > 1:
             _ask(lambda: self.store.set("done", done))
-
-    def _published(self) -> bytes:
-        while not self._has("done"):
-            time.sleep(POLL_SECONDS)
-        done = _ask(lambda: self.store.get("done"))
-        if not done:
-            _ask(lambda: self.store.add("readers", 1))
-            raise SystemExit(2)
-        return done
-
-    def _wait_for_readers(self) -> None:
-        until = time.monotonic() + REFUSAL_SECONDS
-        while self.processes > 1 and time.monotonic() < until:
-            if _ask(lambda: self.store.add("readers", 0)) == self.processes - 1:
-                return
-            time.sleep(POLL_SECONDS)
-
-    def _has(self, key: str) -> bool:
-        return _ask(lambda: self.store.check([key]))
 
 
 def _ask(question: Callable[[], T]) -> T:
@@ -187,8 +169,8 @@ def chunks(costs: Sequence[int], ranks: int, batch_size: int) -> list[list[int]]
     """Indices in chunks to be taken one by one, the longest sentences first, each chunk a share of what remains.
 
     costs: of each sentence, in any unit. A chunk is three quarters of an even share of the rest (guided
-    self-scheduling, Polychronopoulos & Kuck 1987): a few large chunks keep the slots full, the last are one batch of the
-    shortest sentences, so that no rank waits long for another. One rank takes everything at once.
+    self-scheduling, Polychronopoulos & Kuck 1987): a few large chunks keep the slots full, and the last are one batch
+    of the shortest sentences, so that no rank waits long for another. One rank takes everything at once.
     """
     order = sorted(range(len(costs)), key=lambda index: -costs[index])
     if ranks == 1:

@@ -1,6 +1,4 @@
-"""Texts in: files as a whole, and standard input as it arrives: the lines that are there now are one group, and no group
-waits for another line.
-"""
+"""Texts in: files as a whole, and standard input as it arrives, in groups of the lines that are there now."""
 
 import os
 import select

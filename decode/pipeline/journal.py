@@ -1,4 +1,4 @@
-"""The journal: finished sentences, kept beside the output until it is complete (`hyp.txt.journal`, `….journal.rank1` …).
+"""The journal: finished sentences, kept beside the output until it is complete: `hyp.txt.journal`, `….rank1` …
 
 Lines of JSON, one file per process that translates. The head has the run's fingerprint, a record is a sentence (see
 record.py), and the last entry of a rank that came to its end is its statistics.
@@ -26,8 +26,7 @@ from minillama.errors import InputError
 from minillama.files import sync
 
 if TYPE_CHECKING:
-    from decode.pipeline.members import MemberSpec
-    from decode.pipeline.placement import Placement
+    from decode.pipeline.members import EnsembleSpec
 
 FORMAT = 1
 SYNC_SECONDS = 2.0
@@ -159,7 +158,7 @@ class JournalFollower:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.offset = 0
-        self.stats: dict[str, Any] | None = None
+        self.stats: dict[str, Any] = {}
 
     def new_records(self) -> Iterator[Record]:
         for end, entry in _entries(self.path, self.offset):
@@ -169,22 +168,16 @@ class JournalFollower:
             self.offset = end
 
 
-def fingerprint(
-    sentences: Sequence[str],
-    members: Sequence["MemberSpec"],
-    weights: Mapping[str, float],
-    options: Options,
-    placements: Mapping[str, "Placement"],
-) -> dict[str, Any]:
+def fingerprint(sentences: Sequence[str], models: "EnsembleSpec", options: Options) -> dict[str, Any]:
     """Names and values of all that decides the translations; folders by their contents, not by their paths."""
     found: dict[str, Any] = {"input": f"{len(sentences)} lines, {_digest(line.encode() for line in sentences)}"}
     found |= {name: value for name, value in asdict(options).items() if name not in WITHOUT_EFFECT}
-    folders = {folder: folder_digest(folder) for folder in {member.folder for member in members}}
-    for member in members:
-        name, placement = member.name, placements[member.name]
+    folders = {folder: folder_digest(folder) for folder in {member.folder for member in models.members}}
+    for member in models.members:
+        name, placement = member.name, models.placements[member.name]
         found |= {
             f"model {name}": folders[member.folder],
-            f"weight of {name}": weights[name],
+            f"weight of {name}": models.weights[name],
             f"prompt of {name}": _digest([repr(member.prompt.templates).encode()]),
             f"chat of {name}": member.chat.name,
             f"dtype of {name}": placement.weight_dtype,
@@ -270,7 +263,7 @@ def _entries(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]
 
 
 def _scan(path: Path) -> tuple[dict[str, Any], int, set[int]]:
-    """(the run's fingerprint, bytes of complete lines, lines with a record). Without a head the fingerprint is empty."""
+    """(the fingerprint in the head, if any; bytes of complete lines; lines with a record)."""
     run: dict[str, Any] = {}
     complete = 0
     lines: set[int] = set()

@@ -1,8 +1,9 @@
 """The members of an ensemble as they read text: tokenizers, chat formats and prompts first, then the weights.
 
-What is cheap is opened and checked first, so that bad input is refused before a weight is read.
+What is quick is opened and checked first, so that bad input is refused before a weight is read.
 """
 
+import argparse
 import time
 from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +13,16 @@ from pathlib import Path
 from corpora import Prompt
 from corpora.pairs import one_line
 from decode.engine.ensemble import Ensemble
+from decode.engine.expression import format_weights
 from decode.engine.sequence import Sequence as EngineSequence
 from decode.model.packed_llama import PackedLlama
-from decode.pipeline.config import Options
-from decode.pipeline.placement import Placement
+from decode.pipeline.config import Options, named_folders
+from decode.pipeline.placement import Placement, listed, per_member, placements, tp_sizes
+from decode.pipeline.weights_file import combination
 from minillama import InputError, Llama, Tokenizer
 from minillama.chat import ChatFormat, chat_format, render, stop_tokens
 from minillama.files import resolve_folder
+from minillama.machine import device_name
 from minillama.tensor_parallel import TPGroup, load_shard
 from minillama.weights import Checkpoint, open_folder
 
@@ -53,11 +57,46 @@ class MemberSpec:
 
 
 @dataclass(frozen=True)
+class EnsembleSpec:
+    """The models of a command line that have a weight, checked but not loaded. folders: as they are given."""
+
+    folders: dict[str, str]
+    weights: dict[str, float]
+    placements: dict[str, Placement]
+    members: list[MemberSpec]
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace, batch_size: int, tp: str = "1") -> "EnsembleSpec":
+        """tp: as `--tensor-parallel` has it. Raises InputError."""
+        folders = named_folders(arguments.model)
+        names = list(folders)
+        weights = combination(arguments, names)
+        where = placements(arguments.device, arguments.dtype, names, batch_size, tp_sizes(tp, names))
+        prompts, chats = per_member(arguments.prompt, names, "--prompt"), per_member(arguments.chat, names, "--chat")
+        used = {name: folders[name] for name in weights}
+        return cls(used, weights, {name: where[name] for name in weights}, open_members(used, prompts, chats))
+
+    @property
+    def tp_size(self) -> int:
+        return max(placement.tp_size for placement in self.placements.values())
+
+    def describe(self) -> tuple[str, str]:
+        """`L + S (L 12.3 M, S 4.5 M)`, and where they are: `float32, cpu (AVX512, 8 threads)`."""
+        sizes = ", ".join(f"{member.name} {member.checkpoint.parameters / 1e6:,.1f} M" for member in self.members)
+        where = {name: f"{p.weight_dtype}, {device_name(p.device)}" for name, p in self.placements.items()}
+        return f"{format_weights(self.weights)} ({sizes})", listed(where)
+
+    def load(self, invariant: bool | None = None, tp: TPGroup | None = None) -> tuple[Ensemble, float]:
+        return load_ensemble(self.members, self.weights, self.placements, invariant, tp)
+
+
+@dataclass
 class EncodedInput:
     """Consecutive lines of input, the first of them number `first` (from 0), and the prompts made of them.
 
     prompts: one tuple per line of `lines`, one prompt per member.   empty: lines without a prompt, blank or skipped.
-    A skipped line is too long for a context and empty, a truncated one too long and shortened.
+    A skipped line is too long for a context and empty, a truncated one too long and shortened.   fault: why the line
+    after these is refused.
     """
 
     texts: Sequence[str]
@@ -67,6 +106,16 @@ class EncodedInput:
     empty: list[int] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
     truncated: list[int] = field(default_factory=list)
+    fault: InputError | None = None
+
+    def checked(self) -> "EncodedInput":
+        """The same; raises InputError where a line was refused."""
+        if self.fault is not None:
+            raise self.fault
+        return self
+
+    def text(self, line: int) -> str:
+        return self.texts[line - self.first]
 
     def remaining(self, done: Set[int]) -> "EncodedInput":
         """The lines with prompts that are not in `done`, and no empty ones."""
@@ -174,30 +223,43 @@ def load_ensemble(
 def encode_lines(
     texts: Sequence[str], members: Sequence[MemberSpec], options: Options, name: str, first: int = 0
 ) -> EncodedInput:
-    """The prompts of every line that is not blank; raises InputError naming the line of one that fits no context."""
+    """The prompts of every line that is not blank, up to one that is refused because it fits no context (`fault`)."""
     found = EncodedInput(texts, first)
     for line, sentence in enumerate(texts, first):
-        if not sentence.strip():
+        try:
+            prompt, too_long = _encode_line(sentence, members, options, f"{name}:{line + 1}")
+        except InputError as error:
+            found.texts, found.fault = texts[: line - first], error
+            break
+        if too_long:
+            (found.skipped if prompt is None else found.truncated).append(line)
+        if prompt is None:
             found.empty.append(line)
-            continue
-        prompt = _encode(sentence, members, options)
-        member = next((m for m, tokens in zip(members, prompt) if len(tokens) >= m.context), None)
-        if member is not None:  # no room for one token
-            length = len(prompt[members.index(member)])
-            if options.too_long == "error":
-                raise InputError(
-                    f"{name}:{line + 1}: the sentence makes {length} tokens for {member.name}, whose context is "
-                    f"{member.context}; shorten it, or give --too-long truncate or skip"
-                )
-            if options.too_long == "skip":
-                found.skipped.append(line)
-                found.empty.append(line)
-                continue
-            prompt = _truncate(sentence, members, options, f"{name}:{line + 1}")
-            found.truncated.append(line)
-        found.lines.append(line)
-        found.prompts.append(prompt)
+        else:
+            found.lines.append(line)
+            found.prompts.append(prompt)
     return found
+
+
+def _encode_line(
+    sentence: str, members: Sequence[MemberSpec], options: Options, where: str
+) -> tuple[tuple[list[int], ...] | None, bool]:
+    """(prompts, whether the sentence was too long for a context); no prompts for a blank or skipped one."""
+    if not sentence.strip():
+        return None, False
+    prompts = _encode(sentence, members, options)
+    for member, tokens in zip(members, prompts):
+        if len(tokens) < member.context:  # room for one token
+            continue
+        if options.too_long == "skip":
+            return None, True
+        if options.too_long == "truncate":
+            return _truncate(sentence, members, options, where), True
+        raise InputError(
+            f"{where}: the sentence makes {len(tokens)} tokens for {member.name}, whose context is {member.context}; "
+            "shorten it, or give --too-long truncate or skip"
+        )
+    return prompts, False
 
 
 def encode_pair(

@@ -5,14 +5,13 @@ beside the two sums and are not counted.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from decode.model.batch import cache_positions
-from decode.pipeline.members import MemberSpec
-from decode.pipeline.placement import Placement
+from decode.pipeline.members import EnsembleSpec, MemberSpec
 from minillama import InputError, KVCache
 from minillama.machine import free_memory
 from minillama.tensor_parallel import TPGroup
@@ -25,23 +24,22 @@ CGROUP = Path("/sys/fs/cgroup")
 class MemoryBudget:
     """Computes the batch size that fits beside the weights on every device. Make it before the weights are loaded."""
 
-    def __init__(
-        self,
-        members: Sequence[MemberSpec],
-        placements: Mapping[str, Placement],
-        memory: str | None = None,
-        processes: int = 1,
-    ) -> None:
+    def __init__(self, models: EnsembleSpec, memory: str | None = None, processes: int = 1) -> None:
         """memory: the user's limit per device, such as 24G.   processes: those that share this machine's memory."""
-        self.members, self.placements, self.memory = members, placements, memory
+        self.members, self.placements, self.memory = models.members, models.placements, memory
         self.weight_bytes: dict[torch.device, dict[str, int]] = {}  # by member
         loaded = set()
-        for member in members:
-            placement = placements[member.name]
+        for member in self.members:
+            placement = self.placements[member.name]
             on_device = self.weight_bytes.setdefault(placement.device, {})
-            if (member.folder, placement) not in loaded:  # a folder named twice is held once
-                loaded.add((member.folder, placement))
-                on_device[member.name] = _weight_bytes(member, placement)
+            if (member.folder, placement) in loaded:  # a folder named twice is held once
+                continue
+            loaded.add((member.folder, placement))
+            config = member.checkpoint.config
+            count = member.checkpoint.parameters * placement.weight_bytes
+            if config.tie_word_embeddings and placement.device.type == "cpu":  # the output layer's packed copy
+                count += config.vocab_size * config.hidden_size * placement.dtype.itemsize
+            on_device[member.name] = count // placement.tp_size
         self.limits = {d: parse_size(memory) if memory else available(d, processes) for d in self.weight_bytes}
 
     def reduce_min(self, tp: TPGroup) -> None:
@@ -52,38 +50,38 @@ class MemoryBudget:
     def fit(
         self, prompts: Sequence[Sequence[list[int]]], max_new_tokens: int, batch_size: int, may_lower: bool
     ) -> tuple[int, str]:
-        """The number of these sequences to decode together, at most `batch_size`, and a description of their memory.
+        """How many of these sequences can be decoded together, at most `batch_size`, and the memory of that in words.
 
         Raises InputError, with the numbers, when not one fits, or fewer than `batch_size` and that may not be lowered.
         """
         positions = max_positions(prompts, self.members, max_new_tokens)
-        required = 1 if may_lower else batch_size
         fitting = batch_size
-        for device, by_member in self.weight_bytes.items():
-            slot = self._slot_bytes(device, positions)
-            slots = max(0, (self.limits[device] - sum(by_member.values())) // slot - PREFIX_SLOTS)
+        required = 1 if may_lower else batch_size
+        for device, weights in self.weight_bytes.items():
+            slot = self.slot_bytes(device, positions)
+            slots = max(0, (self.limits[device] - sum(weights.values())) // slot - PREFIX_SLOTS)
             if slots < required:
-                hint = f"; {_sequences(slots)} fit (--batch-size {slots})" if slots else ""
-                limit = f"--memory {self.memory}" if self.memory else f"the {format_size(self.limits[device])} free"
-                raise InputError(
-                    f"{device}: {self._describe([device], positions, required)} do not fit {limit}{hint}"
+                by_member = ", ".join(
+                    f"{n} {format_size(b)} {self.placements[n].weight_dtype}" for n, b in weights.items()
                 )
+                limit = f"--memory {self.memory}" if self.memory else f"the {format_size(self.limits[device])} free"
+                hint = f"; --batch-size {slots} fits" if slots else ""
+                needed = self._describe([device], positions, required)
+                raise InputError(f"{device}: {needed} do not fit {limit} ({by_member}){hint}")
             fitting = min(fitting, slots)
-        return fitting, self._describe(self.weight_bytes, positions, fitting)
+        return fitting, self._describe(list(self.weight_bytes), positions, fitting)
 
-    def _describe(self, devices: Sequence[torch.device] | Mapping[torch.device, object], positions: Sequence[int], batch_size: int) -> str:
-        """`weights 36.88 MB (L 12.3 MB float32, …) + caches 63.96 MB (16 sequences …)`, the sums over the devices."""
-        weights = {name: count for device in devices for name, count in self.weight_bytes[device].items()}
-        slot = sum(self._slot_bytes(device, positions) for device in devices)
-        listed = ", ".join(f"{name} {format_size(n)} {self.placements[name].weight_dtype}" for name, n in weights.items())
+    def _describe(self, devices: Sequence[torch.device], positions: Sequence[int], slots: int) -> str:
+        """`weights 36.88 MB + caches 63.96 MB (16 slots of …)`, summed over devices."""
+        weights = sum(sum(self.weight_bytes[device].values()) for device in devices)
+        slot = sum(self.slot_bytes(device, positions) for device in devices)
         return (
-            f"weights {format_size(sum(weights.values()))} ({listed}) + caches "
-            f"{format_size((batch_size + PREFIX_SLOTS) * slot)} ({_sequences(batch_size)} of up to {max(positions):,} "
-            f"positions, {format_size(slot)} each, and one for the shared prefix)"
+            f"weights {format_size(weights)} + caches {format_size((slots + PREFIX_SLOTS) * slot)} ({slots} slots of "
+            f"up to {max(positions):,} positions, {format_size(slot)} each, and one for the shared prefix)"
         )
 
-    def _slot_bytes(self, device: torch.device, positions: Sequence[int]) -> int:
-        """The cache of one sequence on a device."""
+    def slot_bytes(self, device: torch.device, positions: Sequence[int]) -> int:
+        """The cache of one sequence on a device. positions: for each member."""
         return sum(
             cache_positions(count)
             * KVCache.bytes_per_position(member.checkpoint.config, self.placements[member.name].cache_dtype)
@@ -93,7 +91,9 @@ class MemoryBudget:
         )
 
 
-def max_positions(prompts: Sequence[Sequence[list[int]]], members: Sequence[MemberSpec], max_new_tokens: int) -> list[int]:
+def max_positions(
+    prompts: Sequence[Sequence[list[int]]], members: Sequence[MemberSpec], max_new_tokens: int
+) -> list[int]:
     """For each member, the positions of the longest of these prompts with its translation."""
     longest = [0] * len(members)
     for prompt in prompts:
@@ -133,15 +133,3 @@ def format_size(count: float) -> str:
             return f"{count:,.0f} B" if unit == "B" else f"{count:,.2f} {unit}"
         count /= 1000
     return f"{count:,.2f} GB"
-
-
-def _sequences(count: int) -> str:
-    return "1 sequence" if count == 1 else f"{count} sequences"
-
-
-def _weight_bytes(member: MemberSpec, placement: Placement) -> int:
-    config = member.checkpoint.config
-    count = member.checkpoint.parameters * placement.weight_bytes
-    if config.tie_word_embeddings and placement.device.type == "cpu":  # the output layer's packed copy
-        count += config.vocab_size * config.hidden_size * placement.dtype.itemsize
-    return count // placement.tp_size

@@ -16,11 +16,11 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,6 +28,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from decode.pipeline.journal import journal_path
 from decode.pipeline.record import Record
 from minillama.errors import InputError
+
+if TYPE_CHECKING:
+    from decode.explain.page import PageWriter
+    from decode.explain.text import TextWriter
+    from decode.pipeline.members import EncodedInput
 
 # Seconds between two lines of progress where there is no terminal.
 LINE_SECONDS = 30.0
@@ -159,37 +164,24 @@ class NBestWriter(OrderedWriter):
         return 0
 
 
-class ExplanationWriter(Protocol):
-    """What decode.explain provides: a page or text, written in input order."""
-
-    def __enter__(self) -> object: ...
-    def __exit__(self, *exception: object) -> None: ...
-    def put_sentence(self, line: int, source: str, record: Record | None) -> None: ...
-    def write_finished(self) -> int: ...
-
-
 class Outputs:
     """A context with every file of a run. `put` accepts lines in any order; a record that comes again is dropped."""
 
     def __init__(
-        self,
-        output: str,
-        details: str | None = None,
-        nbest: str | None = None,
-        explanations: ExplanationWriter | None = None,
-        *,
-        name: str | None = None,
-        total: int | None = None,
-        keep_texts: bool = False,
+        self, arguments: argparse.Namespace, file: "EncodedInput | None", explanations: "PageWriter | TextWriter | None"
     ) -> None:
-        """Files by path. details: records as JSON lines.   name: of the output in messages.   total: lines, if known."""
-        self.name = name or ("on standard output" if output == "-" else f"in {output}")
-        self.total = total
-        self.writer = OrderedWriter(output)
-        self.details = OrderedWriter(details) if details else None
+        """file: the input, where it is not a stream. explanations: written in place of translations where both go to
+        standard output.
+        """
+        path = os.devnull if arguments.explain == arguments.output == "-" else arguments.output
+        self.where = "on standard output" if arguments.output == "-" else f"in {arguments.output}"
+        self.total = None if file is None else len(file.texts)
+        nbest = nbest_path(arguments)
+        self.writer = OrderedWriter(path)
+        self.details = OrderedWriter(arguments.details) if arguments.details else None
         self.nbest = NBestWriter(nbest) if nbest else None
         self.explanations = explanations
-        self.texts: dict[int, str] | None = {} if keep_texts else None
+        self.texts: dict[int, str] | None = {} if arguments.reference else None
         self.tokens = self.resumed = self.resumed_tokens = 0
         self.progress: DecodeProgress | None = None
         self.files = ExitStack()
@@ -207,10 +199,11 @@ class Outputs:
             self.progress.stop()
         self.files.__exit__(kind, error, trace)
 
-    def put_empty(self, line: int) -> None:
-        """A line that is blank or was skipped."""
-        self._write(line, "", None)
-        self._progress().add(0)
+    def put_empty(self, lines: Sequence[int]) -> None:
+        """Lines that are blank or were skipped."""
+        for line in lines:
+            self._write(line, "", None)
+            self._progress().add(0)
 
     def put(self, record: Record, source: str, resumed: bool = False) -> None:
         """source: the input's line.   resumed: an earlier run finished it."""
@@ -224,7 +217,7 @@ class Outputs:
         if not resumed:
             self._progress().add(len(record.tokens))
 
-    def write_finished(self, resumable: str) -> str:
+    def write_finished(self) -> str:
         """After an interruption: write the lines after unfinished ones too; says in words what was written."""
         gaps = self.writer.write_finished()
         for writer in (self.nbest, self.explanations):
@@ -232,7 +225,7 @@ class Outputs:
                 writer.write_finished()
         of = f" of {self.total:,}" if self.total is not None else ""
         empty = f"; {gaps:,} empty lines between them stand for unfinished sentences" if gaps else ""
-        return f"{self.writer.count:,}{of} sentences were finished and are {self.name}{resumable}{empty}"
+        return f"{self.writer.count:,}{of} sentences were finished and are {self.where}{empty}"
 
     def _write(self, line: int, source: str, record: Record | None) -> None:
         text = record.text if record else ""

@@ -14,15 +14,15 @@ from minillama.errors import InputError
 from minillama.machine import pick_device
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-# The largest batches at which int8 weights are faster than float16, and float16 faster than float32. A layer of 16,384 x
-# 2,048 on two cores with AVX-512, without bf16 instructions: int8 2.9, 3.5, 5.7 ms at 1, 2, 4 rows, float16 3.9, 3.9,
+# The largest batches at which int8 weights are faster than float16, and float16 faster than float32. A layer of 16,384
+# x 2,048 on two cores with AVX-512, without bf16 instructions: int8 2.9, 3.5, 5.7 ms at 1, 2, 4 rows, float16 3.9, 3.9,
 # 4.2; float16 9.0, 14.6 at 16, 32 rows, float32 10.3, 12.9. `python -m benchmarks.kernels` measures that layer.
 INT8_BATCH_SIZE, FLOAT16_BATCH_SIZE = 2, 16
 
 
 @dataclass(frozen=True)
 class Placement:
-    """weight_dtype: one of config.DTYPES but auto, of the linear layers' weights.   tp_size: processes that share it."""
+    """weight_dtype: of the linear layers, one of config.DTYPES but auto.   tp_size: processes that share the member."""
 
     device: torch.device
     weight_dtype: str

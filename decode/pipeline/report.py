@@ -1,8 +1,9 @@
-"""What a run of decode.collab says: its plan, its end, and `run.json` with counts, speed, scores and the environment."""
+"""What a run of decode.collab reports: its plan, its end, and `run.json`: counts, speed, scores, environment."""
 
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 
 from corpora.metrics import text_metrics
 from decode.engine.expression import format_weights
-from decode.pipeline.members import EncodedInput, MemberSpec
-from decode.pipeline.placement import Placement, listed
+from decode.pipeline.members import EncodedInput
+from decode.pipeline.placement import listed
 from minillama import machine
 from minillama.errors import InputError
 from minillama.files import atomic_write
@@ -26,23 +27,12 @@ LISTED = 1000
 
 
 @dataclass
-class LineNumbers:
-    """How many lines, and the numbers (from 1) of the first of them."""
-
-    count: int = 0
-    first: list[int] = field(default_factory=list)
-
-    def add(self, lines: Sequence[int]) -> None:
-        self.count += len(lines)
-        self.first += [line + 1 for line in lines[: LISTED - len(self.first)]]
-
-
-@dataclass
 class RunStats:
     """What a run did, without anything that grows with its input.
 
     seconds: decoding alone, the longest of all processes.   steps: the sum of all processes.   first_token_seconds: the
-    earliest, since `started` (time.perf_counter()).
+    earliest, since `started` (time.perf_counter()).   too_long_lines: numbers, from 1, of the first lines that were
+    skipped or truncated; too_long_counts: how many there were.
     """
 
     started: float = field(default_factory=time.perf_counter)
@@ -51,13 +41,25 @@ class RunStats:
     steps: int = 0
     first_token_seconds: float | None = None
     lines: int = 0
-    skipped: LineNumbers = field(default_factory=LineNumbers)
-    truncated: LineNumbers = field(default_factory=LineNumbers)
+    too_long_lines: dict[str, list[int]] = field(default_factory=lambda: {"skipped": [], "truncated": []})
+    too_long_counts: Counter[str] = field(default_factory=Counter)
 
-    def add_input(self, lines: EncodedInput) -> None:
-        self.lines += len(lines.texts)
-        self.skipped.add(lines.skipped)
-        self.truncated.add(lines.truncated)
+    def add_input(self, group: EncodedInput) -> None:
+        self.lines += len(group.texts)
+        for kind, lines in self.too_long_lines.items():
+            found = getattr(group, kind)
+            self.too_long_counts[kind] += len(found)
+            lines += [line + 1 for line in found[: LISTED - len(lines)]]
+
+    def add_first_token(self, moment: float | None) -> None:
+        """moment: time.perf_counter()."""
+        if self.first_token_seconds is None and moment is not None:
+            self.first_token_seconds = moment - self.started
+
+    def too_long(self) -> dict[str, Any]:
+        """The entries of run.json: the lines, and their number where not all are listed."""
+        lines = {f"{kind}_lines": found for kind, found in self.too_long_lines.items()}
+        return lines | {f"{kind}_count": count for kind, count in self.too_long_counts.items() if count > LISTED}
 
     def to_json(self) -> dict[str, Any]:
         """What the main process needs from another one."""
@@ -71,42 +73,28 @@ class RunStats:
         self.first_token_seconds = min(both, default=None)
 
 
-def describe_members(
-    members: Sequence[MemberSpec], weights: Mapping[str, float] | None, placements: Mapping[str, Placement]
-) -> tuple[str, str]:
-    """`L + S (L 12.3 M, S 4.5 M)`, and where they are: `float32, cpu (AVX512, 8 threads)`."""
-    sizes = ", ".join(f"{member.name} {member.checkpoint.parameters / 1e6:,.1f} M" for member in members)
-    where = {name: f"{place.weight_dtype}, {machine.device_name(place.device)}" for name, place in placements.items()}
-    return f"{format_weights(weights)} ({sizes})" if weights else sizes, listed(where)
-
-
 def describe_plan(run: "TranslationRun") -> str:
     """What the run will do, before the long part of it."""
     options, processes, tp_size = run.options, run.distributed.processes, run.distributed.tp_size
-    models, where = describe_members(run.members, run.weights, run.placements)
-    count = "standard input"
-    if run.file is not None:
-        count = f"{len(run.file.texts):,} sentences of {run.arguments.input}"
-        count += f", {len(run.done):,} of them finished by an earlier run" if run.done else ""
-    memory = f", {run.memory}" if run.memory else ""
-    several = f", {processes} processes" if processes > 1 else ""
-    several += f" in groups of {tp_size}" if tp_size > 1 else ""
-    text = (
-        f"{models}: {count}, {options.source} to {options.target}, batches of {options.batch_size}{memory}, "
-        f"{where}{several}"
-    )
-    output = Path(run.arguments.output)
-    if run.file is not None and run.journal is None and output.is_file():
-        text += f"\nno journal: {output.parent} takes no new file; this run cannot be resumed"
-    return text
+    models, where = run.models.describe()
+    count = "standard input" if run.file is None else f"{len(run.file.texts):,} sentences of {run.arguments.input}"
+    parts = [
+        f"{models}: {count}",
+        f"{len(run.done):,} of them finished by an earlier run" if run.done else "",
+        f"{options.source} to {options.target}, batches of {options.batch_size}",
+        run.memory,
+        where,
+        f"{processes} processes" + (f" in groups of {tp_size}" if tp_size > 1 else "") if processes > 1 else "",
+        "no journal: this run cannot be resumed" if run.file and run.distributed.is_main and not run.journal else "",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def describe_run(run: "TranslationRun") -> dict[str, Any]:
     """`run.json`: counts of the whole output; seconds, steps and speeds of this run, which may have resumed another."""
     assert run.outputs is not None
-    stats, outputs, weights = run.stats, run.outputs, run.weights
+    stats, outputs, models = run.stats, run.outputs, run.models
     seconds = max(stats.seconds, 1e-9)
-    first = stats.first_token_seconds
     report: dict[str, Any] = {
         "sentences": stats.lines,
         "output_tokens": outputs.tokens,
@@ -114,30 +102,24 @@ def describe_run(run: "TranslationRun") -> dict[str, Any]:
         "tokens_per_second": round((outputs.tokens - outputs.resumed_tokens) / seconds, 2),
         "sentences_per_second": round((stats.lines - outputs.resumed) / seconds, 2),
         "steps": stats.steps,
-        "first_token_seconds": None if first is None else round(first, 4),
+        "first_token_seconds": None if stats.first_token_seconds is None else round(stats.first_token_seconds, 4),
         "resumed_sentences": outputs.resumed,
-        "prompts": {member.name: member.prompt.name for member in run.members},
-        "chat": {member.name: member.chat.name for member in run.members},
+        "prompts": {member.name: member.prompt.name for member in models.members},
+        "chat": {member.name: member.chat.name for member in models.members},
         **asdict(run.options),
-        "device": listed({name: machine.device_name(place.device) for name, place in run.placements.items()}),
-        "dtype": listed({name: place.weight_dtype for name, place in run.placements.items()}),
+        "device": listed({name: machine.device_name(place.device) for name, place in models.placements.items()}),
+        "dtype": listed({name: place.weight_dtype for name, place in models.placements.items()}),
         "versions": versions(),
-    }
-    for kind, found in (("skipped", stats.skipped), ("truncated", stats.truncated)):
-        report[f"{kind}_lines"] = found.first
-        if found.count > len(found.first):
-            report[f"{kind}_count"] = found.count
-    report |= {
+        **stats.too_long(),
         "load_seconds": round(stats.load_seconds, 4),
-        "combine": run.arguments.combine or format_weights(weights),
-        "weights": weights,
-        "models": {name: run.folders[name] for name in weights},
+        "combine": run.arguments.combine or format_weights(models.weights),
+        "weights": models.weights,
+        "models": models.folders,
         "processes": run.distributed.processes,
         "tensor_parallel": run.distributed.tp_size,
     }
-    references = run.references
-    if references and outputs.texts is not None and len(references) == stats.lines:
-        report |= scores([outputs.texts[line] for line in range(stats.lines)], references, run.options.target)
+    if run.references and outputs.texts is not None and len(run.references) == stats.lines:
+        report |= scores([outputs.texts[line] for line in range(stats.lines)], run.references, run.options.target)
     return report
 
 

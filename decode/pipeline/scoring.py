@@ -17,13 +17,11 @@ from corpora.text import display_name, open_binary
 from decode.engine.ensemble import Ensemble
 from decode.engine.generate import score
 from decode.engine.sequence import Completion
-from decode.pipeline.config import Options, named_folders
+from decode.pipeline.config import Options
 from decode.pipeline.input import GROUP_BATCHES, read_available_lines
-from decode.pipeline.members import MemberSpec, encode_pair, load_ensemble, open_members
+from decode.pipeline.members import EnsembleSpec, MemberSpec, encode_pair
 from decode.pipeline.output import DecodeProgress, OrderedWriter, check_writable
-from decode.pipeline.placement import per_member, placements
-from decode.pipeline.report import describe_members, finite
-from decode.pipeline.weights_file import combination
+from decode.pipeline.report import finite
 from minillama.errors import InputError, Interrupted
 
 COLUMNS = ("line", "tokens", "logprob", "per_token", "perplexity")
@@ -34,24 +32,18 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.input == arguments.translation == "-":
         raise InputError("--input and --translation are both standard input; one of them must be a file")
     options = Options(arguments.source, arguments.target, batch_size=arguments.batch_size, too_long=arguments.too_long)
-    folders = named_folders(arguments.model)
-    names = list(folders)
-    weights = combination(arguments, names)
-    all_placements = placements(arguments.device, arguments.dtype, names, arguments.batch_size)
-    where = {name: all_placements[name] for name in weights}
     check_writable(arguments.output, [file for file in (arguments.input, arguments.translation) if file])
-    prompts, chats = per_member(arguments.prompt, names, "--prompt"), per_member(arguments.chat, names, "--chat")
     with ExitStack() as stack:
         groups = read_pairs(arguments.input, arguments.translation, GROUP_BATCHES * arguments.batch_size, stack)
-        members = open_members({name: folders[name] for name in weights}, prompts, chats)
+        models = EnsembleSpec.from_arguments(arguments, arguments.batch_size)
         texts = display_name(arguments.translation or arguments.input)
-        models, devices = describe_members(members, weights, where)
-        _log(f"{models}: scores of {texts}, {options.source} to {options.target}, {devices}")
-        ensemble, seconds = load_ensemble(members, weights, where)
-        _log(f"loaded in {seconds:.1f} s")
-        scorer = Scorer(ensemble, members, options, texts, arguments.json)
+        sum_of_models, where = models.describe()
+        print(f"{sum_of_models}: scores of {texts}, {options.source} to {options.target}, {where}", file=sys.stderr)
+        ensemble, seconds = models.load()
+        print(f"loaded in {seconds:.1f} s", file=sys.stderr)
+        scorer = Scorer(ensemble, models.members, options, texts, arguments.json)
         scorer.write(groups, arguments.output)
-    _log(scorer.summary())
+    print(scorer.summary(), file=sys.stderr)
     return 0
 
 
@@ -185,7 +177,3 @@ def _figures(logprobs: Sequence[float]) -> dict[str, Any]:
 
 def _perplexity(per_token: float) -> float:
     return math.exp(-per_token) if per_token > -700 else math.inf
-
-
-def _log(text: str) -> None:
-    print(text, file=sys.stderr)

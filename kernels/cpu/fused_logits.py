@@ -2,9 +2,9 @@
 tile.
 
 Mathematics and corner cases are those of reference.py; the layout of the work is that of the Triton kernel: (maximum,
-log of the sum of exponentials about it) per split of 4,096 entries, joined in a fixed order. A tile is as many splits as
-fit the cache, so its width follows the batch while the bits of a row do not. Products are formed and added one after the
-other, never as a fused multiply-add: the sum has the same bits as the Triton kernel's.
+log of the sum of exponentials about it) per split of 4,096 entries, joined in a fixed order. A tile is as many splits
+as fit the cache, so its width follows the batch while the bits of a row do not. Products are formed and added one after
+the other, never as a fused multiply-add: the sum has the same bits as the Triton kernel's.
 
 Bytes: every logit is read once from memory (`members` again from cache); a truncated sample (top-k, top-p) sorts its
 rows, a few megabytes at a time.
@@ -96,7 +96,7 @@ def run(request: Request) -> FusedLogits:
 def combined_tile(request: Request, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
     """x_RC for columns start .. stop, -inf where masked, and the rows' flags, None if there is nothing unusual."""
     parts = _zero_where_left_out([logits_RV[:, start:stop] for logits_RV in request.logits], request.left_out_NB)
-    x_RC = _weighted_sum(parts, request.weights_NB)
+    x_RC = weighted_sum(parts, request.weights_NB)
     if math.isfinite(x_RC.sum()):  # infinities and NaN stay in it; finite numbers that overflow it only cost time
         return x_RC, None
     return checked_sum(parts, request.weights_NB)
@@ -117,7 +117,7 @@ def _zero_where_left_out(parts: list[Tensor], left_out_NR: Tensor | None) -> lis
     return [part_RC.masked_fill(out_R[:, None], 0.0) for part_RC, out_R in zip(parts, left_out_NR, strict=True)]
 
 
-def _weighted_sum(parts: list[Tensor], weights_NR: Tensor) -> Tensor:
+def weighted_sum(parts: list[Tensor], weights_NR: Tensor) -> Tensor:
     """The sum, no corner case looked at."""
     first_R1, *others_R1 = weights_NR[:, :, None].unbind()
     x_RC = parts[0] * first_R1
@@ -128,11 +128,11 @@ def _weighted_sum(parts: list[Tensor], weights_NR: Tensor) -> Tensor:
 
 def checked_sum(parts: list[Tensor], weights_NR: Tensor) -> tuple[Tensor, Tensor]:
     """The sum with masks and flags: the slow way, for a tile that holds something not finite."""
-    masked_RC = torch.zeros(parts[0].shape, dtype=torch.bool)
+    masked_RC = torch.zeros_like(parts[0], dtype=torch.bool)
     for part_RC in parts:
         masked_RC |= part_RC == -torch.inf
-    x_RC = torch.zeros(parts[0].shape)
-    flag_R = torch.zeros(parts[0].shape[0], dtype=torch.int32)
+    x_RC = torch.zeros_like(parts[0], dtype=torch.float32)
+    flag_R = torch.zeros(len(x_RC), dtype=torch.int32, device=x_RC.device)
     wrong_RC = torch.zeros_like(masked_RC)
     settled_RC = masked_RC.clone()
     for number, part_RC in enumerate(parts):
@@ -158,7 +158,7 @@ def _first_at_peak(request: Request, bundle_RU: Tensor, peak_R: Tensor) -> Tenso
     first_R1 = (bundle_RU == peak_R[:, None]).view(torch.uint8).argmax(dim=1, keepdim=True) * BUNDLE
     column_RC = (first_R1 + torch.arange(BUNDLE)).clamp_max_(request.vocabulary - 1)  # the last one again does no harm
     # a masked entry needs no care here: its sum is infinite or NaN, and the peak is finite
-    x_RC = _weighted_sum(_columns(request, column_RC), request.weights_NB)
+    x_RC = weighted_sum(_columns(request, column_RC), request.weights_NB)
     return first_R1[:, 0] + (x_RC == peak_R[:, None]).view(torch.uint8).argmax(dim=1)
 
 
@@ -228,7 +228,7 @@ class _Sampler:
 
 
 def _thresholds(request: Request, sample: SamplingTensors) -> Tensor:
-    """The smallest x that top-k and top-p keep, -inf where they keep all, by sorting a few megabytes of rows at once."""
+    """The smallest x that top-k and top-p keep, -inf where they keep all; rows are sorted a few megabytes at a time."""
     assert sample.top_k is not None
     assert sample.top_p is not None
     threshold_R = torch.full((request.batch,), -torch.inf)
@@ -236,7 +236,5 @@ def _thresholds(request: Request, sample: SamplingTensors) -> Tensor:
     for here in truncated_R.nonzero()[:, 0].split(max(1, SORTED_ELEMENTS // request.vocabulary)):
         rows = Request(tuple(logits_RV[here] for logits_RV in request.logits), request.weights_NB[:, here])
         x_RV, _ = combined_tile(rows, 0, request.vocabulary)
-        threshold_R[here] = reference.threshold(
-            x_RV, sample.temperature[here], sample.top_k[here], sample.top_p[here]
-        )
+        threshold_R[here] = reference.threshold(x_RV, sample.temperature[here], sample.top_k[here], sample.top_p[here])
     return threshold_R

@@ -10,11 +10,36 @@ loaded, they count as 0. reference.combine is the definition.
 import triton
 import triton.language as tl
 
-from kernels.types import INFINITE, NAN, OVERFLOW
+from kernels.types import INFINITE, MAX_MEMBERS, NAN, OVERFLOW, Request
 
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 ROW_SCALE = tl.constexpr(2.0**44)  # units of a whole row's sum, which is at most 2**18: 62 bits
 _OVERFLOW, _INFINITE, _NAN = tl.constexpr(OVERFLOW), tl.constexpr(INFINITE), tl.constexpr(NAN)
+
+
+@triton.jit
+def rows_of(
+    l0, l1, l2, l3, l4, l5, l6, l7, row64, stride0, stride1, stride2, stride3, stride4, stride5, stride6, stride7
+):  # fmt: skip
+    """Pointers to one row of each member."""
+    return (
+        l0 + row64 * stride0, l1 + row64 * stride1, l2 + row64 * stride2, l3 + row64 * stride3,
+        l4 + row64 * stride4, l5 + row64 * stride5, l6 + row64 * stride6, l7 + row64 * stride7,
+    )  # fmt: skip
+
+
+@triton.jit
+def weights_of(weight_N, stride, N: tl.constexpr):
+    """The members' weights of one row; after the N-th the first again."""
+    w0 = tl.load(weight_N)
+    w1 = tl.load(weight_N + (1 if N > 1 else 0) * stride)
+    w2 = tl.load(weight_N + (2 if N > 2 else 0) * stride)
+    w3 = tl.load(weight_N + (3 if N > 3 else 0) * stride)
+    w4 = tl.load(weight_N + (4 if N > 4 else 0) * stride)
+    w5 = tl.load(weight_N + (5 if N > 5 else 0) * stride)
+    w6 = tl.load(weight_N + (6 if N > 6 else 0) * stride)
+    w7 = tl.load(weight_N + (7 if N > 7 else 0) * stride)
+    return w0, w1, w2, w3, w4, w5, w6, w7
 
 
 @triton.jit
@@ -94,3 +119,11 @@ def ordered_key(x):
     """uint32 keys in the order of the floats; -0.0 has that of 0.0."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return tl.where(bits >= 0, bits ^ -2147483648, ~bits).to(tl.uint32, bitcast=True)
+
+
+def logits_arguments(request: Request) -> tuple:
+    """What both kernels take first: eight members' logits and strides (the first's again after the N-th), weights."""
+    logits = request.logits + request.logits[:1] * (MAX_MEMBERS - len(request.logits))
+    weights = request.weights
+    strides = weights.stride(0), weights.stride(1) if weights.dim() == 2 else 0
+    return (*logits, *(logits_RV.stride(0) for logits_RV in logits), weights, *strides)

@@ -6,13 +6,12 @@ Mathematics (reference.py has the definition; x = sum_i w_i * logits_i over one 
 
 Work: a program reads one split of 4,096 entries of one row from all N members and keeps (maximum, index, sum of
 exponentials, flag). The program that finishes a row last (it takes the row's last ticket) joins the splits and writes
-the results, so no second launch and no host is needed; a second launch would add its own latency to the few
-microseconds this takes and read the same partial results.
+the results. A second launch for that would add its own latency to the few microseconds this takes.
 
 Bytes: N * B * V * itemsize read once; about 16 bytes a split of partial results. Floor: those bytes over the device's
 copy bandwidth. `members` reads its tile a second time while it lies in cache.
 
-The same bits for a row whatever stands around it, whatever its alignment, and whatever layout the compiler picks:
+A row's bits do not depend on the batch, on alignment or on the layout that the compiler picks:
 maxima and indices do not depend on order; exponentials are added in groups of four in a fixed order, then as 64-bit
 integers, in which addition is exact. Products and sums are not fused, so x has the same bits as on the CPU.
 
@@ -21,6 +20,7 @@ integers, in which addition is exact. Products and sums are not fused, so x has 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,12 +34,23 @@ from kernels.triton.combine import (
     checked_sum,
     exact_sum,
     is_used,
+    logits_arguments,
     ordered_key,
+    rows_of,
     weighted_sum,
+    weights_of,
     x_at,
 )
 from kernels.triton.philox import gumbel, random_words
-from kernels.types import ALL_MASKED, MAX_MEMBERS, MAX_VOCABULARY, SPLIT, FusedLogits, Request
+from kernels.triton.variant import SHORT, Variant
+from kernels.types import (
+    ALL_MASKED,
+    MAX_VOCABULARY,
+    SPLIT,
+    FusedLogits,
+    Request,
+    SamplingTensors,
+)
 
 _MAX_SPLITS = tl.constexpr(MAX_VOCABULARY // SPLIT)
 _ALL_MASKED = tl.constexpr(ALL_MASKED)
@@ -63,21 +74,13 @@ def _fused_logits_kernel(
     program = tl.program_id(0)
     row, split = program // splits, program % splits
     row64 = row.to(tl.int64)
-    rows = (
-        l0 + row64 * stride0, l1 + row64 * stride1, l2 + row64 * stride2, l3 + row64 * stride3,
-        l4 + row64 * stride4, l5 + row64 * stride5, l6 + row64 * stride6, l7 + row64 * stride7,
+    rows = rows_of(
+        l0, l1, l2, l3, l4, l5, l6, l7, row64, stride0, stride1, stride2, stride3, stride4, stride5, stride6, stride7
     )  # fmt: skip
-    weight_R = weights_NR + row * weight_stride_r
-    w0 = tl.load(weight_R)
-    w1 = tl.load(weight_R + (1 if N > 1 else 0) * weight_stride_n)
-    w2 = tl.load(weight_R + (2 if N > 2 else 0) * weight_stride_n)
-    w3 = tl.load(weight_R + (3 if N > 3 else 0) * weight_stride_n)
-    w4 = tl.load(weight_R + (4 if N > 4 else 0) * weight_stride_n)
-    w5 = tl.load(weight_R + (5 if N > 5 else 0) * weight_stride_n)
-    w6 = tl.load(weight_R + (6 if N > 6 else 0) * weight_stride_n)
-    w7 = tl.load(weight_R + (7 if N > 7 else 0) * weight_stride_n)
-    weights = (w0, w1, w2, w3, w4, w5, w6, w7)
-    weight_size = tl.abs(w0) + tl.abs(w1) + tl.abs(w2) + tl.abs(w3) + tl.abs(w4) + tl.abs(w5) + tl.abs(w6) + tl.abs(w7)
+    weights = weights_of(weights_NR + row * weight_stride_r, weight_stride_n, N)
+    weight_size = tl.abs(weights[0])  # 0 if all members are left out
+    for n in tl.static_range(1, N):
+        weight_size += tl.abs(weights[n])
 
     # 1. This split: x, its maximum, index and sum of exponentials.
     start = split * SIZE
@@ -163,12 +166,9 @@ def _fused_logits_kernel(
         tl.store(flag_R + row, row_flag)
         chosen = token
         if SAMPLE:
-            score_S = tl.load(
-                value_S + (FIELDS - 1) * splits + offsets_S, mask=inside_S, other=float("-inf"), cache_modifier=".cg"
-            )
-            sampled_S = tl.load(
-                index_S + (INDICES - 1) * splits + offsets_S, mask=inside_S, other=_LAST, cache_modifier=".cg"
-            )
+            line_S, index_line_S = value_S + (FIELDS - 1) * splits, index_S + (INDICES - 1) * splits
+            score_S = tl.load(line_S + offsets_S, mask=inside_S, other=float("-inf"), cache_modifier=".cg")
+            sampled_S = tl.load(index_line_S + offsets_S, mask=inside_S, other=_LAST, cache_modifier=".cg")
             score = tl.max(score_S, axis=0)
             greedy = tl.load(temperature_R + row) == 0.0
             chosen = tl.where(greedy, token, tl.min(tl.where(score_S == score, sampled_S, _LAST), axis=0))
@@ -205,8 +205,7 @@ def _fused_logits_kernel(
                     own_RG = member_target_logprob_NRG + (n * R + row64) * target_count
                     tl.store(own_RG + offsets_G, own_G, mask=here_G)
         if TOP_K:
-            COLUMNS: tl.constexpr = 16 if TOP_K <= 16 else 32
-            offsets_K = tl.arange(0, COLUMNS)
+            offsets_K = tl.arange(0, 16 if TOP_K <= 16 else 32)
             inside_SK = inside_S[:, None] & (offsets_K < TOP_K)[None, :]
             line_SK = offsets_K[None, :] * splits + offsets_S[:, None]
             value_line = value_S + (2 + 2 * N * MEMBERS) * splits
@@ -221,14 +220,12 @@ def _fused_logits_kernel(
                 tl.store(top_logprob_RK + row64 * TOP_K + k, tl.where(fine, best - row_base - log_total, float("nan")))
 
 
-# A split fills 8 warps with 16 entries a thread (two 16-byte loads of bf16 a member), which stays clear of spills at 8
-# members of float32 (kernels.resources shows it), and a split decides the bits.
-WARPS = 8
-# Without fusion a product is rounded before it is added, as on the CPU; memory is what bounds this kernel, not
-# arithmetic.
-LAUNCH_OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
-# Where only the next token of few members of half precision is wanted, 64 registers are enough, and four programs share
-# a multiprocessor instead of three: measured on an H200, 20 µs instead of 23 at B = 64, 64 instead of 82 at 256.
+# A split fills 8 warps with 16 entries a thread (two 16-byte loads of bf16 a member), without spills at 8 members of
+# float32 (see kernels.resources). Without fusion a product is rounded before it is added, as on the CPU; the kernel is
+# bound by memory, not by arithmetic.
+LAUNCH_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+# For the next token of few members of half precision 64 registers are enough, and four programs share a multiprocessor
+# instead of three: measured on an H200, 20 µs instead of 23 at B = 64, 64 instead of 82 at 256.
 REGISTERS, MEMBERS_OF_FEW_REGISTERS, ALIGNED_ENTRIES = 64, 3, 16
 
 
@@ -281,39 +278,19 @@ def run(request: Request, out: FusedLogits | None = None) -> FusedLogits:
 
 
 def launch_arguments(request: Request, out: FusedLogits) -> tuple[tuple, dict]:
-    """Positional and constexpr arguments of the kernel; what is not requested gets some pointer and is never touched."""
+    """Positional and constexpr arguments of the kernel; what is not requested gets some pointer, never touched."""
     members, sample, targets = len(request.logits), request.sample, request.targets
-    logits = request.logits + request.logits[:1] * (MAX_MEMBERS - members)
-    values_RFS, indices_RIS, tickets_R, *truncation = out.workspace
-    pointers = (
-        out.member_logprob,
-        out.member_target_logprob,
-        out.top_token,
-        out.top_logprob,
-        targets,
-        out.target_logprob,
-        *((None,) * 4 if sample is None else (sample.seed, sample.row_id, sample.position, sample.temperature)),
-        out.sample_token,
-        out.sample_logprob,
-        truncation[0] if truncation else None,
+    values_RFS, indices_RIS, tickets_R, *thresholds = out.workspace
+    sampling = (None,) * 4 if sample is None else (sample.seed, sample.row_id, sample.position, sample.temperature)
+    requested = (
+        *(out.member_logprob, out.member_target_logprob, out.top_token, out.top_logprob, targets, out.target_logprob),
+        *(*sampling, out.sample_token, out.sample_logprob, thresholds[0] if thresholds else None),
     )
     positional = (
-        *logits,
-        *(logits_RV.stride(0) for logits_RV in logits),
-        request.weights,
-        request.weights.stride(0),
-        request.weights.stride(1) if request.weights.dim() == 2 else 0,
-        out.token,
-        out.logprob,
-        out.flag,
-        *(out.token if pointer is None else pointer for pointer in pointers),
-        values_RFS,
-        indices_RIS,
-        tickets_R,
-        request.batch,
-        request.vocabulary,
-        values_RFS.shape[2],
-        0 if targets is None else targets.shape[1],
+        *(*logits_arguments(request), out.token, out.logprob, out.flag),
+        *(out.token if pointer is None else pointer for pointer in requested),
+        *(values_RFS, indices_RIS, tickets_R),
+        *(request.batch, request.vocabulary, values_RFS.shape[2], 0 if targets is None else targets.shape[1]),
     )
     switches = {
         "N": members,
@@ -331,3 +308,43 @@ def _launch(request: Request, out: FusedLogits) -> None:
     positional, switches = launch_arguments(request, out)
     programs = request.batch * out.workspace[0].shape[2]
     _fused_logits_kernel[(programs,)](*positional, **switches, **launch_options(request))
+
+
+def variants() -> Iterator[Variant]:
+    """Every combination that launches meet in practice; what can be requested is shown on three members of bf16."""
+    mixed = (torch.bfloat16, torch.float16, torch.float32)
+    for dtype in mixed:
+        for members in (1, 3, 8):
+            yield _variant(f"argmax N={members} {SHORT[dtype]}", (dtype,) * members)
+    three = (torch.bfloat16,) * 3
+    everything: dict[str, Any] = {"members": True, "top_k": 16, "sample": True}
+    yield _variant("argmax N=3 mixed", mixed)
+    yield _variant("argmax N=3 bf16, rows not aligned", three, vocabulary=50_257)
+    yield _variant("members N=3 bf16", three, members=True)
+    yield _variant("members and targets N=3 bf16", three, members=True, targets=4)
+    yield _variant("top_k=16 N=3 bf16", three, top_k=16)
+    yield _variant("top_k=32 N=3 bf16", three, top_k=32)
+    yield _variant("targets N=3 bf16", three, targets=4)
+    yield _variant("sample N=3 bf16", three, sample=True)
+    yield _variant("everything N=3 mixed", mixed, targets=4, **everything)
+    yield _variant("everything N=8 fp32", (torch.float32,) * 8, **everything)
+
+
+def _variant(
+    name: str,
+    dtypes: tuple[torch.dtype, ...],
+    vocabulary: int = 128_256,
+    targets: int = 0,
+    sample: bool = False,
+    **rest,
+) -> Variant:
+    long_B = torch.zeros(4, dtype=torch.int64)
+    request = Request(
+        tuple(torch.empty(4, vocabulary, dtype=dtype) for dtype in dtypes),
+        torch.ones(len(dtypes)),
+        targets=torch.zeros(4, targets, dtype=torch.int64) if targets else None,
+        sample=SamplingTensors(long_B, long_B, long_B, torch.ones(4)) if sample else None,
+        **rest,
+    )
+    launch = launch_arguments(request, allocate(request))
+    return Variant("fused_logits", name, _fused_logits_kernel, *launch, launch_options(request), vocabulary % 16 == 0)

@@ -1,20 +1,22 @@
 """A sample under top-k (any k) and top-p on a GPU, exact, without sorting.
 
-A token is kept if fewer than k tokens are strictly larger and if those have a mass below p (reference.threshold). Both
-fail for good as x falls, so the kept tokens are those with x >= t, and the smallest such t is found digit by digit:
-floats in the order of their bits as 32-bit keys, 4 bits a pass, and in each pass every program counts, for the 15
-candidates of the next digit, the tokens above and their mass. Counts and masses are 64-bit integers (a mass is exp((x -
-peak) / temperature) in units of 2**-44), so they may be added by atomics in any order and still be the same bits.
+A token is kept if fewer than k tokens are strictly larger and if those have a mass below p (reference.threshold). Once
+either fails it fails for every smaller x, so the kept tokens are those with x >= t, and the smallest such t is found
+digit by digit: floats in the order of their bits as 32-bit keys, 4 bits a launch, and in each launch every program
+counts, for the 15 candidates of the next digit, the tokens above and their mass. Counts and masses are 64-bit integers
+(a mass is exp((x - peak) / temperature) in units of 2**-44), so atomics may add them in any order and the bits stay the
+same. For a row with k = 0 and p = 1 every digit is 0: all is kept.
 
-Passes over the logits: 10, each reading N * B * V * itemsize: one for the peak, eight for the digits, and the fused
-pass that draws among x >= t and computes whatever else was asked. No host in between, so it can be captured in a CUDA
+The logits are read 10 times, N * B * V * itemsize bytes each: for the peak, for eight digits, and by the fused kernel
+that samples among x >= t and computes whatever else was requested. No host in between, so it can be captured in a CUDA
 graph.
 
-    R rows  V vocabulary  N members  C entries of a split
+    R rows (the batch)  V vocabulary  N members  C entries of a split
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -22,9 +24,19 @@ import triton
 import triton.language as tl
 
 from kernels.triton import fused_logits
-from kernels.triton.combine import FLOAT32_MAX, ROW_SCALE, ordered_key, checked_sum, x_at
+from kernels.triton.combine import (
+    FLOAT32_MAX,
+    ROW_SCALE,
+    checked_sum,
+    logits_arguments,
+    ordered_key,
+    rows_of,
+    weights_of,
+    x_at,
+)
 from kernels.triton.fused_logits import LAUNCH_OPTIONS
-from kernels.types import MAX_MEMBERS, SPLIT, FusedLogits, Request
+from kernels.triton.variant import Variant
+from kernels.types import SPLIT, FusedLogits, Request, SamplingTensors
 
 DIGITS, DIGIT_BITS = 8, 4
 _CANDIDATES = tl.constexpr((1 << DIGIT_BITS) - 1)
@@ -43,20 +55,10 @@ def _digit_kernel(
     program = tl.program_id(0)
     row, split = program // splits, program % splits
     row64 = row.to(tl.int64)
-    rows = (
-        l0 + row64 * stride0, l1 + row64 * stride1, l2 + row64 * stride2, l3 + row64 * stride3,
-        l4 + row64 * stride4, l5 + row64 * stride5, l6 + row64 * stride6, l7 + row64 * stride7,
+    rows = rows_of(
+        l0, l1, l2, l3, l4, l5, l6, l7, row64, stride0, stride1, stride2, stride3, stride4, stride5, stride6, stride7
     )  # fmt: skip
-    weight_R = weights_NR + row * weight_stride_r
-    w0 = tl.load(weight_R)
-    w1 = tl.load(weight_R + (1 if N > 1 else 0) * weight_stride_n)
-    w2 = tl.load(weight_R + (2 if N > 2 else 0) * weight_stride_n)
-    w3 = tl.load(weight_R + (3 if N > 3 else 0) * weight_stride_n)
-    w4 = tl.load(weight_R + (4 if N > 4 else 0) * weight_stride_n)
-    w5 = tl.load(weight_R + (5 if N > 5 else 0) * weight_stride_n)
-    w6 = tl.load(weight_R + (6 if N > 6 else 0) * weight_stride_n)
-    w7 = tl.load(weight_R + (7 if N > 7 else 0) * weight_stride_n)
-    weights = (w0, w1, w2, w3, w4, w5, w6, w7)
+    weights = weights_of(weights_NR + row * weight_stride_r, weight_stride_n, N)
     offsets_C = split * SIZE + tl.arange(0, SIZE)
     inside_C = offsets_C < V
     x_C, _ = checked_sum(rows, weights, offsets_C, inside_C, N)
@@ -109,16 +111,11 @@ def allocate(request: Request) -> FusedLogits:
 
 
 def launch_arguments(request: Request, out: FusedLogits, digit: int) -> tuple[tuple, dict]:
-    """Positional and constexpr arguments of the pass for one digit, the lowest being 0."""
-    sample, weights = request.sample, request.weights
+    """Positional and constexpr arguments of the launch for one digit, the lowest being 0."""
+    sample = request.sample
     assert sample is not None
-    logits = request.logits + request.logits[:1] * (MAX_MEMBERS - len(request.logits))
     positional = (
-        *logits,
-        *(logits_RV.stride(0) for logits_RV in logits),
-        weights,
-        weights.stride(0),
-        weights.stride(1) if weights.dim() == 2 else 0,
+        *logits_arguments(request),
         out.token,
         sample.temperature,
         sample.top_k,
@@ -142,3 +139,12 @@ def run(request: Request, out: FusedLogits | None = None) -> FusedLogits:
         positional, switches = launch_arguments(request, out, digit)
         _digit_kernel[(programs,)](*positional, **switches, **LAUNCH_OPTIONS)
     return fused_logits.run(request, out)
+
+
+def variants() -> Iterator[Variant]:
+    logits = tuple(torch.empty(4, 128_256, dtype=torch.bfloat16) for _ in range(3))
+    long_R, ones_R = torch.zeros(4, dtype=torch.int64), torch.ones(4)
+    sample = SamplingTensors(long_R, long_R, long_R, ones_R, long_R, ones_R)
+    request = Request(logits, torch.ones(3), sample=sample)
+    launch = launch_arguments(request, allocate(request), digit=1)
+    yield Variant("truncated_sample", "digit N=3 bf16", _digit_kernel, *launch, LAUNCH_OPTIONS)

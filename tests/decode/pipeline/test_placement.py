@@ -11,7 +11,7 @@ from processes import arguments, outcome
 
 from decode.collab import main
 from decode.engine.kv_slots import KVSlots
-from decode.pipeline.members import load_ensemble, open_members
+from decode.pipeline.members import EnsembleSpec, load_ensemble, open_members
 from decode.pipeline.memory import MemoryBudget, available, format_size, max_positions, parse_size
 from decode.pipeline.placement import Placement, fastest_weight_dtype, placements, tp_sizes
 from minillama import InputError, Llama
@@ -23,6 +23,11 @@ CPU = Placement(torch.device("cpu"), "float32")
 def gpus(monkeypatch, count):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+
+
+def ensemble_spec(model_folders, where):
+    folders = {name: str(model_folders[name]) for name in where}
+    return EnsembleSpec(folders, dict.fromkeys(where, 1.0), where, open_members(folders, None, None))
 
 
 def test_one_device_for_all_or_one_by_name(monkeypatch):
@@ -88,29 +93,28 @@ def test_sizes_are_read_and_formatted():
 
 
 def test_the_budget_counts_the_weights_and_caches_that_are_made(model_folders):
-    members = open_members({name: str(model_folders[name]) for name in ("A", "C")}, None, None)
-    where = {"A": CPU, "C": replace(CPU, weight_dtype="int8")}
-    ensemble, _ = load_ensemble(members, {"A": 1.0, "C": 1.0}, where)
+    spec = ensemble_spec(model_folders, {"A": CPU, "C": replace(CPU, weight_dtype="int8")})
+    ensemble, _ = spec.load()
     models = [member.model for member in ensemble.members]
-    weights = sum(MemoryBudget(members, where, "0").weight_bytes[CPU.device].values())
+    weights = sum(MemoryBudget(spec, "0").weight_bytes[CPU.device].values())
     assert weights == pytest.approx(sum(model.nbytes for model in models), rel=0.02)
 
     @settings(max_examples=20)
     @given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=6), st.integers(1, 40))
     def check(lengths, new):
         prompts = [([2] * first, [2] * second) for first, second in lengths]
-        positions = max_positions(prompts, members, new)
+        positions = max_positions(prompts, spec.members, new)
         slot = sum(cache.entries_LBSEKC.nbytes for cache in KVSlots(models, 1, positions, [[], []]).caches)
 
         def fit(budget, batch_size, may_lower):
-            return MemoryBudget(members, where, str(budget)).fit(prompts, new, batch_size, may_lower)
+            return MemoryBudget(spec, str(budget)).fit(prompts, new, batch_size, may_lower)
 
         budget = weights + 6 * slot  # one of them is for the shared prefix
         assert fit(budget, 4, may_lower=False)[0] == 4
         batch_size, described = fit(budget, 9, may_lower=True)
         assert batch_size == 5
         assert format_size(weights) in described
-        with pytest.raises(InputError, match=r"5 sequences fit \(--batch-size 5\)"):
+        with pytest.raises(InputError, match="--batch-size 5 fits"):
             fit(budget, 6, may_lower=False)
         with pytest.raises(InputError, match="do not fit --memory"):
             fit(weights + 2 * slot - 1, 9, may_lower=True)
@@ -119,10 +123,10 @@ def test_the_budget_counts_the_weights_and_caches_that_are_made(model_folders):
 
 
 def test_a_process_that_holds_half_of_a_member_needs_half_of_its_memory(model_folders):
-    members = open_members({"A": str(model_folders["A"])}, None, None)
-    whole, half = (MemoryBudget(members, {"A": replace(CPU, tp_size=size)}, "1G") for size in (1, 2))
+    specs = [ensemble_spec(model_folders, {"A": replace(CPU, tp_size=size)}) for size in (1, 2)]
+    whole, half = (MemoryBudget(spec, "1G") for spec in specs)
     assert half.weight_bytes[CPU.device]["A"] == whole.weight_bytes[CPU.device]["A"] // 2
-    assert half._slot_bytes(CPU.device, [64]) == whole._slot_bytes(CPU.device, [64]) // 2
+    assert half.slot_bytes(CPU.device, [64]) == whole.slot_bytes(CPU.device, [64]) // 2
 
 
 def test_the_batch_is_lowered_where_the_user_gave_none_and_refused_where_he_did(model_folders, source, capsys):

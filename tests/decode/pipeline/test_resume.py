@@ -37,11 +37,11 @@ def test_a_run_killed_twice_ends_with_the_bytes_of_an_uninterrupted_one(model_fo
 
 def test_a_run_whose_sentences_are_all_finished_loads_no_weights(model_folders, source, monkeypatch):
     expected = uninterrupted(model_folders, source)
-    monkeypatch.setattr("decode.pipeline.run.remove_journal", lambda path: None)  # as if killed after the report
+    monkeypatch.setattr("decode.pipeline.journal.remove_journal", lambda path: None)  # as if killed after the report
     assert main(arguments(model_folders, source)) == 0
     monkeypatch.undo()
     (source / "hyp.txt").write_text("half a li")
-    monkeypatch.setattr("decode.pipeline.run.load_ensemble", None)
+    monkeypatch.setattr("decode.pipeline.members.load_ensemble", None)
     assert main(arguments(model_folders, source, "--resume")) == 0
     assert outcome(source) == expected
 
@@ -79,7 +79,7 @@ def test_an_interrupted_run_says_that_it_can_be_resumed(model_folders, source):
     wait_for_lines([journal], 3)
     os.kill(process.pid, signal.SIGTERM)
     assert code_of(process) == 130
-    assert "(--resume continues from there)" in (source / "log").read_text()
+    assert "--resume continues from there" in (source / "log").read_text()
     with open(journal, "rb") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert main(arguments(model_folders, source, "--resume")) == 0

@@ -70,7 +70,9 @@ def peaks_of_a_stream(model, count, at, seconds, *extra):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's peak memory from /proc")
 def test_memory_is_the_same_after_3000_lines_as_after_1500(model_folders):
-    found, answered = peaks_of_a_stream(model_folders["A"], 3100, (1500, 3000), 600, "--max-new-tokens", "2", "--batch-size", "32")
+    found, answered = peaks_of_a_stream(
+        model_folders["A"], 3100, (1500, 3000), 600, "--max-new-tokens", "2", "--batch-size", "32"
+    )
     assert answered == 3100
     assert found[3000] <= 1.05 * found[1500]
 

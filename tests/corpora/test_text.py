@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corpora.text import iter_lines, read_lines, read_texts
+from corpora import read_texts
+from corpora.text import iter_lines, read_lines
 from minillama.errors import InputError
 
 # Any text without the line feed; a trailing carriage return would belong to the line end.

@@ -90,9 +90,9 @@ WRITERS = {
 def test_every_format_gives_the_same_pairs(tmp_path, writer, zipped):
     files = writer(tmp_path, KNOWN)
     if zipped:
-        for place, path in enumerate(files):
-            files[place] = path.with_name(path.name + ".gz")
-            files[place].write_bytes(gzip.compress(path.read_bytes()))
+        for index, path in enumerate(files):
+            files[index] = path.with_name(path.name + ".gz")
+            files[index].write_bytes(gzip.compress(path.read_bytes()))
     pairs = read_pairs(files, "ja", "en")
     kept = [pair for pair in KNOWN if pair[0].strip() and pair[1].strip()]
     assert list(zip(pairs.source, pairs.target)) == kept

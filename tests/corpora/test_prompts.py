@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from corpora import LANGUAGES, Prompt, language_name, prompt_names
+from corpora import LANGUAGES, Prompt, language_code, language_name, prompt_names
+from minillama.cli import Parser
 from minillama.errors import InputError
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=40)
@@ -39,7 +40,7 @@ def test_the_sentence_is_never_interpreted(sentence, name):
     assert content == empty.removesuffix(end) + sentence + end
 
 
-@example(before="\x7f\x00\x1f\\", after='\r\n\t"', role="user")  # TOML wants DEL escaped, JSON does not
+@example(before="\x7f\x00\x1f\\", after='\r\n\t"', role="user")  # TOML needs DEL escaped, JSON does not
 @given(before=st.one_of(TEXT, TRICKY), after=st.one_of(TEXT, TRICKY), role=st.sampled_from(["system", "user"]))
 def test_a_saved_prompt_is_the_same_prompt(tmp_path_factory, before, after, role):
     escaped = [text.replace("{", "{{").replace("}", "}}") for text in (before, after)]
@@ -108,6 +109,14 @@ def test_languages_have_english_names():
         "English",
     ]
     assert all(name[0].isupper() for name in LANGUAGES.values())
+
+
+def test_a_language_option_of_argparse_has_the_same_message():
+    parser = Parser(prog="command")
+    parser.add_argument("--source", type=language_code)
+    assert parser.parse_args(["--source", "pt-BR"]).source == "pt-BR"
+    with pytest.raises(InputError, match=r"argument --source: unknown language 'germn': .* such as de \(German\)"):
+        parser.parse_args(["--source", "germn"])
 
 
 @pytest.mark.parametrize(
