@@ -23,10 +23,10 @@ from decode.fitting.hidden_states import hidden_states
 from decode.fitting.newton import Array, Bounds
 from decode.pipeline.config import Options, named_folders
 from decode.pipeline.journal import folder_digest
-from decode.pipeline.members import MemberSpec, encode_pair, load_ensemble, open_members
+from decode.pipeline.members import EnsembleSpec, MemberSpec, encode_pair, open_members
 from decode.pipeline.output import check_writable
 from decode.pipeline.placement import listed, per_member, placements
-from decode.pipeline.report import describe_members, finite, versions
+from decode.pipeline.report import finite, versions
 from decode.pipeline.weights_file import combination, write_weights
 from minillama.errors import InputError
 from minillama.machine import device_name
@@ -65,18 +65,17 @@ def run(arguments: argparse.Namespace) -> int:
     prior_N = _vector(combination(arguments, names), names)
     bounds = _bounds(arguments.bounds, len(names))
     against = _against(arguments.against, names, prior_N)
-    where = placements(arguments.device, arguments.dtype, names, arguments.batch_size)
+    where = placements(arguments.device, arguments.dtype, names, options.batch_size)
     prompts, chats = per_member(arguments.prompt, names, "--prompt"), per_member(arguments.chat, names, "--chat")
     members = open_members(folders, prompts, chats)
+    models = EnsembleSpec(folders, dict.fromkeys(names, 1.0), where, members)
     pairs = read_pairs(arguments.input, arguments.reference, members, options)
     others = read_pairs(arguments.held_out[0], arguments.held_out[1], members, options) if arguments.held_out else None
-    models, devices = describe_members(members, None, where)
-    languages = f"{options.source} to {options.target}"
-    _log(
-        f"weights of {len(names)} models ({models}): {pairs} of {display_name(arguments.input)}, {languages}, {devices}"
-    )
+    sum_of_models, devices = models.describe()
+    texts = f"{pairs} of {display_name(arguments.input)}, {options.source} to {options.target}"
+    _log(f"weights of {sum_of_models}: {texts}, {devices}")
 
-    ensemble, seconds = load_ensemble(members, dict.fromkeys(names, 1.0), where)
+    ensemble, seconds = models.load()
     _log(f"loaded in {seconds:.1f} s")
     started = time.perf_counter()
     data = hidden_states(ensemble, pairs.prompts, pairs.targets, options.batch_size)
