@@ -4,7 +4,7 @@
 #   demo/tune.sh FIT.ja FIT.en TEST.ja TEST.en OUTPUT
 #
 # The text to fit on also selects the best of the sums with weights set by hand. The result is OUTPUT/tune-demo.json
-# (the committed one: decode/results/tune-demo.json); what OUTPUT already has is not done again.
+# (the committed one: benchmarks/results/decode/tune-demo.json); what OUTPUT already has is not done again.
 set -euo pipefail
 [ $# = 5 ] || { echo "usage: demo/tune.sh FIT.ja FIT.en TEST.ja TEST.en OUTPUT" >&2; exit 2; }
 fit=$1 fit_reference=$2 test=$3 test_reference=$4 output=$5
