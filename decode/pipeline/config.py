@@ -47,30 +47,26 @@ class Options:
         return cls(**{**values, "explain": arguments.explain is not None, "batch_size": batch_size})
 
     def __post_init__(self) -> None:
-        drafts = self.speculate in ("off", "auto") or self.speculate in map(str, range(1, MAX_DRAFT + 1))
-        # Written so that NaN is refused.
-        for valid, message in (
-            (self.batch_size >= 1, f"--batch-size {self.batch_size}: must be at least 1"),
-            (self.max_new_tokens >= 1, f"--max-new-tokens {self.max_new_tokens}: must be at least 1"),
-            (1 <= self.beam <= MAX_BEAMS, f"--beam {self.beam}: expected 1 to {MAX_BEAMS}"),
-            (abs(self.length_penalty) <= 10, f"--length-penalty {self.length_penalty:g}: expected -10 to 10"),
-            (
-                0 <= self.nbest <= self.beam,
-                f"--nbest {self.nbest}: --beam {self.beam} gives 1 to {self.beam} hypotheses",
-            ),
-            (0 < self.temperature <= 1e6, f"--temperature {self.temperature:g}: expected above 0, up to a million"),
-            (self.top_k >= 0, f"--top-k {self.top_k}: expected 0 or more"),
-            (0 < self.top_p <= 1, f"--top-p {self.top_p:g}: expected above 0, up to 1"),
-            (0 <= self.seed <= MAX_SEED, f"--seed {self.seed}: expected 0 to {MAX_SEED}"),
-            (drafts, f"--speculate {self.speculate}: expected auto, off, or 1 to {MAX_DRAFT} tokens"),
-            (not self.sample or self.beam == 1, "--sample and --beam exclude one another; give one of them"),
-            (
-                self.speculate == "off" or self.beam == 1,
-                "--speculate and --beam exclude one another; give one of them",
-            ),
-        ):
+        drafts = map(str, range(1, MAX_DRAFT + 1))
+        checks = {
+            "batch_size": (self.batch_size >= 1, "1 or more"),
+            "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
+            "beam": (1 <= self.beam <= MAX_BEAMS, f"1 to {MAX_BEAMS}"),
+            "length_penalty": (abs(self.length_penalty) <= 10, "-10 to 10"),  # false for NaN
+            "nbest": (0 <= self.nbest <= self.beam, f"at most the {self.beam} of --beam"),
+            "temperature": (0 < self.temperature <= 1e6, "above 0, up to a million"),
+            "top_k": (self.top_k >= 0, "0 or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0, up to 1"),
+            "seed": (0 <= self.seed <= MAX_SEED, f"0 to {MAX_SEED}"),
+            "speculate": (self.speculate in ("off", "auto", *drafts), f"auto, off, or 1 to {MAX_DRAFT} tokens"),
+        }
+        for name, (valid, expected) in checks.items():
             if not valid:
-                raise InputError(message)
+                raise InputError(f"{_flag(name)} {getattr(self, name)}: expected {expected}")
+        if self.sample and (self.beam > 1 or self.nbest):
+            raise InputError("--sample and --beam or --nbest exclude one another; give one of them")
+        if self.speculate != "off" and self.beam > 1:
+            raise InputError("--speculate and --beam exclude one another; give one of them")
         if not self.sample:
             self._check_unused("--sample", "temperature", "top_k", "top_p", "seed")
         if self.beam == 1 and not self.nbest:
@@ -80,7 +76,7 @@ class Options:
         defaults = {field.name: field.default for field in fields(self)}
         for name in names:
             if getattr(self, name) != defaults[name]:
-                raise InputError(f"--{name.replace('_', '-')} has no effect without {option}; give {option} too")
+                raise InputError(f"{_flag(name)} has no effect without {option}; give {option} too")
 
     @property
     def sampling_params(self) -> SamplingParams:
@@ -107,3 +103,7 @@ def named_folders(models: Sequence[str]) -> dict[str, str]:
             raise InputError(f"--model {text}: {name} is given twice")
         folders[name] = folder
     return folders
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

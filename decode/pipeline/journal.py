@@ -49,6 +49,11 @@ def rank_path(path: Path, rank: int) -> Path:
     return path if rank == 0 else path.with_name(f"{path.name}.rank{rank}")
 
 
+def rank_files(path: Path) -> list[Path]:
+    """The files of ranks other than 0 that are there, of this run or an earlier one."""
+    return [Path(name) for name in sorted(glob.glob(f"{glob.escape(str(path))}.rank*"))]
+
+
 class Journal:
     """A journal file open for appending, and locked: a context.
 
@@ -58,7 +63,6 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.descriptor = _open_locked(path)
-        self.has_records = os.fstat(self.descriptor).st_size > 0
         self.synced = time.monotonic()
 
     def __enter__(self) -> "Journal":
@@ -66,29 +70,27 @@ class Journal:
 
     def __exit__(self, *exception: object) -> None:
         """Sync and unlock. A journal without a record has nothing to resume and is removed."""
-        if not self.has_records:
+        if next(read_records(self.path), None) is None:
             self.path.unlink(missing_ok=True)
         self._sync()
         os.close(self.descriptor)
 
-    def restart(self, run: Mapping[str, Any], keep: int = 0) -> None:
-        """Truncate the file to its first `keep` bytes; write the head of an empty one."""
-        os.ftruncate(self.descriptor, keep)
-        if keep == 0:
+    def start(self, run: Mapping[str, Any]) -> None:
+        """Drop a damaged end, and the head of a file without records; write the head of an empty file."""
+        _, complete_bytes, lines = _scan(self.path)
+        os.ftruncate(self.descriptor, complete_bytes if lines else 0)
+        if not lines:
             self._append({"journal": FORMAT, "run": dict(run)})
             sync(self.path.parent)
-        self.has_records = keep > 0
 
     def write(self, record: Record) -> None:
         self._append(record.to_json())
-        self.has_records = True
         if time.monotonic() - self.synced >= SYNC_SECONDS:
             self._sync()
 
     def end(self, stats: Mapping[str, Any]) -> None:
         """The last entry: this process has nothing more to write."""
         self._append({"end": dict(stats)})
-        self.has_records = True
         self._sync()
 
     def _sync(self) -> None:
@@ -105,35 +107,31 @@ class Journal:
 
 
 def open_journal(path: Path, run: Mapping[str, Any], resume: bool | None) -> tuple[Journal, set[int]]:
-    """Open a run's journal and merge all files of an earlier run into it; returns the lines that it has records of.
+    """Open the main process's journal; returns it and the lines that an earlier run finished, in any of its files.
 
-    resume: True continues, False drops what is there, None raises InputError if there is anything to lose. Raises
+    resume: True continues that run, False drops it, None raises InputError if there is anything to lose. Raises
     InputError too for the journal of a different run, naming the differences. Safe to be killed at any moment.
     """
     journal = Journal(path)
     try:
-        others = _rank_files(path)
-        for other in others:
-            os.close(_open_locked(other))  # raises if a rank of another run still writes
-        found = {file: _scan(file) for file in (path, *others)}
-        done: set[int] = set().union(*(lines for _, _, lines in found.values())) if resume is not False else set()
+        others = rank_files(path)
+        found = {file: _scan(file) for file in (path, *others)} if resume is not False else {}
+        done: set[int] = set().union(*(lines for _, _, lines in found.values()))
         if done and resume is None:
             raise InputError(
                 f"{path}: {len(done):,} finished sentences of a run that did not end; --resume continues it, "
                 "--no-resume starts afresh"
             )
-        if done:
-            for file, (head, _, lines) in found.items():
-                if lines and (different := differences(head, run)):
-                    raise InputError(f"{file} is of another run: {different}; --no-resume starts afresh")
-        _, complete_bytes, own_lines = found[path]
-        journal.restart(run, complete_bytes if done and own_lines else 0)
+        for file, (head, _, lines) in found.items():
+            if lines and (different := differences(head, run)):
+                raise InputError(f"{file} is of another run: {different}; --no-resume starts afresh")
+        kept = [file for file, (_, _, lines) in found.items() if lines]
+        if path not in kept:
+            os.ftruncate(journal.descriptor, 0)
         for file in others:
-            if done:
-                for record in read_records(file):
-                    journal.write(record)
-                journal._sync()
-            file.unlink()
+            if file not in kept:
+                file.unlink()
+        journal.start(run)
     except BaseException:
         journal.__exit__()
         raise
@@ -142,7 +140,7 @@ def open_journal(path: Path, run: Mapping[str, Any], resume: bool | None) -> tup
 
 def remove_journal(path: Path) -> None:
     """The output is complete: the journal is no longer needed."""
-    for file in _rank_files(path):
+    for file in rank_files(path):
         file.unlink()
     path.unlink(missing_ok=True)
 
@@ -164,7 +162,7 @@ class JournalFollower:
         for end, entry in _entries(self.path, self.offset):
             if "line" in entry:
                 yield Record.from_json(entry)
-            self.stats = entry.get("end", self.stats)
+            self.stats = entry.get("end", {})
             self.offset = end
 
 
@@ -239,10 +237,6 @@ def _open_locked(path: Path) -> int:
         if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
             return descriptor
         os.close(descriptor)  # its last owner removed it between the two calls
-
-
-def _rank_files(path: Path) -> list[Path]:
-    return [Path(name) for name in sorted(glob.glob(f"{glob.escape(str(path))}.rank*"))]
 
 
 def _entries(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -112,7 +112,7 @@ class TranslationRun:
             self.done = distributed.receive_done()
             if distributed.is_leader:
                 self.journal = journal.Journal(journal.rank_path(path, distributed.rank))
-                self.journal.restart(identity)
+                self.journal.start(identity)
         if self.journal is not None:
             stack.enter_context(self.journal)
 
@@ -144,18 +144,16 @@ class TranslationRun:
                 raise Interrupted(f"interrupted: {finished}{resumable}") from None
 
     def _translate_file(self, file: EncodedInput) -> None:
-        """Take chunks of the lines that are left; the main process then collects what the others finish."""
+        """Take chunks of the lines that are left; the main process also collects what the others finish."""
+        world, others = self.distributed.world, []
         self.stats.add_input(file)
-        others: list[journal.JournalFollower] = []
         if self.outputs:
             self.outputs.put_empty(file.empty)
             if self.journal:
                 path = self.journal.path
-                others = [
-                    journal.JournalFollower(journal.rank_path(path, rank)) for rank in range(1, self.distributed.world)
-                ]
-                for record in journal.read_records(path):
-                    self.outputs.put(record, file.text(record.line), resumed=True)
+                files = [*(journal.rank_path(path, rank) for rank in range(1, world)), *journal.rank_files(path)]
+                others = [journal.JournalFollower(file) for file in dict.fromkeys(files)]
+                self._collect(file, [journal.JournalFollower(path), *others])
         try:
             if self.ensemble is not None:
                 remaining = file.remaining(self.done)
@@ -172,15 +170,16 @@ class TranslationRun:
                 self.distributed.report_finished()
         finally:
             self._collect(file, others)  # what other ranks have finished is kept after an interruption too
-        for other in others:
-            self.stats.merge(**other.stats)
+        for other in others[: world - 1]:
+            if other.stats:
+                self.stats.merge(**other.stats)
 
-    def _collect(self, file: EncodedInput, others: list[journal.JournalFollower]) -> None:
-        """Output what other ranks have written to their journals."""
-        for other in others:
-            for record in other.new_records():
+    def _collect(self, file: EncodedInput, journals: list[journal.JournalFollower]) -> None:
+        """Output what is new in these journals, of other ranks or of an earlier run."""
+        for follower in journals:
+            for record in follower.new_records():
                 assert self.outputs is not None
-                self.outputs.put(record, file.text(record.line))
+                self.outputs.put(record, file.text(record.line), resumed=record.line in self.done)
 
     def _translate_stream(self) -> None:
         """Standard input in groups of the lines that are there; the lines before one that is refused are translated."""

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from decode.pipeline.journal import JournalFollower, journal_path, open_journal, rank_path, read_records
+from decode.pipeline.journal import (
+    Journal,
+    JournalFollower,
+    journal_path,
+    open_journal,
+    rank_path,
+    read_records,
+    remove_journal,
+)
 from decode.pipeline.record import Record
 from minillama import InputError
 
@@ -45,24 +53,29 @@ def test_complete_records_before_a_damaged_end_count(tmp_path, cut, tail):
         assert list(read_records(path)) == records
 
 
-def test_the_files_of_other_ranks_are_merged_and_a_record_may_be_there_twice(tmp_path):
+def test_the_files_of_all_ranks_count_until_the_run_ends(tmp_path):
     path = tmp_path / "hyp.txt.journal"
     records = write_journal(path, 2)
     rank_path(path, 3).write_bytes(path.read_bytes())
     nine = Record(9, "nine", [1], [-1.0], "length")
-    with open_journal(rank_path(path, 1), RUN, None)[0] as other:
+    with Journal(rank_path(path, 1)) as other:
+        other.start(RUN)
         other.write(nine)
         other.end({"steps": 3})
     follower = JournalFollower(rank_path(path, 1))
     assert list(follower.new_records()) == [nine]
     assert list(follower.new_records()) == []
     assert follower.stats == {"steps": 3}
+    with Journal(rank_path(path, 1)) as other:  # a resumed run, which has not ended
+        other.start(RUN)
+        other.write(records[0])
+    assert list(follower.new_records()) == [records[0]]
+    assert follower.stats == {}
     journal, done = open_journal(path, RUN, True)
     with journal:
         assert done == {0, 1, 9}
-    assert list(read_records(path)) == [*records, nine, *records]
-    assert not rank_path(path, 1).exists()
-    assert not rank_path(path, 3).exists()
+    remove_journal(path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_journal_of_another_run_is_refused_with_the_differences(tmp_path):
