@@ -41,18 +41,6 @@ def format_sum(weights_N: Array, names: Sequence[str]) -> str:
     return format_weights({name: float(weight) for name, weight in zip(names, weights_N) if weight})
 
 
-def objective(data: HiddenStates) -> Function:
-    """The function that is minimised: negative log-likelihood, nats per token."""
-
-    def function(weights_N: Array) -> Point:
-        found = data.likelihood(weights_N)
-        sums = found.nats_S.sum(), found.gradient_SN.sum(axis=0), found.hessian_SNN.sum(axis=0)
-        value, gradient_N, hessian_NN = (sum_ / found.tokens for sum_ in sums)
-        return Point(found.weights_N, float(value), gradient_N, hessian_NN)
-
-    return function
-
-
 def _coarse(data: HiddenStates) -> HiddenStates | None:
     return data.every(data.tokens // COARSE_TOKENS) if data.tokens >= 4 * COARSE_TOKENS else None
 
@@ -70,11 +58,10 @@ def fit_weights(
     log: called with a line for each evaluation.
     """
     if (part := _coarse(data)) is not None:
-        start_N = minimise(objective(part), start_N, prior_N, l2, bounds, COARSE_NORM).function.weights_N
-    function = objective(data)
+        start_N = minimise(part.objective, start_N, prior_N, l2, bounds, COARSE_NORM).function.weights_N
 
     def logged(weights_N: Array) -> Point:
-        point = function(weights_N)
+        point = data.objective(weights_N)
         log(f"{point.value:.6f} nats per token, gradient {np.linalg.norm(point.gradient_N):.1e}")
         return point
 
@@ -100,8 +87,8 @@ def best_scale(data: HiddenStates, prior_N: Array) -> tuple[float, float]:
 
     start_1 = np.ones(1)
     if (part := _coarse(data)) is not None:
-        start_1 = minimise(along(objective(part)), start_1).point.weights_N
-    found = minimise(along(objective(data)), start_1)
+        start_1 = minimise(along(part.objective), start_1).point.weights_N
+    found = minimise(along(data.objective), start_1)
     return float(found.point.weights_N[0]), found.function.value
 
 

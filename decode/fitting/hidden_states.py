@@ -27,7 +27,7 @@ from torch import Tensor
 
 from decode.engine.ensemble import Ensemble
 from decode.engine.generate import score
-from decode.fitting.newton import Array
+from decode.fitting.newton import Array, Point
 from decode.pipeline.output import DecodeProgress
 from kernels import FusedHead, describe_flag, fused_head
 
@@ -46,7 +46,6 @@ class Likelihood:
     """
 
     weights_N: Array
-    tokens: int
     nats_S: Array
     gradient_SN: Array
     hessian_SNN: Array
@@ -119,7 +118,14 @@ class HiddenStates:
             covariance_TM = part.covariance.double().flatten(0, 1).T
             terms.append(torch.cat((-part.target_logprob.double(), gradient_NT.T, covariance_TM), dim=1).cpu())
         nats_S, gradient_SN, hessian_SM = np.split(self._by_text(torch.cat(terms)), (1, 1 + members), axis=1)
-        return Likelihood(weights_N, self.tokens, nats_S[:, 0], gradient_SN, hessian_SM.reshape(-1, members, members))
+        return Likelihood(weights_N, nats_S[:, 0], gradient_SN, hessian_SM.reshape(-1, members, members))
+
+    def objective(self, weights_N: Array) -> Point:
+        """The function that is minimised: negative log-likelihood, nats per token."""
+        found = self.likelihood(weights_N)
+        sums = found.nats_S.sum(), found.gradient_SN.sum(axis=0), found.hessian_SNN.sum(axis=0)
+        value, gradient_N, hessian_NN = (sum_ / self.tokens for sum_ in sums)
+        return Point(found.weights_N, float(value), gradient_N, hessian_NN)
 
     def _heads(
         self, weights_N: Array, targets_TG: Tensor, members: Sequence[int], moments: bool

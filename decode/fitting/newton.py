@@ -113,29 +113,24 @@ def minimise(
     gradient_norm: float = GRADIENT_NORM,
 ) -> Minimum:
     """The minimum of function(w) + l2/2 |w - prior|^2 within the bounds. prior_N None: the start."""
-    count, steps = len(start_N), 0
     prior_N = start_N if prior_N is None else prior_N
-    bounds = bounds or Bounds.none(count)
-    l2_NN, null_KN = l2 * np.eye(count), np.empty((0, count))
+    bounds = bounds or Bounds.none(len(start_N))
+    l2_NN, steps = l2 * np.eye(len(start_N)), 0
     at = function(bounds.clip(start_N))
     while True:
-        null_KN = np.concatenate((null_KN, null_directions(at.hessian_NN + l2_NN, null_KN)))
+        null_KN = null_directions(at.hessian_NN + l2_NN)
         largest = float(np.linalg.eigvalsh(at.hessian_NN)[-1])
         penalty_NN = l2_NN + max(NULL_PENALTY * largest, GRADIENT_NORM) * null_KN.T @ null_KN
         found = _newton(function, at, prior_N, penalty_NN, bounds, gradient_norm)
         at, steps = found.function, steps + found.steps
-        if not len(null_directions(at.hessian_NN + l2_NN, null_KN)):  # none that is null at the minimum alone
+        if len(null_directions(at.hessian_NN + l2_NN)) <= len(null_KN):  # no more of them than at the start
             return replace(found, null_KN=null_KN, steps=steps)
 
 
-def null_directions(hessian_NN: Array, known_KN: Array) -> Array:
-    """(K, N) unit directions, orthogonal to the known ones, along which a quadratic form of this matrix vanishes."""
-    without_NN = np.eye(len(hessian_NN)) - known_KN.T @ known_KN
-    values_N, vectors_NN = np.linalg.eigh(without_NN @ hessian_NN @ without_NN)
-    null_N = values_N <= NULL_EIGENVALUE * max(float(values_N[-1]), 0.0)
-    # The known directions have eigenvalue zero here too.
-    null_N &= np.linalg.norm(without_NN @ vectors_NN, axis=0) > 0.5
-    return vectors_NN.T[null_N]
+def null_directions(hessian_NN: Array) -> Array:
+    """(K, N) orthogonal unit directions along which a quadratic form of this matrix vanishes."""
+    values_N, vectors_NN = np.linalg.eigh(hessian_NN)
+    return vectors_NN.T[values_N <= NULL_EIGENVALUE * max(float(values_N[-1]), 0.0)]
 
 
 def _newton(

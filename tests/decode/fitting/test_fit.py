@@ -93,12 +93,12 @@ def by_scipy(value, count, l2=0.0, prior=1.0, bounds=None):
 def test_value_gradient_and_hessian_are_autograds_in_float64(data, texts, logits_TVN, weights):
     value, weights_N = naive(logits_TVN, texts[1]), torch.tensor(weights, dtype=torch.float64)
     found = data.likelihood(np.array(weights))
-    assert found.tokens == len(logits_TVN) == sum(len(target) + 1 for target in texts[1])
-    assert found.nats_S.sum() / found.tokens == pytest.approx(value(weights_N).item(), rel=1e-6)
+    assert data.tokens == len(logits_TVN) == sum(len(target) + 1 for target in texts[1])
+    assert found.nats_S.sum() / data.tokens == pytest.approx(value(weights_N).item(), rel=1e-6)
     gradient_N = gradient_of(value, weights_N)
-    assert found.gradient_SN.sum(axis=0) / found.tokens == pytest.approx(gradient_N, abs=2e-5)
+    assert found.gradient_SN.sum(axis=0) / data.tokens == pytest.approx(gradient_N, abs=2e-5)
     hessian_NN = torch.autograd.functional.hessian(value, weights_N).numpy()
-    assert found.hessian_SNN.sum(axis=0) / found.tokens == pytest.approx(hessian_NN, rel=1e-4, abs=2e-4)
+    assert found.hessian_SNN.sum(axis=0) / data.tokens == pytest.approx(hessian_NN, rel=1e-4, abs=2e-4)
     assert data.nats(np.array(weights)) == pytest.approx(found.nats_S, abs=1e-3)
 
 

@@ -127,12 +127,11 @@ def test_along_a_null_direction_weights_stay_at_the_priors():
         assert found.eigenvalues[0] == pytest.approx(0.0, abs=1e-9)
 
 
-def test_null_directions_are_found_orthogonal_to_known_ones():
-    hessian_NN = np.diag([4.0, 0.0, 1.0, 1e-9])
-    first_KN = null_directions(hessian_NN, np.empty((0, 4)))
-    assert np.abs(first_KN).sum(axis=0) == pytest.approx([0.0, 1.0, 0.0, 1.0])
-    assert np.abs(null_directions(hessian_NN, first_KN[:1])) == pytest.approx(np.abs(first_KN[1:]))
-    assert null_directions(hessian_NN, first_KN).shape == (0, 4)
+def test_null_directions_are_those_of_eigenvalue_zero():
+    null_KN = null_directions(np.diag([4.0, 0.0, 1.0, 1e-9]))
+    assert np.abs(null_KN).sum(axis=0) == pytest.approx([0.0, 1.0, 0.0, 1.0])
+    assert null_directions(np.eye(3)).shape == (0, 3)
+    assert null_directions(np.zeros((2, 2))).shape == (2, 2)
 
 
 def test_a_function_in_float32_is_minimised_to_its_precision():
