@@ -7,17 +7,17 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
-from minillama import InputError
+from minillama.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from decode.engine.attribution import Explanation
     from decode.engine.beam import BeamSearch
     from decode.engine.kv_slots import Slot
 
 MAX_BEAMS = 8
+MAX_DRAFT = 7  # tokens drafted at a time
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -202,6 +202,8 @@ class Sequence:
                 hypotheses=self.search.finished[: self.params.nbest or self.params.beams],
                 explanations=best.explanations,
             )
+        import torch  # here, so that a command line is checked without it
+
         return Completion(
             self.tokens if self.targets is None else self.targets,
             self.logprobs,

@@ -27,10 +27,9 @@ import torch
 from torch import Tensor
 
 from decode.engine.model_runner import ModelRunner, SamplerOutput, SlotInput
-from decode.engine.sequence import Sequence
+from decode.engine.sequence import MAX_DRAFT, Sequence
 from minillama import InputError
 
-MAX_DRAFT = 7
 # `auto` considers drafts of these lengths, for at most so many sequences: beyond, weights are not what a pass costs.
 LENGTHS = (1, 3, MAX_DRAFT)
 MAX_SEQUENCES = 4

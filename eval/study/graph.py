@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from decode.pipeline.fingerprint import folder_digest
+from decode.pipeline.journal import folder_digest
 from minillama.errors import InputError
 from minillama.files import atomic_write
 

@@ -93,7 +93,7 @@ def test_lists_that_wait_for_an_unfinished_line_are_kept_after_an_interruption(t
     found = [["text [5]", -0.75, -0.375]]
     with NBestWriter(str(tmp_path / "nbest")) as writer:
         for line in (0, 3, 2):
-            writer.put_record(line, Record(line, "text [5]", [5], [-0.5], "stop", found))
+            writer.put_sentence(line, "", Record(line, "text [5]", [5], [-0.5], "stop", found))
         writer.write_finished()
     lines = (tmp_path / "nbest").read_text().splitlines()
     assert [line.split(" ||| ")[0] for line in lines] == ["0", "2", "3"]

@@ -1,18 +1,14 @@
 """A model that several processes hold together decodes as it does whole; processes are real, gloo on the CPU."""
 
-import multiprocessing
-import socket
-
 import parallel_worker
 import pytest
 import torch
+from processes import CONTEXT, code_of, free_port
 from tiny import TINY, tiny_model
 
 from decode.model.packed_llama import PackedLlama
 from minillama import Llama
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["parallel_worker"])
 # Odd vocabularies do not divide; S shares nothing but its vocabulary with L.
 SHAPES = {
     "L": {"vocab_size": 401, "attention_bias": True, "mlp_bias": True},
@@ -49,18 +45,13 @@ def group(folders, prompts):
 
 def found_by_two(folders, prompts, on_gpu=False):
     """What each of two processes found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    queue = CONTEXT.Queue()
+    queue, port = CONTEXT.Queue(), free_port()
     arguments = (2, port, folders, prompts, queue, on_gpu)
     processes = [CONTEXT.Process(target=parallel_worker.run, args=(rank, *arguments)) for rank in range(2)]
     for process in processes:
         process.start()
     found = dict(queue.get(timeout=300) for _ in processes)
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert [code_of(process) for process in processes] == [0, 0]
     return [found[0], found[1]]
 
 

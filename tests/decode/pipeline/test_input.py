@@ -1,11 +1,11 @@
-"""Standard input in pieces of any size gives the lines that it has, and never waits for one that has not come."""
+"""Standard input in pieces of any size gives its complete lines, without waiting for the next."""
 
 import os
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decode.pipeline.input import LineSource, windows
+from decode.pipeline.input import LineSource, read_available_lines
 
 
 def source_of(content: bytes) -> tuple[int, int]:
@@ -15,15 +15,15 @@ def source_of(content: bytes) -> tuple[int, int]:
 
 
 @given(st.lists(st.text(alphabet="abcé日 ", max_size=8), max_size=30), st.integers(1, 9), st.booleans())
-def test_windows_hold_every_line_once_and_in_order(lines, largest, newline_at_end):
+def test_groups_hold_every_line_once_and_in_order(lines, most, newline_at_end):
     content = "\n".join(lines) + ("\n" if newline_at_end and lines else "")
     read, write = source_of(content.encode())
     os.close(write)
-    found = list(windows(read, largest))
+    found = list(read_available_lines(read, most))
     os.close(read)
     expected = content.removesuffix("\n").split("\n") if content else []
-    assert [line for window in found for line in window] == expected
-    assert all(1 <= len(window) <= largest for window in found)
+    assert [line for group in found for line in group] == expected
+    assert all(1 <= len(group) <= most for group in found)
 
 
 def test_only_whole_lines_are_ready_and_a_closed_pipe_releases_the_last():

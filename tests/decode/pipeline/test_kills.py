@@ -1,9 +1,9 @@
 """20 kills at random moments of a run of 500 sentences of the demo, one rank of two in five of them: nothing is lost.
 
-    pytest -m slow -s tests/decode/test_kills.py
+    pytest -m slow -s tests/decode/pipeline/test_kills.py
 
 COLLAB_KILLS changes the number, COLLAB_KILL_INPUT names a file of Japanese sentences (default: 500 made of the sample),
-COLLAB_KILL_SEED repeats a draw. The quick version, with random models, is in test_resume.py and test_ranks.py.
+COLLAB_KILL_SEED repeats a run. The quick version, with random models, is in test_resume.py and test_distributed.py.
 """
 
 import json
@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from corpora import sample
-from decode.pipeline.journal import part_path, records
+from decode.pipeline.journal import rank_path, read_records
 
-DEMO = Path(__file__).resolve().parents[2] / "demo"
+DEMO = Path(__file__).resolve().parents[3] / "demo"
 SAMPLE = sample().source
 SENTENCES = [*SAMPLE, *(f"{first}{second}" for first in SAMPLE[:23] for second in SAMPLE[20:40])]
 
@@ -60,7 +60,7 @@ def outcome(folder):
 
 def finished(folder):
     journal = folder / "hyp.txt.journal"
-    return len({record.line for rank in range(2) for record in records(part_path(journal, rank))})
+    return len({record.line for rank in range(2) for record in read_records(rank_path(journal, rank))})
 
 
 @pytest.mark.slow
