@@ -2,8 +2,8 @@
 
 python demo/tune_check.py FIT.ja FIT.en REPORT.json OUTPUT.json
 
-REPORT.json is what `decode.tune --json` printed for these texts. Nothing of the fit is used here: prompts are read one
-by one by `Llama` itself, logits are made by its own output layer, and scipy minimises their cross-entropy.
+REPORT.json is the output of `decode.tune --json` for these texts. Nothing of the fit is used here: `Llama` itself reads
+prompts one by one, logits are computed by its own output layer, and scipy minimises their cross-entropy.
 """
 
 import json
@@ -19,7 +19,7 @@ from decode.pipeline.members import open_members
 from minillama import Llama
 from minillama.files import atomic_write
 
-PLACES_AT_ONCE = 512
+POSITIONS_AT_ONCE = 512
 
 
 def main(source: str, reference: str, report: str, output: str) -> None:
@@ -45,8 +45,8 @@ def main(source: str, reference: str, report: str, output: str) -> None:
     def nats(weights_N: np.ndarray) -> tuple[float, np.ndarray]:
         weights = torch.tensor(weights_N, requires_grad=True)
         value = 0.0
-        for start in range(0, len(token_T), PLACES_AT_ONCE):
-            here = slice(start, start + PLACES_AT_ONCE)
+        for start in range(0, len(token_T), POSITIONS_AT_ONCE):
+            here = slice(start, start + POSITIONS_AT_ONCE)
             x_TV = sum(w * (h_TD[here] @ o_VD.T) for w, h_TD, o_VD in zip(weights, hidden, heads, strict=True))
             part = torch.nn.functional.cross_entropy(x_TV, token_T[here], reduction="sum") / len(token_T)
             part.backward()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minillama.errors import InputError
+from minillama.machine import pick_device
 
 INSTALL = "BERTScore needs the package bert-score: pip install 'collab-mt[bertscore]'"
 BATCH_SIZE = 64  # bert-score's default
@@ -95,12 +96,16 @@ def load_bertscorer(
             raise InputError(f"{model}: bert-score knows no best layer for it, give --bertscore-layers N")
     if batch_size < 1:
         raise InputError(f"batch size {batch_size}, expected at least 1")
-    device = _device(device)
+    device = str(pick_device(device))
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
     if not sys.stderr.isatty():
-        _quiet_progress()
+        logging.disable_progress_bar()
     try:
-        tokenizer = _load_tokenizer(model)
-        depth = _depth(model)
+        config = AutoConfig.from_pretrained(model)
+        tokenizer = _load_tokenizer(model, config)
+        depth = getattr(config, "num_hidden_layers", None) or getattr(config, "n_layers", None) or 0
         if not 1 <= layers <= depth:
             raise InputError(
                 f"{model}: has {depth} layers, expected --bertscore-layers from 1 to {depth}, found {layers}"
@@ -119,14 +124,13 @@ def load_bertscorer(
     return BertScorer(encoder, tokenizer, signature, device, batch_size)
 
 
-def _load_tokenizer(model: str) -> Any:
-    from transformers import AutoConfig, AutoTokenizer, GPT2Tokenizer, RobertaTokenizer
+def _load_tokenizer(model: str, config: Any) -> Any:
+    from transformers import AutoTokenizer, GPT2Tokenizer, RobertaTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     if isinstance(tokenizer, (GPT2Tokenizer, RobertaTokenizer)):
         # bert-score requests the space when it encodes; transformers 5 accepts it only here.
         tokenizer = AutoTokenizer.from_pretrained(model, add_prefix_space=True)
-    config = AutoConfig.from_pretrained(model)
     positions = getattr(config, "max_position_embeddings", None)
     if positions and tokenizer.model_max_length > positions:
         # RoBERTa's positions start after its padding index.
@@ -135,33 +139,6 @@ def _load_tokenizer(model: str) -> Any:
     if tokenizer.model_max_length > 1_000_000:  # no limit known: transformers' own marker overflows in the tokenizer
         tokenizer.model_max_length = 1_000_000
     return tokenizer
-
-
-def _depth(model: str) -> int:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model)
-    return getattr(config, "num_hidden_layers", None) or getattr(config, "n_layers", None) or 0
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device {name}: no CUDA device here, expected cpu or auto")
-    try:
-        torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"unknown device {name!r}, expected auto, cpu or cuda") from error
-    return name
-
-
-def _quiet_progress() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def _digest(folder: Path) -> str:

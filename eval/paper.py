@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     study = replace(study, run=replace(study.run, **{key: new for key, new in changed.items() if new is not None}))
     if study.run.jobs < 1 or study.run.threads < 0:
         raise InputError("--jobs must be at least 1, --threads at least 0")
+    if arguments.gpu_memory is not None and not arguments.gpu_memory > 0:
+        raise InputError(f"--gpu-memory {arguments.gpu_memory:g}: must be above 0")
     steps = Steps(study, Path(arguments.data), config.parent)
     store = Store(Path(arguments.work or Path("runs") / config.stem))
     order = in_order(steps.targets())

@@ -15,7 +15,7 @@ from typing import Any
 from corpora.languages import language_name
 from corpora.metrics import bleu_tokenizers, text_metrics
 from corpora.text import display_name, read_lines
-from eval.significance import SAMPLES, SEED, compare, compare_means
+from eval.significance import SAMPLES, SEED, compare_means, compare_scores
 from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
 from minillama.files import atomic_write
@@ -75,7 +75,7 @@ def score(
             baseline.append({"key": key, "score": other, "difference": scores[0] - other, "p_value": p_value})
 
     for metric in text_metrics(names, references, target):
-        result = compare(metric, systems, samples, seed)
+        result = compare_scores(metric, systems, samples, seed)
         add(metric.key, metric.label, result.scores, result.signature, result.p_values)
     if "bertscore" in names:
         from eval.bertscore import load_bertscorer

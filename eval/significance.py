@@ -25,7 +25,7 @@ class Comparison:
     p_values: list[float]
 
 
-def compare(metric: TextMetric, systems: Sequence[Sequence[str]], samples: int, seed: int) -> Comparison:
+def compare_scores(metric: TextMetric, systems: Sequence[Sequence[str]], samples: int, seed: int) -> Comparison:
     """Scores of all systems; with more than one, sacrebleu's paired bootstrap of each against the first.
 
     The test statistic is the absolute difference, so it does not matter which of two systems is called the baseline.

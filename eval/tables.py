@@ -1,13 +1,13 @@
 """Tables and short texts, as Markdown and as LaTeX.
 
-All text is plain: nothing in it is markup, whatever a model has written. The LaTeX is for `\\input` into a document that
+All text is plain: nothing in it is markup, whatever a model has written. The LaTeX is for `\\input` into a document
 that uses LATEX_PACKAGES and, for Japanese, a font with its characters (XeLaTeX, LuaLaTeX).
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
+from itertools import compress, groupby
 from typing import Literal
 
 MISSING = "–"
@@ -82,13 +82,9 @@ class Table:
         return list(self.rows[0])
 
     def groups(self) -> list[tuple[str, int]]:
-        """Neighbouring columns of one group as (name, how many); empty where no column has a group."""
-        groups: list[tuple[str, int]] = []
-        for column in self.columns:
-            if groups and column.group and groups[-1][0] == column.group:
-                groups[-1] = (column.group, groups[-1][1] + 1)
-            else:
-                groups.append((column.group, 1))
+        """Neighbouring columns of one group as (name, how many); empty if no column has a group."""
+        runs = groupby(self.columns, key=lambda column: column.group)
+        groups = [(name, len(list(columns))) for name, columns in runs]
         return groups if any(name for name, _ in groups) else []
 
     def without_empty_columns(self) -> "Table":

@@ -202,7 +202,8 @@ class Engine:
         if proposed:
             assert draft is not None
             assert self.speculation is not None
-            self.runner.slots.truncate(entry.slot, len(proposed) - accepted)
+            failed = any(output.flags[row + accepted + 1 : row + len(proposed) + 1])
+            self.runner.slots.truncate(entry.slot, len(proposed) - accepted, clear=failed)
             self.stats.add_draft(self.speculation.name(draft), len(proposed), accepted)
         chosen: list[Chosen] = []
         for at in range(row, row + accepted + 1):

@@ -16,7 +16,7 @@ from typing import Any
 from decode.engine.expression import format_weights, parse
 from eval.study.expressions import EXPRESSIONS, FITTED, tables
 from eval.study.graph import Step, Store, in_order
-from eval.study.steps import Row, Steps
+from eval.study.steps import Steps, StudyRow
 from minillama.machine import device_name, pick_device, processor_name, versions
 
 PACKAGES = ("torch", "collab-mt", "safetensors", "tokenizers", "sacrebleu", "triton")
@@ -53,7 +53,7 @@ def _step(step: Step, store: Store) -> dict[str, Any]:
     return {"name": step.name, **measured}
 
 
-def _row(row: Row, steps: Steps, store: Store, fits: dict[str, Any]) -> dict[str, Any]:
+def _row(row: StudyRow, steps: Steps, store: Store, fits: dict[str, Any]) -> dict[str, Any]:
     first_large = row.large in (steps.study.small, steps.study.larges[0])
     return {
         "id": row.id,
@@ -62,11 +62,12 @@ def _row(row: Row, steps: Steps, store: Store, fits: dict[str, Any]) -> dict[str
         "expression": row.expression.combine,
         "tables": tables(row.expression, first_large),
         "fitted": row.fitted,
-        "cells": {direction: _cell(row, direction, step, steps, store, fits) for direction, step in row.decode.items()},
+        "cells": {direction: _cell(row, direction, steps, store, fits) for direction in row.decode},
     }
 
 
-def _cell(row: Row, direction: str, step: Step, steps: Steps, store: Store, fits: dict[str, Any]) -> dict[str, Any]:
+def _cell(row: StudyRow, direction: str, steps: Steps, store: Store, fits: dict[str, Any]) -> dict[str, Any]:
+    step = row.decode[direction]
     scores = json.loads((store.folder(steps.scores[direction, row.large]) / "scores.json").read_text("utf-8"))
     system = scores["systems"][row.id]
     run = json.loads((store.folder(step) / "run.json").read_text("utf-8"))
@@ -84,7 +85,7 @@ def _cell(row: Row, direction: str, step: Step, steps: Steps, store: Store, fits
     }
 
 
-def _nats_per_token(row: Row, fits: dict[str, Any]) -> float | None:
+def _nats_per_token(row: StudyRow, fits: dict[str, Any]) -> float | None:
     """NLL per token on the dev text, if a fit of this large model and direction computed it."""
     for kind, fit in fits.items():
         if row.fitted and row.id == f"{row.large}.{FITTED[kind][0]}":

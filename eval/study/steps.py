@@ -21,7 +21,7 @@ EXPERTS = {"S_MT": "", "S_srcMT": "source", "S_tgtMT": "target"}
 
 
 @dataclass(frozen=True)
-class Row:
+class StudyRow:
     """A line of the tables. decode: for each direction the step that translates the test text.
 
     large: label of the model L; the small model has its own rows.   fitted: label of the fit, if weights were fitted.
@@ -44,7 +44,7 @@ class Steps:
     made: dict[str, Step] = field(default_factory=dict)
 
     @cached_property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[StudyRow]:
         """In the order of the tables: the small model, then each large one."""
         study, rows = self.study, []
         for label in (study.small, *study.larges):
@@ -63,9 +63,9 @@ class Steps:
 
     def _row(
         self, large: str, name: str, expression: Expression, decode: Callable[[str], Step], fitted: str | None = None
-    ) -> Row:
+    ) -> StudyRow:
         steps = {direction: decode(direction) for direction in self.study.directions()}
-        return Row(f"{large}.{name}", large, expression, steps, fitted)
+        return StudyRow(f"{large}.{name}", large, expression, steps, fitted)
 
     @cached_property
     def scores(self) -> dict[tuple[str, str], Step]:

@@ -1,4 +1,4 @@
-"""Tensors that say they are on a GPU and hold nothing, on a machine without one: who asks them for a value is refused,
+"""Tensors that claim to be on a GPU and hold nothing, on a machine without one: reading a value from them is an error,
 and so is an operation between devices.
 """
 
@@ -30,7 +30,7 @@ class Slicing(TorchFunctionMode):
 def sliced(x, index):
     index = index if isinstance(index, tuple) else (index,)
     rest = [slice(None)] * (x.dim() - sum(part is not None and part is not Ellipsis for part in index))
-    parts = [part for given in index for part in (rest if given is Ellipsis else [given])]
+    parts = [part for entry in index for part in (rest if entry is Ellipsis else [entry])]
     at = 0
     for part in parts:
         if part is None:
@@ -47,18 +47,17 @@ def sliced(x, index):
 @contextmanager
 def fake_cuda(monkeypatch):
     """No kernel of ours is launched inside; what they return is allocated."""
-    from kernels.triton import attention as attend_triton
-    from kernels.triton import fused_logits as fused_logits_triton
-    from kernels.triton import layer as layer_triton
-    from kernels.triton import gemv as gemv_triton
-    from kernels.triton import top_k_top_p as truncated_sample_triton
+    from kernels.triton import attention, fused_logits, gemv, layer, top_k_top_p
 
-    def drawn(request, out=None):
-        return truncated_sample_triton.allocate(request) if out is None else out
+    def sampled(request, out=None):
+        return top_k_top_p.allocate(request) if out is None else out
 
-    for module in (attend_triton, fused_logits_triton, layer_triton, gemv_triton):
+    for module in (attention, fused_logits, layer, gemv):
         monkeypatch.setattr(module, "_launch", lambda *arguments: None)
-    monkeypatch.setattr(truncated_sample_triton, "run", drawn)
+    monkeypatch.setattr(top_k_top_p, "run", sampled)
+    for name in ("Stream", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     rope_frequencies.cache_clear()
     with ExitStack() as modes:
         for mode in (FakeTensorMode(), Slicing()):

@@ -1,5 +1,7 @@
 """The step that a CUDA graph replays gives the bits of the eager one, run here without a graph; on a GPU with it."""
 
+import math
+
 import pytest
 import torch
 from fake_cuda import fake_cuda, fake_model
@@ -8,15 +10,13 @@ from hypothesis import strategies as st
 from tiny import TINY, tiny_model
 
 from decode import Ensemble, translate
-from decode.draws import Draws
-from decode.engine.ensemble import graphs_wanted
-from decode.engine.kv_slots import Rows
-from decode.engine.cuda_graph import Shape, Static, StepGraphs, keys_read
-from decode.translate import Counters, decode
+from decode.engine.cuda_graph import Buffers, GraphRunner, Shape, balanced, keys_read
+from decode.engine.engine import Engine
+from decode.engine.sequence import SamplingParams, Sequence
 from minillama import InputError
 
 EXPRESSION = "L + 0.5*S - 0.25*A"
-DRAWS = Draws(seed=-4, temperature=0.7, top_k=20, top_p=0.9)
+SAMPLED = SamplingParams(0.7, 20, 0.9, seed=-4)
 
 
 @pytest.fixture(scope="module")
@@ -40,61 +40,56 @@ def prompts_of(seed, count, longest=30):
     return [torch.randint(2, TINY.vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
-@settings(max_examples=8, deadline=None)
+PARAMS = (SamplingParams(), SamplingParams(1.1, seed=5), SAMPLED, SamplingParams(1.5, 0, 0.8, 2**64 - 1))
+
+
+@st.composite
+def requests(draw):
+    """Sequences with parameters, weights and lengths of their own; some make a step eager."""
+    lengths = st.integers(1, 40)
+    prompts = tuple([(7 * at + n) % 300 + 2 for at in range(draw(lengths))] for n in range(3))
+    fields = {
+        "params": draw(st.sampled_from(PARAMS)),
+        "weights": draw(st.sampled_from((None, None, (1.0, 0.0, 0.0), (0.0, 1.0, -0.5), (0.3, 0.3, 0.4)))),
+        "max_new_tokens": draw(st.integers(1, 40)),
+        "key": draw(st.integers(0, 2**31 - 1)),
+        "stop_tokens": draw(st.sampled_from((None, frozenset(range(2, 12))))),
+    }
+    if draw(st.integers(0, 9)) == 0:
+        fields |= {"params": SamplingParams(beams=2), "max_new_tokens": 5}
+    return prompts, fields
+
+
+@settings(max_examples=8)
 @given(
-    seed=st.integers(0, 10**6),
-    batch_size=st.integers(1, 9),
-    count=st.integers(1, 9),
-    new=st.integers(1, 40),
-    speculate=st.sampled_from(("off", "off", "auto", 3)),
-    draws=st.sampled_from((None, DRAWS)),
+    kinds=st.lists(requests(), min_size=1, max_size=9),
+    slots=st.integers(2, 6),
+    cancelled=st.integers(0, 20),
+    speculate=st.sampled_from(("off", "off", 2)),
 )
-def test_tokens_and_log_probabilities_are_the_eager_steps(both, seed, batch_size, count, new, speculate, draws):
-    prompts = {"L": prompts_of(seed, count), "S": prompts_of(seed + 1, count, 3), "A": prompts_of(seed + 2, count, 60)}
-    eager, static = (translate(e, prompts, new, batch_size, speculate=speculate, draws=draws) for e in both)
-    assert static.tokens == eager.tokens
-    assert static.logprobs == eager.logprobs
-    assert static.finished == eager.finished
-
-
-@settings(max_examples=8, deadline=None)
-@given(st.data())
-def test_members_logits_and_caches_are_the_eager_steps_whatever_rows_do(both, data):
-    """Rows start, end, close gaps, read several tokens and forget some, in any order between plain steps."""
-    ensembles = [Rows(ensemble, 6, [150, 150, 150], [[5, 6], [7], []]) for ensemble in both]
-    eager, static = ensembles
-    members = range(3)
-    for _ in range(data.draw(st.integers(4, 14))):
-        moves = ["step"] * 3 + ["start", "remove", "read", "forget"]
-        move = data.draw(st.sampled_from(moves if len(eager) else ["start"]))
-        if move == "start" and len(eager) < 6:
-            lengths = data.draw(st.tuples(*[st.integers(1, 40)] * 3))
-            for rows in ensembles:
-                row = rows.start()
-                for number, length in enumerate(lengths):
-                    new = [[]] * row + [[(3 * at + row) % 300 + 2 for at in range(length)]]
-                    rows.forward(number, new, [0] * (row + 1))
-        elif move == "remove":
-            gone = data.draw(st.sets(st.integers(0, len(eager) - 1)))
-            assert eager.remove(list(gone)) == static.remove(list(gone))
-        elif move in ("read", "forget"):
-            row = data.draw(st.integers(0, len(eager) - 1))
-            for rows in ensembles:
-                for number in members:
-                    rows.forward(number, [[]] * row + [[9, 8, 7]], [0] * (row + 1))
-                rows.forget(row, 3 if move == "forget" else 1)
-        elif len(eager):
-            tokens = data.draw(st.lists(st.integers(0, 399), min_size=len(eager), max_size=len(eager)))
-            expected = [eager.forward(number, [[t] for t in tokens], [1] * len(tokens)) for number in members]
-            chosen = static.step(tokens, [(0, 0)] * len(tokens), None)
-            assert all(torch.equal(ours, theirs) for ours, theirs in zip(chosen.logits, expected))
-            best = both[0].choose(expected)
-            assert (chosen.tokens, chosen.logprobs) == (best.tokens, best.logprobs)
-        assert eager.lengths == static.lengths
-        for ours, theirs, number in zip(static.caches, eager.caches, members):
-            for row, lengths in enumerate(eager.lengths):
-                held = slice(0, lengths[number])
-                assert torch.equal(ours.entries_LBSEKC[:, row, held], theirs.entries_LBSEKC[:, row, held])
+def test_every_step_and_cache_is_that_of_the_eager_engine(both, kinds, slots, cancelled, speculate):
+    """Sequences start, end, are cancelled and change slots between steps; logits and caches are compared too."""
+    engines = [Engine(ensemble, slots, 120, speculate) for ensemble in both]
+    eager, replayed = engines
+    assert eager.runner.graphs is None
+    step = 0
+    for prompts, fields in kinds:
+        for engine in engines:
+            engine.add(Sequence(prompts, **fields))
+    while eager.has_work:
+        if step == cancelled:
+            for engine in engines:
+                engine.cancel(0)
+        ours, theirs = replayed.step(), eager.step()
+        assert ours == theirs
+        used = [[(slot.index, slot.lengths) for slot in engine.runner.slots.used] for engine in engines]
+        assert used[0] == used[1]
+        for member, caches in enumerate(zip(*(engine.runner.slots.caches for engine in engines))):
+            for index, lengths in used[0]:
+                held = [cache.entries_LBSEKC[:, index, : lengths[member]] for cache in caches]
+                assert torch.equal(*held)
+        step += 1
+    assert not replayed.has_work
 
 
 def test_attention_reads_less_than_twice_the_blocks_that_are_filled():
@@ -106,83 +101,95 @@ def test_attention_reads_less_than_twice_the_blocks_that_are_filled():
     assert keys_read(130, 192) == 192
 
 
-def test_what_the_device_holds_already_is_not_written_again(models, monkeypatch):
+def test_members_are_divided_evenly_among_streams():
+    assert balanced([10, 1, 1], 2) == [[0], [1, 2]]
+    assert balanced([1, 1, 10], 2) == [[2], [0, 1]]
+    assert balanced([5], 2) == [[0]]
+    assert sorted(sum(balanced([3, 4, 5, 6, 7], 2), [])) == [0, 1, 2, 3, 4]
+
+
+def test_shapes_are_few(models):
     ensemble = Ensemble(models, EXPRESSION, graphs=True)
-    written = []
-    write = StepGraphs._write
-    monkeypatch.setattr(StepGraphs, "_write", lambda self, inputs: written.append(len(inputs)) or write(self, inputs))
-    result = translate(ensemble, prompts_of(1, 4), 40, batch_size=4, ignore_eos=True, draws=DRAWS)
-    assert result.steps == 40
-    assert len(written) == 1
+    sequences = [Sequence(([5, 6, 7],) * 3, max_new_tokens=100, stop_tokens=frozenset()) for _ in range(5)]
+    engine = Engine(ensemble, 5, 103)
+    dict(engine.generate(sequences))
+    buffers = engine.runner.graphs.buffers
+    assert {(shape.slots, shape.keys) for shape in buffers} == {(5, (64,) * 3), (5, (128,) * 3)}
+    sequences = [Sequence(([5, 6, 7],) * 3, max_new_tokens=count, stop_tokens=frozenset()) for count in (9, 9, 5)]
+    dict(engine.generate(sequences))
+    assert {shape.slots for shape in buffers} == {2, 4, 5}
+    kinds = [{"params": SamplingParams(0.5)}, {"params": SAMPLED}, {"weights": (1.0, 1.0, 1.0)}]
+    dict(engine.generate([Sequence(([5],) * 3, max_new_tokens=4, **kind) for kind in kinds]))
+    assert {(shape.own_weights, shape.sampled, shape.truncated) for shape in buffers} == {
+        (False, False, False),
+        (True, True, True),
+    }
 
 
-def test_shapes_are_few_and_kept_for_the_next_call(models):
+def test_a_graph_of_one_sequence_does_not_change_with_those_before(models):
+    """What earlier steps left in the inputs of idle slots is overwritten."""
     ensemble = Ensemble(models, EXPRESSION, graphs=True)
-    prompts = [[5, 6, 7]] * 5
-    first = translate(ensemble, prompts, 100, batch_size=5, ignore_eos=True)
-    kept = ensemble.step_graphs
-    assert {(shape.rows, shape.keys) for shape in kept.graphs} == {(5, (64,) * 3), (5, (128,) * 3)}
-    assert translate(ensemble, prompts[:3], 80, batch_size=9).tokens == [tokens[:80] for tokens in first.tokens[:3]]
-    assert ensemble.step_graphs is kept
-    assert {shape.rows for shape in kept.graphs} == {4, 5}
-    longer = translate(ensemble, prompts, 140, batch_size=6, ignore_eos=True)
-    assert ensemble.step_graphs is not kept
-    assert [tokens[:100] for tokens in longer.tokens] == first.tokens
+    prompt = ([5, 6, 7],) * 3
+    expected = translate(ensemble, [prompt[0]], 20, ignore_eos=True)
+    engine = Engine(ensemble, 4, 60)
+    dict(engine.generate([Sequence(prompt, SAMPLED, 12, weights=(1.0, 0.0, 2.0)) for _ in range(4)]))
+    ((_, found),) = engine.generate([Sequence(prompt, max_new_tokens=20, stop_tokens=frozenset())])
+    assert (found.tokens, found.logprobs) == (expected.tokens[0], expected.logprobs[0])
 
 
-def test_two_runs_at_once_do_not_share_their_caches(models, both):
-    ensemble = Ensemble(models, EXPRESSION, graphs=True)
-    prompts = [(prompt,) * 3 for prompt in prompts_of(3, 4)]
-    expected = translate(both[0], [prompt for prompt, _, _ in prompts], 20, 2).tokens
-    one, other = (decode(ensemble, prompts, 20, 2, ensemble.stop_tokens, Counters()) for _ in range(2))
-    found = [{}, {}]
-    for pair in zip(one, other):
-        for tokens, (index, translation) in zip(found, pair):
-            tokens[index] = translation.tokens
-    assert found == [dict(enumerate(expected))] * 2
-
-
-def test_a_member_with_a_nan_is_named_and_leaves_a_token_that_can_be_read(models):
-    broken = tiny_model(3)
+def test_a_member_with_a_nan_is_named(models):
+    """Its own token's embedding breaks it: the first tokens come, then the error."""
+    (tokens,) = translate(Ensemble({"L": models["L"]}), [[5]], 8, ignore_eos=True).tokens
+    broken = tiny_model(0, max_position_embeddings=200, tie_word_embeddings=False)
+    broken.load_state_dict(models["L"].state_dict() | {"lm_head.weight": models["L"].output_weight})
     with torch.no_grad():
-        broken.model.norm.weight[0] = float("nan")
-    ensemble = Ensemble({"L": models["L"], "S": broken}, "L + S", graphs=True)
-    rows = Rows(ensemble, 2, [64, 64])
-    rows.start()
-    chosen = rows.step([5], [(0, 0)], None)
-    assert chosen.tokens == [-1]
-    assert rows.graphs.inputs_IB[0].tolist() == [0, 0]
-    with pytest.raises(FloatingPointError, match="S"):
-        ensemble.check(chosen.flags)
+        broken.model.embed_tokens.weight[tokens[4]] = math.nan
+    engine = Engine(Ensemble({"L": broken}, graphs=True), 2, 30)
+    ids = [engine.add(Sequence((prompt,), max_new_tokens=8, stop_tokens=frozenset())) for prompt in ([5], [6])]
+    completions = {}
+    while engine.has_work:
+        completions |= {update.id: update.completion for update in engine.step() if update.completion is not None}
+    failed, other = (completions[number] for number in ids)
+    assert failed.tokens == tokens[: tokens.index(tokens[4]) + 1]
+    assert (failed.finish_reason, failed.error) == ("error", "NaN in the logits of L")
+    assert other.finish_reason == "length"
 
 
-def test_a_row_at_the_end_of_its_cache_is_an_error(both):
-    rows = Rows(both[1], 2, [64, 64, 64])
-    rows.start()
-    rows.lengths[0][1] = rows.caches[1].capacity
-    with pytest.raises(ValueError, match="runs past the end of a cache"):
-        rows.step([5], [(0, 0)], None)
+def test_a_slot_at_the_end_of_its_cache_is_an_error(both):
+    engine = Engine(both[1], 2, 64)
+    engine.add(Sequence(([5],) * 3, max_new_tokens=9, stop_tokens=frozenset()))
+    engine.step()
+    (slot,) = engine.runner.slots.used
+    slot.lengths[1] = 64
+    with pytest.raises(ValueError, match="position 64 runs past the end of a cache of 64 positions"):
+        engine.step()
 
 
-def test_on_a_cpu_nothing_is_a_graph_unless_it_is_asked_for(models, monkeypatch):
+def test_on_a_cpu_nothing_is_a_graph_unless_requested(models, monkeypatch):
+    from decode.engine.ensemble import _graphs_enabled
+
     assert not Ensemble(models).graphs
     monkeypatch.setenv("COLLAB_GRAPHS", "never")
     with pytest.raises(InputError, match="COLLAB_GRAPHS=never"):
-        graphs_wanted()
+        _graphs_enabled()
     monkeypatch.setenv("COLLAB_GRAPHS", "off")
-    assert not graphs_wanted()
+    assert not _graphs_enabled()
 
 
-@pytest.mark.parametrize("truncation", [None, (0, 1.0), (5, 0.9)])
+@pytest.mark.parametrize(("sampled", "truncated"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("own_weights", [False, True])
 @pytest.mark.parametrize("invariant", [False, True])
-def test_nothing_in_a_step_waits_for_the_device(monkeypatch, truncation, invariant):
+def test_nothing_in_a_step_waits_for_the_device(monkeypatch, sampled, truncated, own_weights, invariant):
     with fake_cuda(monkeypatch), torch.inference_mode():
         models = {name: fake_model(TINY) for name in "LS"}
-        graphs = StepGraphs(Ensemble(models, "L + 0.5*S", invariant=invariant), 8, [128, 128], capture=False)
-        static = Static()
+        ensemble = Ensemble(models, "L + 0.5*S", invariant=invariant)
+        caches = [model.cache(8, 128) for model in ensemble.models]
+        runner = GraphRunner(ensemble, caches, 8)
+        runner.capture = False
+        buffers = Buffers()
         for _ in range(2):
-            graphs._run(Shape(4, (64, 128), truncation), static)
-        assert [logits_BV.dtype for logits_BV in static.logits] == [torch.bfloat16] * 2
-        assert static.out.token.device.type == "cuda"
+            runner._run(Shape(4, (64, 128), own_weights, sampled, truncated), buffers)
+        assert [logits_BV.dtype for logits_BV in buffers.logits] == [torch.bfloat16] * 2
+        assert buffers.out.token.device.type == "cuda"
         with pytest.raises(RuntimeError):  # the fake would notice
-            graphs.inputs_IB.sum().item()
+            runner.inputs_IB.sum().item()

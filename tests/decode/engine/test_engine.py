@@ -466,3 +466,25 @@ def test_a_model_that_is_a_member_twice_is_held_once(models):
     assert ensemble.models[0] is ensemble.models[1]
     one = alone(Ensemble({"L": models["L"]}), Sequence(([5, 6],), max_new_tokens=8))
     assert alone(ensemble, Sequence(([5, 6],) * 2, max_new_tokens=8)).tokens == one.tokens
+
+
+@pytest.mark.parametrize("speculate", ["off", 7])
+def test_nan_in_a_slot_does_not_reach_the_next_sequence(models, speculate):
+    """Attention multiplies masked values by 0: NaN that stays in a slot would spread."""
+    ensemble = Ensemble({"L": models["L"], "B": broken(40)}, "L + B")
+    good = Sequence(([5, 6, 7, 8] * 3, [7, 8]), max_new_tokens=30, stop_tokens=frozenset())
+    expected = plain_values(alone(ensemble, good))
+    assert 40 not in expected["tokens"]
+    engine = Engine(ensemble, 2, CAPACITY, speculate=speculate)
+    if speculate != "off":  # a draft that ends with the token
+        engine.speculation._plan = lambda sequences: (None, 7)
+        engine.speculation._look_up = lambda decoding: engine.speculation.matches.update(
+            {entry.sequence.id: [5, 6, 40] if entry.sequence.id == bad else [] for entry in decoding}
+        )
+    ids = [engine.add(again(good))]
+    prompts = ([5], [9, 40] * 10) if speculate == "off" else ([5], [9] * 10)
+    bad = engine.add(Sequence(prompts, max_new_tokens=20, stop_tokens=frozenset()))
+    ids += [engine.add(again(good)) for _ in range(2)]
+    completions, _ = run_to_the_end(engine)
+    assert completions[bad].finish_reason == "error"
+    assert [plain_values(completions[number]) for number in ids] == [expected] * 3

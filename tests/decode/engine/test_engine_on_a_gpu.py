@@ -5,13 +5,13 @@ import torch
 from tiny import TINY, tiny_model
 
 from decode import Ensemble, translate
-from decode.draws import Draws
-from decode.engine.kv_slots import Rows
-from decode.engine.cuda_graph import StepGraphs
+from decode.engine.engine import Engine
+from decode.engine.sequence import SamplingParams, Sequence
 
 pytestmark = pytest.mark.gpu
 
 EXPRESSION = "L + 0.5*S - 0.25*A"
+GREEDY, SAMPLED, TRUNCATED = SamplingParams(), SamplingParams(0.7, seed=3), SamplingParams(0.7, 20, 0.9, 3)
 
 
 def prompts_of(*lengths):
@@ -21,6 +21,25 @@ def prompts_of(*lengths):
 
 def models_of(device, dtype=torch.float32, **fields):
     return {name: tiny_model(seed, **fields).to(device, dtype) for seed, name in enumerate("LSA")}
+
+
+def mixed():
+    """Sequences with parameters, weights and lengths of their own."""
+    kinds = [
+        {},
+        {"params": TRUNCATED},
+        {"weights": (1.0, 0.0, 0.0)},
+        {"params": SAMPLED, "weights": (0.0, 1.0, -0.5)},
+        {"params": SamplingParams(beams=3), "max_new_tokens": 6},
+        {"targets": [5, 6, 7]},
+        {"top_logprobs": 3},
+        {"params": SamplingParams(1.2, 5, seed=-1), "stop_tokens": frozenset(range(2, 30))},
+    ]
+    prompts = prompts_of(3, 17, 9, 30, 1, 12, 40, 5)
+    return [
+        Sequence((prompt,) * 3, **{"max_new_tokens": 20, "key": key} | kind)
+        for key, (prompt, kind) in enumerate(zip(prompts, kinds))
+    ]
 
 
 @pytest.mark.parametrize("invariant", [False, True])
@@ -38,64 +57,75 @@ def test_a_gpu_chooses_the_tokens_that_the_cpu_chooses(invariant, speculate):
         assert [one.logprobs[0] for one in alone] == result.logprobs
 
 
-@pytest.mark.parametrize("draws", [None, Draws(3, 0.7), Draws(3, 0.7, 20, 0.9)])
+def test_sequences_of_every_kind_give_what_they_give_on_the_cpu():
+    expected = dict(Engine(Ensemble(models_of("cpu"), EXPRESSION), 5, 64).generate(mixed()))
+    found = dict(Engine(Ensemble(models_of("cuda"), EXPRESSION), 5, 64).generate(mixed()))
+    for number, completion in expected.items():
+        assert found[number].tokens == completion.tokens
+        assert found[number].finish_reason == completion.finish_reason
+        assert found[number].logprobs == pytest.approx(completion.logprobs, abs=1e-3)
+
+
+def test_under_invariant_sequences_of_every_kind_give_what_they_give_alone():
+    ensemble = Ensemble(models_of("cuda"), EXPRESSION, invariant=True)
+    together = dict(Engine(ensemble, 5, 64).generate(mixed()))
+    for number, sequence in enumerate(mixed()):
+        ((_, alone),) = Engine(ensemble, sequence.params.beams, 64).generate([sequence])
+        assert (together[number].tokens, together[number].logprobs) == (alone.tokens, alone.logprobs)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED, TRUNCATED])
 @pytest.mark.parametrize("invariant", [False, True])
-def test_graphs_choose_what_the_eager_step_chooses(invariant, draws):
+def test_graphs_choose_what_the_eager_step_chooses(invariant, params):
     prompts = prompts_of(3, 17, 9, 30, 1, 12, 40, 5)
     models = models_of("cuda")
-    with_graphs = Ensemble(models, EXPRESSION, invariant=invariant)
-    eager = translate(Ensemble(models, EXPRESSION, invariant=invariant, graphs=False), prompts, 50, 5, draws=draws)
+    eager = translate(Ensemble(models, EXPRESSION, invariant=invariant, graphs=False), prompts, 50, 5, params=params)
+    engine = Engine(Ensemble(models, EXPRESSION, invariant=invariant), 5, 96)
     for _ in range(2):  # the second time with the graphs of the first
-        result = translate(with_graphs, prompts, 50, 5, draws=draws)
-        assert result.tokens == eager.tokens
-        assert result.finished == eager.finished
-        for ours, theirs in zip(result.logprobs, eager.logprobs):
-            assert ours == (theirs if invariant else pytest.approx(theirs, abs=1e-4))
-    graphs = with_graphs.step_graphs.graphs
-    assert all(static.graph is not None for static in graphs.values())
-    assert {shape.rows for shape in graphs} <= {1, 2, 4, 5}
-    assert {keys for shape in graphs for keys in shape.keys} <= {64, 128}
+        sequences = [Sequence((prompt,) * 3, params, 50, key=key) for key, prompt in enumerate(prompts)]
+        found = dict(engine.generate(sequences))
+        assert [found[key].tokens for key in range(8)] == eager.tokens
+        assert [found[key].finish_reason for key in range(8)] == eager.finished
+        for key, theirs in enumerate(eager.logprobs):
+            assert found[key].logprobs == (theirs if invariant else pytest.approx(theirs, abs=1e-4))
+    buffers = engine.runner.graphs.buffers
+    assert all(held.graph is not None for held in buffers.values())
+    assert {shape.slots for shape in buffers} <= {1, 2, 4, 5}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_replayed_step_has_the_logits_of_the_step_itself(dtype):
-    """Rows at different places that end and start between steps; a graph against the function that it recorded."""
+    """A graph against the function that it recorded, with slots that are released and filled between steps."""
     ensemble = Ensemble(models_of("cuda", dtype, max_position_embeddings=200), EXPRESSION)
-    both = [Rows(ensemble, 4, [200] * 3), Rows(ensemble, 4, [200] * 3)]
-    assert both[1].graphs is None  # the first has borrowed the ensemble's
-    both[1].graphs = StepGraphs(ensemble, 4, [200] * 3, capture=False)
-    both[1].caches = both[1].graphs.caches
-    for turn in range(12):
-        for rows in both:
-            if turn % 3 == 0 and len(rows) < 4:
-                row = rows.start()
-                for number in range(3):
-                    rows.forward(number, [[]] * row + [list(range(2, 20 + 11 * turn))], [0] * (row + 1))
-            if turn in (5, 8):
-                rows.remove([0])
-        given = [[7 * turn + row for row in range(len(both[0]))], [(row, turn) for row in range(len(both[0]))]]
-        replayed, itself = (rows.step(*given, Draws(1, 0.9)) for rows in both)
-        assert replayed.tokens == itself.tokens
-        assert replayed.logprobs == pytest.approx(itself.logprobs, abs=1e-5)
-        for ours, theirs in zip(replayed.logits, itself.logits):
+    engines = [Engine(ensemble, 4, 200), Engine(ensemble, 4, 200)]
+    engines[1].runner.graphs.capture = False
+    prompts = prompts_of(20, 53, 3, 97, 31)
+    for engine in engines:
+        for key, prompt in enumerate(prompts):
+            engine.add(Sequence((prompt,) * 3, SamplingParams(0.9, seed=1), 9 + 4 * key, frozenset(), key=key))
+    while engines[0].has_work:
+        replayed, itself = (engine.step() for engine in engines)
+        assert [update.tokens for update in replayed] == [update.tokens for update in itself]
+        for ours, theirs in zip(replayed, itself):
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
+        for ours, theirs in zip(*(engine.runner.graphs.logits for engine in engines)):
             torch.testing.assert_close(ours, theirs)
 
 
-def test_a_replayed_step_takes_no_memory_and_waits_once():
-    ensemble = Ensemble(models_of("cuda"), EXPRESSION)
-    rows = Rows(ensemble, 2, [64] * 3)
-    rows.start()
-    rows.step([5], [(0, 0)], None)
-    (static,) = rows.graphs.graphs.values()
-    taken = torch.cuda.memory_stats()["allocation.all.allocated"]
+def test_a_replayed_step_allocates_no_memory_and_does_not_wait():
+    engine = Engine(Ensemble(models_of("cuda"), EXPRESSION), 2, 64)
+    engine.add(Sequence(([5],) * 3, max_new_tokens=9, stop_tokens=frozenset()))
+    engine.step()
+    engine.step()
+    (buffers,) = engine.runner.graphs.buffers.values()
+    allocated = torch.cuda.memory_stats()["allocation.all.allocated"]
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            static.graph.replay()
+            buffers.graph.replay()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] == taken
-    assert rows.graphs.inputs_IB[4:, 0].tolist() == [4] * 3  # positions went on by themselves
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocated
 
 
 def test_members_on_several_devices_have_no_graph():

@@ -8,6 +8,7 @@ from tiny import TINY, tiny_model
 
 from decode import Ensemble, translate
 from decode.engine.engine import Engine
+from decode.engine.model_runner import ModelRunner
 from decode.engine.sequence import SamplingParams, Sequence
 from decode.engine.speculative import (
     DECAY,
@@ -274,7 +275,7 @@ def test_a_draft_has_the_probability_that_was_required(pair, prompts, monkeypatc
 
 def test_what_processes_count_is_agreed_on(pair, prompts, monkeypatch):
     """A member's logits may differ in a last bit from process to process; what they draft must not."""
-    monkeypatch.setattr(Ensemble, "agree", lambda self, token_R, *others: [torch.zeros_like(token_R), *others])
+    monkeypatch.setattr(ModelRunner, "_agree", lambda self, token_R, *others: [torch.zeros_like(token_R), *others])
     watched = []
     monkeypatch.setattr(Speculation, "_plan", lambda self, sequences: (watched.append(self), (None, 0))[1])
     translate(pair, prompts, 20, batch_size=4, ignore_eos=True, speculate=1)

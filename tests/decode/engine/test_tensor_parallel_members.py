@@ -6,7 +6,7 @@ import torch
 from processes import CONTEXT, code_of, free_port
 from tiny import TINY, tiny_model
 
-from decode.model.packed_llama import PreparedLlama
+from decode.model.packed_llama import PackedLlama
 from minillama import Llama
 
 # Odd vocabularies do not divide; S shares nothing but its vocabulary with L.
@@ -26,7 +26,7 @@ def folders(tmp_path_factory):
             for parameter_name, parameter in model.named_parameters():
                 if parameter_name.endswith(("bias", "norm.weight")):
                     parameter += torch.randn(parameter.shape, generator=generator) * 0.2
-        found[name] = tmp_path_factory.mktemp("parts") / name
+        found[name] = tmp_path_factory.mktemp("models") / name
         model.save_pretrained(found[name])
     return found
 
@@ -34,8 +34,8 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prompts():
     generator = torch.Generator().manual_seed(0)
-    draw = [torch.randint(2, TINY.vocab_size, (n,), generator=generator).tolist() for n in (3, 17, 9, 30, 1)]
-    return [[4, 5, *prompt] for prompt in draw]
+    own = [torch.randint(2, TINY.vocab_size, (n,), generator=generator).tolist() for n in (3, 17, 9, 30, 1)]
+    return [[4, 5, *prompt] for prompt in own]
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ def group(folders, prompts):
 def found_by_two(folders, prompts, on_gpu=False):
     """What each of two processes found."""
     queue, port = CONTEXT.Queue(), free_port()
-    given = (2, port, folders, prompts, queue, on_gpu)
-    processes = [CONTEXT.Process(target=parallel_worker.run, args=(rank, *given)) for rank in range(2)]
+    arguments = (2, port, folders, prompts, queue, on_gpu)
+    processes = [CONTEXT.Process(target=parallel_worker.run, args=(rank, *arguments)) for rank in range(2)]
     for process in processes:
         process.start()
     found = dict(queue.get(timeout=300) for _ in processes)
@@ -67,20 +67,20 @@ def test_each_process_holds_half(folders, group):
     for name, folder in folders.items():
         whole = Llama.from_pretrained(folder)
         everywhere = sum(p.nbytes for n, p in whole.named_parameters() if n.endswith("norm.weight") or "bias" in n)
-        prepared = PreparedLlama(whole)
+        packed = PackedLlama(whole)
         for found in group:
             row = whole.config.hidden_size * 4  # of zeros, in the embedding and the output layer
             assert found[name]["bytes"] <= sum(p.nbytes for p in whole.parameters()) / 2 + everywhere + 2 * row
-            assert found[name]["prepared bytes"] <= prepared.nbytes / 2 + everywhere + 2 * row
-            assert found[name]["cache bytes"] == prepared.cache(1, 64).entries_LBSEKC.nbytes / 2
+            assert found[name]["packed bytes"] <= packed.nbytes / 2 + everywhere + 2 * row
+            assert found[name]["cache bytes"] == packed.cache(1, 64).entries_LBSEKC.nbytes / 2
 
 
 def test_every_way_of_decoding_gives_the_tokens_of_one_process(folders, prompts, group):
     models = {name: Llama.from_pretrained(folder) for name, folder in folders.items()}
     expected = parallel_worker.decoded(models, prompts)
     assert group[0] == group[1]  # to the bit
-    assert group[0]["alone"] == group[0]["both split"]["greedy"][1][0]
-    for members in ("one split", "both split"):
+    assert group[0]["alone"] == group[0]["both sharded"]["greedy"][1][0]
+    for members in ("one sharded", "both sharded"):
         for way, (tokens, logprobs) in group[0][members].items():
             assert tokens == expected[way][0]
             for ours, theirs in zip(logprobs, expected[way][1]):
@@ -88,6 +88,9 @@ def test_every_way_of_decoding_gives_the_tokens_of_one_process(folders, prompts,
     for (tokens, scores), (own_tokens, own_scores) in zip(parallel_worker.searched(models, prompts), group[0]["beam"]):
         assert own_tokens == tokens
         assert own_scores == pytest.approx(scores, abs=1e-5)
+    for (tokens, logprobs), (own_tokens, own_logprobs) in zip(parallel_worker.mixed(models, prompts), group[0]["mixed"]):
+        assert own_tokens == tokens
+        assert own_logprobs == pytest.approx(logprobs, abs=1e-5)
 
 
 @pytest.mark.gpu
@@ -97,8 +100,8 @@ def test_two_gpus_decode_what_one_process_does(folders, prompts):
     models = {name: Llama.from_pretrained(folder) for name, folder in folders.items()}
     expected = parallel_worker.decoded(models, prompts)
     group = found_by_two(folders, prompts, on_gpu=True)
-    assert group[0]["both split"] == group[1]["both split"]
-    for members in ("one split", "both split"):
+    assert group[0]["both sharded"] == group[1]["both sharded"]
+    for members in ("one sharded", "both sharded"):
         for way, (tokens, logprobs) in group[0][members].items():
             assert tokens == expected[way][0]
             for ours, theirs in zip(logprobs, expected[way][1]):

@@ -1,6 +1,6 @@
-"""A headless Chromium over its debugging pipe (the DevTools protocol), for pages that are to be looked at and used.
+"""A headless Chromium over its debugging pipe (the DevTools protocol), to test and photograph pages.
 
-`python -m tests.browser report.html#12.3 shot.png --width 390 --dark` takes a picture.
+`python tests/decode/explain/browser.py report.html#12.3 shot.png --width 390 --dark` takes a picture.
 """
 
 import argparse
@@ -95,7 +95,7 @@ class Browser:
                 self.problems.append(f"a request: {url}")
 
     def open(self, address: str, width: int = 1200, height: int = 800, scale: float = 1, dark: bool = False) -> None:
-        """Load a file, perhaps with `#…` behind its name, in a window of so many CSS pixels."""
+        """Load a file, with or without `#…` after its name, in a window of this size in CSS pixels."""
         size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -106,7 +106,7 @@ class Browser:
         self.wait("location.protocol === 'file:' && document.readyState === 'complete'")
 
     def value(self, expression: str) -> Any:
-        """What a JavaScript expression gives, as JSON has it."""
+        """The value of a JavaScript expression, by way of JSON."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
@@ -133,7 +133,7 @@ class Browser:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.browser", description="A picture of a page.")
+    parser = argparse.ArgumentParser(description="A picture of a page.")
     parser.add_argument("page")
     parser.add_argument("output")
     parser.add_argument("--width", type=int, default=1200)
