@@ -12,9 +12,8 @@ from eval.graph import Named, Step, Store, in_order
 from eval.steps import Steps
 from eval.study import Hardware, Study
 from minillama import InputError, LlamaConfig
-from train.memory import GIB, memory_of
-from train.plan import shape_of
-from train.settings import Settings
+from train.config import Settings
+from train.memory import GIB, memory_of, shape_of
 
 BYTES = {"": 4, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "auto": 2}
 

@@ -24,11 +24,11 @@ def train(config: dict, settings: dict, positions: int, world) -> None:
     import torch
 
     from minillama import Llama, LlamaConfig
-    from train.data import Example
-    from train.loop import Trainer
+    from train.config import Settings
     from train.lora import add_adapters
-    from train.report import Reporter
-    from train.settings import Settings
+    from train.metrics import Reporter
+    from train.packing import Example
+    from train.trainer import Trainer
 
     chosen = Settings(epochs=2, checkpoint_every=1000, **settings)
     model = Llama(LlamaConfig(**config)).init_weights(0).to(getattr(torch, chosen.dtype))

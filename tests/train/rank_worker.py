@@ -12,11 +12,11 @@ from random_examples import examples_of
 from tiny import tiny_model
 
 from minillama.errors import Interrupted
-from train.distributed import Loss, shard, started, unsharded, whole
-from train.loop import Trainer, schedule_of
-from train.loss import target_loss
-from train.report import Reporter
-from train.settings import Settings
+from train.config import Settings
+from train.data import schedule_of
+from train.distributed import Loss, full_tensor, shard, started, unsharded
+from train.metrics import Reporter
+from train.trainer import Trainer, target_loss
 
 RUN = Settings(
     epochs=5,
@@ -64,11 +64,11 @@ def gradients(world, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     schedule = schedule_of(examples_of(32, 4), Settings(epochs=1, batch_size=32, micro_batch_size=5), world)
     total = 0.0
     for batch in schedule.micro_batches(0):
-        part = loss(batch) / schedule.targets(0) * world.size
+        part = loss(batch) / schedule.num_labels(0) * world.size
         part.backward()
         total += float(part) / world.size
-    found = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
-    found["loss"] = torch.tensor(world.total([total])[0], dtype=torch.float64)
+    found = {name: full_tensor(parameter.grad) for name, parameter in model.named_parameters()}
+    found["loss"] = torch.tensor(world.all_reduce_sum([total])[0], dtype=torch.float64)
     return found
 
 
@@ -80,7 +80,7 @@ def main() -> None:
             train(world, Path(path), int(value))
         else:
             found = {str(dtype): gradients(world, dtype) for dtype in (torch.float64, torch.float32)}
-            if world.main:
+            if world.is_main:
                 torch.save(found, path)
 
 

@@ -17,10 +17,10 @@ from tiny import tiny_model
 from minillama import InputError
 from minillama.errors import Interrupted
 from train.checkpoint import Checkpoints, Progress
-from train.distributed import World
-from train.loop import Trainer
-from train.report import Reporter
-from train.settings import Settings
+from train.config import Settings
+from train.distributed import DistributedContext
+from train.metrics import Reporter
+from train.trainer import Trainer
 
 RUN = Settings(
     epochs=3,
@@ -84,7 +84,7 @@ def test_a_run_that_is_asked_to_stop_saves_that_step_and_goes_on_from_it(tmp_pat
 
 
 def test_the_last_checkpoints_are_kept_and_the_best_that_they_refer_to(tmp_path):
-    checkpoints = Checkpoints(tmp_path, 2, World())
+    checkpoints = Checkpoints(tmp_path, 2, DistributedContext())
     for step, best in ((1, 1), (2, 1), (3, 3), (4, 3), (5, 3), (6, 3)):
         checkpoints.save(Progress(step=step, best_step=best), {}, {"x": torch.tensor([step])}, wait=step % 2 == 0)
     checkpoints.wait()
@@ -95,7 +95,7 @@ def test_the_last_checkpoints_are_kept_and_the_best_that_they_refer_to(tmp_path)
 
 
 def test_a_checkpoint_holds_the_values_of_the_moment_it_was_asked_for(tmp_path):
-    checkpoints = Checkpoints(tmp_path, 2, World())
+    checkpoints = Checkpoints(tmp_path, 2, DistributedContext())
     weights = torch.zeros(500_000)
     checkpoints.save(Progress(step=1), {}, {"x": weights}, wait=False)
     weights.fill_(7.0)  # as the next step does, while the file is written
@@ -144,11 +144,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, unb
 
 
 def test_a_checkpoint_whose_best_is_damaged_is_no_whole_one(tmp_path, capsys):
-    checkpoints = Checkpoints(tmp_path, 3, World())
+    checkpoints = Checkpoints(tmp_path, 3, DistributedContext())
     for step, best in ((1, 1), (2, 2), (3, 2)):
         checkpoints.save(Progress(step=step, best_step=best), {"a": 1}, {"x": torch.zeros(9)}, wait=True)
     damage_bytes(tmp_path / "step-00000002")
-    found = Checkpoints(tmp_path, 3, World()).newest(lambda fingerprint: None)
+    found = Checkpoints(tmp_path, 3, DistributedContext()).newest(lambda fingerprint: None)
     assert found.step == 1
     assert capsys.readouterr().err.count("step-00000002") == 2
 
@@ -203,7 +203,7 @@ def test_a_loss_that_is_not_finite_names_its_examples_and_keeps_the_last_good_ch
     with pytest.raises(InputError, match=r"step 5: loss nan in micro-batch 1 of 2 \(examples \d+, \d+\)"):
         train(tmp_path, settings=settings, reporter=Poison())
     assert steps_of(tmp_path)[-1] == 4
-    found = Checkpoints(tmp_path / "checkpoints", 2, World()).newest(lambda fingerprint: None)
+    found = Checkpoints(tmp_path / "checkpoints", 2, DistributedContext()).newest(lambda fingerprint: None)
     assert found.step == 4
 
 

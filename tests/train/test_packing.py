@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TINY, tiny_model
 
-from train.data import Example, Schedule
-from train.loss import target_loss
-from train.packing import best_fit, collate, pack, shared_prefix
+from train.data import Schedule
+from train.packing import Example, best_fit, collate, pack, shared_prefix
+from train.trainer import target_loss
 
 
 def examples_of(count, prefix=5, seed=0, longest=24):
@@ -55,7 +55,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("size", [1, 4, 32])
 def test_a_step_does_not_depend_on_micro_batches_or_packing(dtype, allowed, layout, size):
     examples = examples_of(32)
-    targets = sum(example.targets for example in examples)
+    targets = sum(example.num_labels for example in examples)
     model = tiny_model(1, tie_word_embeddings=size != 4).to(dtype)
     one_by_one = loss_and_gradients(model, [collate([example]) for example in examples], targets)
     batches = [LAYOUTS[layout](examples[start : start + size]) for start in range(0, 32, size)]
@@ -78,7 +78,7 @@ def test_documents_of_any_lengths_with_any_prefix_see_only_themselves(lengths, p
     rows = [torch.randint(2, 9, (length + 1,), generator=generator).tolist() for length in lengths]
     examples = [Example([7] * prefix + row, min(first, len(row) + prefix - 1)) for row in rows]
     model = tiny_model(seed).double()
-    targets = sum(example.targets for example in examples)
+    targets = sum(example.num_labels for example in examples)
     one_by_one = loss_and_gradients(model, [collate([example]) for example in examples], targets)
     assert_same(loss_and_gradients(model, [pack(examples)], targets), one_by_one, 1e-9)
 
@@ -93,11 +93,11 @@ def test_the_loss_is_transformers_mean_over_all_targets():
     theirs.load_state_dict(ours.state_dict(), strict=False)
     theirs.tie_weights()
     examples = examples_of(9)
-    targets = sum(example.targets for example in examples)
+    targets = sum(example.num_labels for example in examples)
     expected = 0.0
     for example in examples:
-        labels = torch.tensor([[-100] * example.first_target + example.tokens[example.first_target :]])
-        loss = theirs(torch.tensor([example.tokens]), labels=labels).loss * example.targets / targets
+        labels = torch.tensor([[-100] * example.prompt_len + example.tokens[example.prompt_len :]])
+        loss = theirs(torch.tensor([example.tokens]), labels=labels).loss * example.num_labels / targets
         loss.backward()
         expected += loss.item()
     found, gradients = loss_and_gradients(ours, [pack(examples)], targets)
@@ -146,12 +146,12 @@ def test_a_schedule_sees_every_target_once_an_epoch_on_any_number_of_ranks(packi
     for step in range(whole.total_steps):
         parts = [list(schedule.micro_batches(step)) for schedule in schedules]
         assert len({len(part) for part in parts}) == 1
-        targets = sorted(token for part in parts for batch in part for token in batch.targets_M.tolist())
-        assert targets == sorted(next(whole.micro_batches(step)).targets_M.tolist())
-        assert len(targets) == whole.targets(step) == schedules[-1].targets(step)
+        targets = sorted(token for part in parts for batch in part for token in batch.labels_M.tolist())
+        assert targets == sorted(next(whole.micro_batches(step)).labels_M.tolist())
+        assert len(targets) == whole.num_labels(step) == schedules[-1].num_labels(step)
         if whole.epoch_of(step)[0] == 0:
             seen += targets
-    assert sorted(seen) == sorted(token for e in examples for token in e.tokens[e.first_target :])
+    assert sorted(seen) == sorted(token for e in examples for token in e.tokens[e.prompt_len :])
 
 
 def test_two_ranks_add_up_to_one():
@@ -187,7 +187,7 @@ def test_packed_rows_on_a_gpu_are_the_documents_one_by_one(share_prefix):
     model = tiny_model(1, head_dim=16)
     for seed in range(3):
         examples = examples_of(40, prefix=30, seed=seed, longest=60)
-        targets = sum(example.targets for example in examples)
+        targets = sum(example.num_labels for example in examples)
         exact = loss_and_gradients(model.cpu().double(), [collate([example]) for example in examples], targets)
         model.float().cuda()
         found = loss_and_gradients(model, [pack(examples, share_prefix).to(model.device)], targets)

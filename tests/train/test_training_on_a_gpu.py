@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from train import bench, sft
-from train.report import Reporter
+from train.metrics import Reporter
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -9,11 +9,11 @@ from tiny import tiny_model
 
 from minillama import InputError
 from minillama.errors import Interrupted
-from train.distributed import World
-from train.loop import Trainer
-from train.optimizer import BLOCK, CompactAdamW, Optimizer, decode, encode, rounded
-from train.report import Reporter
-from train.settings import Settings
+from train.config import Settings
+from train.distributed import DistributedContext
+from train.metrics import Reporter
+from train.optim import BLOCK, CompactAdamW, Optimizer, decode, encode, rounded
+from train.trainer import Trainer
 
 
 def generator(seed=0):
@@ -131,7 +131,7 @@ def test_gradients_released_in_backward_take_the_same_steps(tmp_path, state, mic
 
 def test_released_gradients_are_gone_when_backward_ends():
     model = tiny_model(2)
-    optimizer = Optimizer(model, Settings(epochs=1, clip=0.0, release_gradients=True), World())
+    optimizer = Optimizer(model, Settings(epochs=1, clip=0.0, release_gradients=True), DistributedContext())
     optimizer.prepare(1e-3)
     model(torch.tensor([[1, 2, 3]])).sum().backward()
     assert all(parameter.grad is None for parameter in model.parameters())
