@@ -69,7 +69,7 @@ def shape_of(model: str) -> LlamaConfig:
     for entry in tomllib.loads(SHAPES.read_text(encoding="utf-8"))["shape"]:
         names = entry.pop("names")
         known += names
-        if model in names:
+        if model in names or model in (name.split("/")[-1].lower() for name in names):
             return LlamaConfig(**entry)
     raise InputError(f"--model {model}: no such folder, and no known shape; known: {', '.join(known)}")
 

@@ -55,10 +55,3 @@ def test_a_batch_without_targets_costs_nothing(layout):
     total, gradients = loss_and_gradients(model, [layout([Example([1, 2, 3], 3)])], 1)
     assert total == 0.0
     assert not any(gradient.any() for gradient in gradients)
-
-
-def test_the_mean_is_over_targets_not_over_batches():
-    model, examples = tiny_model(3), examples_of(9)
-    batches = [pack(examples[:1]), collate(examples[1:])]
-    whole = target_loss(model, collate(examples)).item() / sum(example.num_labels for example in examples)
-    assert mean_loss(model, batches, torch.device("cpu")) == pytest.approx(whole, rel=1e-6)
