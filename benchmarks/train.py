@@ -180,19 +180,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder, config = _model(options, Path(temporary) / "model")
         pairs = _pairs(options, config, folder)
-        random = _random_sequences(config, options, options.rounds + 1)
         wide = Path(temporary) / "wide"
         Llama(WIDE).init_weights(options.seed).save_pretrained(wide)
+        curve = _batches(pairs, options.curve_batch_size, options.steps, options)
+        timed = _batches(pairs, options.batch_size, options.rounds + 1, options)
+        full = _random_sequences(config, options, options.rounds + 1)
         with both_systems(folder, options) as workers:
-            sentence_pairs = compare_speed(
-                "pairs", workers, _batches(pairs, options.batch_size, options.rounds + 1, options), "labels"
-            )
-            full_sequences = compare_speed("full sequences", workers, random, "tokens")
+            losses = [[loss for _, loss in on_each(workers, step, batch)] for batch in curve]
+            sentence_pairs = compare_speed("pairs", workers, timed, "labels")
+            full_sequences = compare_speed("full sequences", workers, full, "tokens")
         with both_systems(str(wide), options) as workers:
             large_vocabulary = compare_speed("large vocabulary", workers, _random_sequences(WIDE, options, 2), "tokens")
-        with both_systems(folder, options) as workers:
-            batches = _batches(pairs, options.curve_batch_size, options.steps, options)
-            losses = [[loss for _, loss in on_each(workers, step, batch)] for batch in batches]
     peaks = large_vocabulary["ours_peak_bytes"], large_vocabulary["theirs_peak_bytes"]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

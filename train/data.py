@@ -16,8 +16,7 @@ import numpy as np
 from corpora import Pairs, Prompt
 from minillama.chat import ChatFormat, render, stop_tokens
 from minillama.tokenizer import Tokenizer
-from train.config import PACKINGS, Settings
-from train.distributed import DistributedContext
+from train.config import Settings
 from train.packing import Batch, Example, best_fit, collate, pack
 
 # Batches hold examples of similar length from windows of this many batches; the batches are then shuffled.
@@ -79,7 +78,7 @@ def micro_batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[E
 
 @dataclass(frozen=True)
 class Schedule:
-    """The micro-batches of every optimizer step: a deterministic function of the examples and these fields.
+    """The micro-batches of every optimizer step: a deterministic function of the examples and the settings.
 
     packing     what `batch_size` and `micro_batch_size` count, and the layout of a forward pass:
       "off"     examples, right-padded to the longest of a micro-batch.
@@ -92,19 +91,10 @@ class Schedule:
     """
 
     examples: Sequence[Example]
-    epochs: int
-    batch_size: int
-    micro_batch_size: int = 0
-    packing: str = "step"
-    sequence_length: int = 2048
-    seed: int = 0
+    settings: Settings
     rank: int = 0
     world_size: int = 1
     _steps: dict[int, list[list[list[int]]]] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.packing not in PACKINGS:
-            raise ValueError(f"packing is {self.packing!r}; it must be one of {', '.join(PACKINGS)}")
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Optimizer steps of epoch 0, 1, …; with packing "epoch" they may differ by a few."""
@@ -122,7 +112,7 @@ class Schedule:
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """This rank's forward passes of one step, laid out on the CPU when they are requested."""
         sequences = self._sequences(step)
-        size = self.micro_batch_size or len(sequences)
+        size = self.settings.micro_batch_size or len(sequences)
         most = -(-len(sequences) // self.world_size)
         for number in range(-(-most // size)):
             examples = [self.examples[index] for index in self.indices_of(step, number)]
@@ -133,17 +123,20 @@ class Schedule:
 
     def layout(self, examples: Sequence[Example]) -> Batch:
         """One forward pass over these examples, in the layout of `packing`."""
-        return collate(examples) if self.packing == "off" else pack(examples)
+        return collate(examples) if self.settings.packing == "off" else pack(examples)
 
     def held_out(self, examples: Sequence[Example]) -> list[Batch]:
         """Forward passes for validation: examples of similar length together, `micro_batch_size` at a time."""
         order = sorted(examples, key=lambda example: len(example.tokens))
-        return [self.layout(some) for some in micro_batches(order, self.micro_batch_size or self.batch_size)]
+        return [
+            self.layout(some)
+            for some in micro_batches(order, self.settings.micro_batch_size or self.settings.batch_size)
+        ]
 
     def indices_of(self, step: int, number: int) -> list[int]:
         """The examples of this rank's micro-batch 0, 1, … of one step; empty if none is left for this rank."""
         sequences = self._sequences(step)
-        size = self.micro_batch_size or len(sequences)
+        size = self.settings.micro_batch_size or len(sequences)
         mine = sequences[self.rank :: self.world_size][number * size : (number + 1) * size]
         return [index for sequence in mine for index in sequence]
 
@@ -170,40 +163,28 @@ class Schedule:
     @cached_property
     def _ends(self) -> list[int]:
         """The number of steps until the end of each epoch."""
-        if self.packing == "epoch":
-            return list(accumulate(len(self._epoch(epoch)) for epoch in range(self.epochs)))
-        return [-(-len(self.examples) // self.batch_size) * (epoch + 1) for epoch in range(self.epochs)]
+        if self.settings.packing == "epoch":
+            return list(accumulate(len(self._epoch(epoch)) for epoch in range(self.settings.epochs)))
+        return [
+            -(-len(self.examples) // self.settings.batch_size) * (epoch + 1) for epoch in range(self.settings.epochs)
+        ]
 
     def _epoch(self, epoch: int) -> list[list[list[int]]]:
         """Steps of sequences of indices; the last requested epoch is cached."""
         if epoch not in self._steps:
             self._steps.clear()
-            if self.packing == "epoch":
+            if self.settings.packing == "epoch":
                 self._steps[epoch] = self._packed_epoch(epoch)
             else:
-                order = epoch_order(self._lengths, self.batch_size, self.seed, epoch)
+                order = epoch_order(self._lengths, self.settings.batch_size, self.settings.seed, epoch)
                 self._steps[epoch] = [[[int(index)] for index in indices] for indices in order]
         return self._steps[epoch]
 
     def _packed_epoch(self, epoch: int) -> list[list[list[int]]]:
-        generator = np.random.default_rng([self.seed, epoch])
+        generator = np.random.default_rng([self.settings.seed, epoch])
         order = generator.permutation(len(self.examples)).tolist()
         # the last token of an example is only a label, not an input
-        bins = best_fit([self._lengths[index] - 1 for index in order], self.sequence_length)
+        bins = best_fit([self._lengths[index] - 1 for index in order], self.settings.sequence_length)
         sequences = [[order[position] for position in positions] for positions in bins]
         sequences = [sequences[i] for i in generator.permutation(len(sequences))]
-        return [sequences[i : i + self.batch_size] for i in range(0, len(sequences), self.batch_size)]
-
-
-def schedule_of(examples: Sequence[Example], settings: Settings, world: DistributedContext) -> Schedule:
-    return Schedule(
-        examples,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        micro_batch_size=settings.micro_batch_size,
-        packing=settings.packing,
-        sequence_length=settings.sequence_length,
-        seed=settings.seed,
-        rank=world.rank,
-        world_size=world.size,
-    )
+        return [sequences[i : i + self.settings.batch_size] for i in range(0, len(sequences), self.settings.batch_size)]

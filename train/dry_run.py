@@ -10,7 +10,7 @@ from rich.text import Text
 from minillama.config import LlamaConfig
 from minillama.tokenizer import Tokenizer
 from train.config import Settings
-from train.data import Schedule, schedule_of
+from train.data import Schedule
 from train.distributed import DistributedContext
 from train.memory import memory_of
 from train.packing import Example
@@ -29,7 +29,7 @@ def show(
 ) -> None:
     """Print examples, tokens, steps, density, memory, and three samples with their labels in colour."""
     console = Console(highlight=False, soft_wrap=True)
-    schedule = schedule_of(examples, settings, world)
+    schedule = Schedule(examples, settings, world.rank, world.size)
     measured = range(min(MEASURED_STEPS, schedule.total_steps))
     batches = [batch for step in measured for batch in schedule.micro_batches(step)]
     sizes = [batch.inputs_BT.numel() for batch in batches]
@@ -41,13 +41,13 @@ def show(
         ("steps", f"{schedule.total_steps:,}; by epoch {', '.join(epochs[:5])}{', …' if len(epochs) > 5 else ''}"),
         ("ranks", f"{world.size}, on {world.device.type}"),
         ("packing", f"{settings.packing}; {sum(sizes) / len(sizes):,.0f} positions in a forward pass"),
-        ("density", density(schedule_of(examples, settings, DistributedContext()), measured)),
+        ("density", density(Schedule(examples, settings), measured)),
     ):
         console.print(f"{name:12}{text}")
     most = max(len(batch.labels_M) for batch in batches)
     for line in memory_of(config, settings, max(sizes), most, world.size, world.device.type).lines():
         console.print(line)
-    single = schedule_of(examples, replace(settings, micro_batch_size=1), DistributedContext())
+    single = Schedule(examples, replace(settings, micro_batch_size=1))
     for number in range(SAMPLES):
         sample = [examples[index] for index in single.indices_of(0, number)]
         if sample:
@@ -65,10 +65,11 @@ def density(schedule: Schedule, steps: range) -> str:
         text = f"no padding; a shared prefix, computed once, saves {1 - computed / needed:.0%}"
     else:
         text = f"{needed / computed:.1%}, {1 - needed / computed:.1%} padding"
-    if schedule.packing == "epoch":
-        single = replace(schedule, micro_batch_size=1)
-        room = sum(1 for step in steps for _ in single.micro_batches(step)) * schedule.sequence_length
-        text += f"; sequences of {schedule.sequence_length:,} are {needed / room:.1%} full"
+    if schedule.settings.packing == "epoch":
+        single = replace(schedule, settings=replace(schedule.settings, micro_batch_size=1))
+        length = schedule.settings.sequence_length
+        room = sum(1 for step in steps for _ in single.micro_batches(step)) * length
+        text += f"; sequences of {length:,} are {needed / room:.1%} full"
     return text
 
 

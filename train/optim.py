@@ -17,6 +17,7 @@ from train.distributed import DistributedContext, local
 # Weights that StochasticAdamW updates at a time. Their float32 copies take TEMPORARY_BYTES each.
 GROUP_SIZE = 1 << 22
 TEMPORARY_BYTES = 16
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def learning_rate(settings: Settings, step: int, total: int) -> float:
@@ -40,6 +41,7 @@ class Optimizer:
     def __init__(self, model: nn.Module, settings: Settings, world: DistributedContext) -> None:
         self.world = world
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.state_dtype = getattr(torch, settings.optimizer_state) if settings.optimizer_state else None
         self.in_backward = settings.release_gradients
         self.prepared = False
         self.squared_norms: list[Tensor] = []
@@ -79,8 +81,8 @@ class Optimizer:
         for name, adamw in self.adamw_of.items():
             parameter = self.parameters[name]
             if not adamw.state[parameter]:
-                adamw.state[parameter] = _fresh_state(adamw, parameter)
-            for key in ("exp_avg", "exp_avg_sq"):
+                adamw.state[parameter] = fresh_state(parameter, self.state_dtype)
+            for key in MOMENTS:
                 found[f"optimizer.{key}.{name}"] = adamw.state[parameter][key]
         return found
 
@@ -113,11 +115,13 @@ def _adamw(parameters: dict[str, nn.Parameter], settings: Settings) -> torch.opt
     return StochasticAdamW(groups, settings.lr, betas, state_dtype, settings.seed, seeds)
 
 
-def _fresh_state(adamw: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    if isinstance(adamw, StochasticAdamW):
-        return adamw.fresh_state(parameter)
-    moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
-    return {"step": torch.zeros((), device=parameter.device), **moments}
+def fresh_state(parameter: nn.Parameter, state_dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The state before the first step. state_dtype: of a matrix's moments, a vector's are float32; None: the weights'."""
+    if state_dtype is None:
+        dtype, step = parameter.dtype, torch.zeros((), device=parameter.device)
+    else:
+        dtype, step = state_dtype if parameter.dim() >= 2 else torch.float32, torch.zeros(())
+    return {"step": step, **{key: torch.zeros_like(parameter.detach(), dtype=dtype) for key in MOMENTS}}
 
 
 class StochasticAdamW(torch.optim.Optimizer):
@@ -140,11 +144,6 @@ class StochasticAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": 1e-8, "weight_decay": 0.0})
         self.state_dtype, self.seed, self.seeds = state_dtype, seed, seeds
 
-    def fresh_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        dtype = self.state_dtype if parameter.dim() >= 2 else torch.float32
-        moments = {key: torch.zeros_like(parameter.detach(), dtype=dtype) for key in ("exp_avg", "exp_avg_sq")}
-        return {"step": torch.zeros(()), **moments}
-
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
@@ -154,7 +153,7 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         if not self.state[parameter]:
-            self.state[parameter] = self.fresh_state(parameter)
+            self.state[parameter] = fresh_state(parameter, self.state_dtype)
         state = self.state[parameter]
         state["step"] += 1
         step = int(state["step"])

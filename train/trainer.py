@@ -30,7 +30,7 @@ from minillama.errors import InputError, Interrupted
 from minillama.model import Llama
 from train.checkpoint import Checkpoints, Progress
 from train.config import CHANGEABLE_ON_RESUME, Settings
-from train.data import schedule_of
+from train.data import Schedule
 from train.distributed import DistributedContext, Loss, full_tensor, reshard, shard
 from train.metrics import JsonLines, Reporter, Timing, tensorboard_writer
 from train.optim import Optimizer, learning_rate
@@ -113,7 +113,7 @@ class Trainer:
             raise InputError("there is nothing to train on: no example is left after reading")
         self.model, self.settings, self.output, self.tensorboard = model, settings, output, tensorboard
         self.world = world or DistributedContext(device=model.device)
-        self.schedule = schedule_of(examples, settings, self.world)
+        self.schedule = Schedule(examples, settings, self.world.rank, self.world.size)
         self.total_steps = self.schedule.total_steps
         self.held_out = self.schedule.held_out(held_out)
         self.fingerprint = _fingerprint(model, examples, settings)

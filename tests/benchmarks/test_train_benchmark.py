@@ -11,7 +11,7 @@ from minillama.errors import exit_code
 
 def test_every_figure_is_printed_and_the_losses_are_equal(tmp_path, model_folders, capsys, monkeypatch):
     monkeypatch.setattr(train, "WIDE", replace(train.WIDE, vocab_size=2000))
-    arguments = ["--model", str(model_folders["A"]), "--prompt", "plain", "--steps", "3", "--rounds", "1", "--json"]
+    arguments = ["--model", str(model_folders["A"]), "--prompt", "plain", "--steps", "4", "--rounds", "1", "--json"]
     arguments += ["--curve-batch-size", "8", "--sequences", "2", "--length", "16", "--device", "cpu", "--threads", "1"]
     assert train.main([*arguments, "--lr", "1e-3", "--output", str(tmp_path / "results")]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -19,7 +19,7 @@ def test_every_figure_is_printed_and_the_losses_are_equal(tmp_path, model_folder
     assert json.loads(saved.read_text()) == result
     assert result["loss_difference"] < 1e-5
     losses = [ours for ours, _ in result["losses"]]
-    assert len(losses) == 3
+    assert len(losses) == 4
     assert losses[-1] < losses[0]
     for name in ("tokens_per_second_ratio", "target_tokens_per_second_ratio", "peak_memory_ratio"):
         assert result[name] > 0

@@ -13,7 +13,7 @@ from tiny import tiny_model
 
 from minillama.errors import Interrupted
 from train.config import Settings
-from train.data import schedule_of
+from train.data import Schedule
 from train.distributed import Loss, full_tensor, shard, started, unsharded
 from train.metrics import Reporter
 from train.trainer import Trainer, target_loss
@@ -61,7 +61,9 @@ def gradients(world, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     model = tiny_model(1).to(dtype)
     loss = Loss(model, target_loss)
     shard(loss, world)
-    schedule = schedule_of(examples_of(32, 4), Settings(epochs=1, batch_size=32, micro_batch_size=5), world)
+    schedule = Schedule(
+        examples_of(32, 4), Settings(epochs=1, batch_size=32, micro_batch_size=5), world.rank, world.size
+    )
     total = 0.0
     for batch in schedule.micro_batches(0):
         part = loss(batch) / schedule.num_labels(0) * world.size

@@ -57,7 +57,7 @@ def test_states_are_bfloat16_for_matrices_and_float32_for_vectors():
         (torch.nn.Parameter(torch.zeros(8, 4)), torch.bfloat16),
         (torch.nn.Parameter(torch.zeros(8)), torch.float32),
     ):
-        state = stochastic([parameter], torch.bfloat16).fresh_state(parameter)
+        state = optim.fresh_state(parameter, torch.bfloat16)
         assert {state[key].dtype for key in ("exp_avg", "exp_avg_sq")} == {dtype}
 
 
@@ -123,7 +123,7 @@ def test_a_second_moment_that_moves_by_a_thousandth_still_moves():
     """Round-to-nearest would stop it: from 1 towards 0 with beta2 = 0.999, after 1000 steps exp(-1) is left."""
     parameter = torch.nn.Parameter(torch.ones(64, 128))
     optimizer = StochasticAdamW([{"params": [parameter]}], 0.0, (0.9, 0.999), torch.bfloat16, 0, {parameter: 1})
-    optimizer.state[parameter] = optimizer.fresh_state(parameter)
+    optimizer.state[parameter] = optim.fresh_state(parameter, torch.bfloat16)
     optimizer.state[parameter]["exp_avg_sq"].fill_(1.0)
     parameter.grad = torch.zeros_like(parameter)
     for _ in range(1000):

@@ -1,11 +1,14 @@
 """Packing: the same loss and the same gradients as the documents one by one, in fewer positions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TINY, tiny_model
 
+from train.config import Settings
 from train.data import Schedule
 from train.packing import Example, best_fit, collate, pack, shared_prefix
 from train.trainer import target_loss
@@ -137,11 +140,11 @@ def test_text_fills_its_sequences():
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_a_schedule_sees_every_target_once_an_epoch_on_any_number_of_ranks(packing, ranks):
     examples = examples_of(37)
+    common = Settings(epochs=2, batch_size=5, packing=packing, sequence_length=40, seed=3)
     schedules = [
-        Schedule(examples, 2, 5, 2, packing, sequence_length=40, seed=3, rank=rank, world_size=ranks)
-        for rank in range(ranks)
+        Schedule(examples, replace(common, micro_batch_size=2), rank=rank, world_size=ranks) for rank in range(ranks)
     ]
-    whole = Schedule(examples, 2, 5, 0, packing, sequence_length=40, seed=3)
+    whole = Schedule(examples, common)
     assert schedules[0].total_steps == whole.total_steps == whole.steps_in_epoch(0) + whole.steps_in_epoch(1)
     seen = []
     for step in range(whole.total_steps):
@@ -159,8 +162,8 @@ def test_two_ranks_add_up_to_one():
     """An odd number of examples, so that one rank has one fewer, and none in the last micro-batch."""
     examples = examples_of(5)
     model = tiny_model(2).double()
-    one = loss_and_gradients(model, Schedule(examples, 1, 5).micro_batches(0), 40)
-    parts = [Schedule(examples, 1, 5, 1, rank=rank, world_size=2) for rank in range(2)]
+    one = loss_and_gradients(model, Schedule(examples, Settings(batch_size=5)).micro_batches(0), 40)
+    parts = [Schedule(examples, Settings(batch_size=5, micro_batch_size=1), rank, 2) for rank in range(2)]
     both = [loss_and_gradients(model, part.micro_batches(0), 40) for part in parts]
     summed = both[0][0] + both[1][0], [a + b for a, b in zip(both[0][1], both[1][1])]
     assert_same(summed, one, 1e-9)
