@@ -1,1 +1,1 @@
-"""Speed and memory as ratios within one run; not installed."""
+"""Benchmarks of the packages against their peers, and the results. Neither imported nor installed by anything."""

@@ -12,12 +12,9 @@ A ratio of speeds is the median over steps of one system's speed over the other'
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -32,21 +29,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common import header, save
 from corpora import Prompt, sample
 from minillama.chat import chat_format
 from minillama.cli import Parser
 from minillama.config import LlamaConfig, read_config
-from minillama.device import pick_device
 from minillama.errors import InputError, exit_code
+from minillama.files import resolve_folder
+from minillama.machine import pick_device
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
-from minillama.weights import resolve_folder
 from train.data import responses
 from train.memory import shape_of
 from train.packing import Example, pack
 from train.trainer import target_loss
 
-RESULTS = Path(__file__).parent / "results" / "train"
 DEMO_TOKENIZER = Path(__file__).resolve().parent.parent / "demo" / "L"
 # A small model with Llama 3's vocabulary, whose logits take more memory than all else: V, D, F, layers, H, K, C.
 WIDE = LlamaConfig(128_256, 256, 768, 4, 4, 2, 64, tie_word_embeddings=True)
@@ -193,10 +190,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             large_vocabulary = compare_speed("large vocabulary", workers, _random_sequences(WIDE, options, 2), "tokens")
     peaks = large_vocabulary["ours_peak_bytes"], large_vocabulary["theirs_peak_bytes"]
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": platform.machine() if options.device == "cpu" else torch.cuda.get_device_name(options.device),
-        "threads": (options.threads or torch.get_num_threads()) if options.device == "cpu" else None,
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        **header("transformers"),
+        "threads": options.threads or torch.get_num_threads(),
         "model": Path(options.model or options.shape).name,
         "dtype": options.dtype,
         "tokens_per_second_ratio": full_sequences["ratio"],
@@ -271,16 +266,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lr", type=float, default=2e-5, help="learning rate (2e-5, the paper's)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: the first GPU, else the CPU")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--output", type=Path, help="folder of the results (benchmarks/results/train)")
     options = parser.parse_args(argv)
     for name in ("rounds", "batch_size", "steps", "curve_batch_size", "sequences", "length"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1")
     options.device = str(pick_device(options.device))
     result = measure(options)
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"{result['date'][:19].replace(':', '')}-{result['device'].replace(' ', '-').lower()}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path = save(result, "train", options.output)
     shown = result if options.json else {name: value for name, value in result.items() if isinstance(value, float)}
     print(json.dumps(shown, indent=1))
     print(f"saved as {path}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The paper's corpora by name: ALT and WMT19, their filters, their splits and the random draws.
+"""The paper's corpora by name: ALT and WMT19, their filters, splits and random samples.
 
 A name is `corpus:pair:split`, with options after commas:
 
@@ -6,14 +6,14 @@ A name is `corpus:pair:split`, with options after commas:
 
 | split | alt (`mutiyama/alt`, alt-parallel)  | wmt19 (`wmt/wmt19`, de-en)                                  |
 |-------|-------------------------------------|-------------------------------------------------------------|
-| cpt   | the hub's validation split          | the first 2,000 of a draw from the hub's train split        |
-| train | the hub's train split, less `dev`   | the next 18,000 of the draw                                 |
-| dev   | `dev` pairs drawn from train        | the 1,000 after those                                       |
+| cpt   | the hub's validation split          | the first 2,000 of a random order of the hub's train split  |
+| train | the hub's train split without `dev` | the next 18,000                                             |
+| dev   | `dev` random pairs of train         | the 1,000 after those                                       |
 | test  | the hub's test split                | the hub's validation split (newstest2018)                   |
 
-Pairs with a blank side are left out before anything is drawn or counted. The pair's order is the direction; the rows of
-a split are the same in both. A fourth part names the side that continued pre-training reads. `dev` is 0 unless given,
-as in the paper: then ALT's train split is whole and there is no dev split. The paper's own seed is unknown.
+Pairs with a blank side are dropped before anything is sampled or counted. The pair's order is the direction; a split
+has the same rows in both. A fourth field names the side that continued pre-training reads. `dev` is 0 by default, as in
+the paper: ALT's train split is complete and there is no dev split. The paper's seed is not published.
 
 Files come from the hub (or its local cache), or from a folder in the hub's layout, `FOLDER/mutiyama/alt/alt-parallel/`:
 the argument `folder` or the environment variable COLLAB_MT_CORPORA.
@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from corpora.pairs import Pairs, is_blank, keep_pairs
+from corpora.pairs import Pairs, drop_blank, is_blank
 from corpora.tables import PairTable, open_table
 from corpora.text import Texts
 from minillama.errors import InputError
@@ -37,13 +37,13 @@ DEFAULT_SEED = 0
 FOLDER_VARIABLE = "COLLAB_MT_CORPORA"
 SPLITS = ("cpt", "train", "dev", "test")
 OPTIONS = ("seed", "dev", "revision")
-WMT_DRAW = {"cpt": (0, 2_000), "train": (2_000, 20_000), "dev": (20_000, 21_000)}
+WMT_RANGES = {"cpt": (0, 2_000), "train": (2_000, 20_000), "dev": (20_000, 21_000)}
 _NAME = re.compile(r"(?P<corpus>[^:,]+):(?P<source>[^:,-]+)-(?P<target>[^:,-]+):(?P<split>[^:,]+)(:(?P<side>[^:,]+))?")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A dataset on the hub; `languages` are the pairs it is used for, empty for whatever its table has."""
+    """A dataset on the hub; `languages` is the one pair that it is used for, empty for all that its table has."""
 
     repo: str
     config: str
@@ -63,7 +63,7 @@ CORPORA = {
 
 @dataclass(frozen=True)
 class SplitName:
-    """A parsed name."""
+    """A parsed name of a split."""
 
     text: str
     corpus: str
@@ -77,12 +77,12 @@ class SplitName:
 
 
 def is_named_split(name: str) -> bool:
-    """Whether a path argument is meant as a name: it begins with a known corpus and a colon."""
+    """Whether a path argument is the name of a split: it begins with a known corpus and a colon."""
     return name.split(":", 1)[0] in CORPORA and ":" in name
 
 
 def parse_name(text: str, seed: int | None = None) -> SplitName:
-    """The parts of a name; `seed` is used where the name has none. Raises InputError that says what would be right."""
+    """Parse a name; `seed` is used where the name has none. Raises InputError that says what would be right."""
     head, *assignments = text.split(",")
     match = _NAME.fullmatch(head)
     if not match:
@@ -122,12 +122,12 @@ def parse_name(text: str, seed: int | None = None) -> SplitName:
 def load_pairs(
     text: str, source: str, target: str, *, seed: int | None = None, folder: str | Path | None = None
 ) -> Pairs:
-    """The pairs of a named split in its own direction, which must be source -> target. See read_pairs."""
+    """The pairs of a named split, whose direction must be source -> target; see corpora.read.read_pairs."""
     name = parse_name(text, seed)
     if (name.source, name.target) != (source, target):
         right = text.replace(f":{name.source}-{name.target}:", f":{source}-{target}:", 1)
         raise InputError(
-            f"{text}: is {name.source} to {name.target}, but {source} to {target} is wanted: write {right}"
+            f"{text}: is {name.source} to {name.target}, but {source} to {target} is requested: write {right}"
         )
     if name.side:
         raise InputError(f"{text}: is one side of the pairs, expected both: leave out ':{name.side}'")
@@ -153,21 +153,21 @@ def _load(name: SplitName, folder: str | Path | None) -> Pairs:
     details: dict[str, object] = {"rows": sum(table.rows for table in tables)}
     if revision:
         details["revision"] = revision
-    if name.corpus == "wmt19" and name.split in WMT_DRAW:
+    if name.corpus == "wmt19" and name.split in WMT_RANGES:
         details["seed"] = name.seed
-        return _draw_rows(tables, WMT_DRAW[name.split], name, details)
+        return _sample_rows(tables, WMT_RANGES[name.split], name, details)
     records = itertools.chain.from_iterable(
         table.pairs(group) for table in tables for group in range(len(table.group_rows))
     )
-    pairs = keep_pairs(records, name.text, details)
+    pairs = drop_blank(records, name.text, details)
     if name.corpus == "alt" and name.dev and name.split in ("train", "dev"):
         details |= {"seed": name.seed, "dev": name.dev}
         return _split_dev(pairs, name)
     return pairs
 
 
-def draw(rows: int, seed: int) -> Iterator[int]:
-    """Row numbers 0..rows-1 in random order, each once. A longer draw begins with the shorter one."""
+def random_order(rows: int, seed: int) -> Iterator[int]:
+    """Yield the row numbers 0..rows-1 in random order, each once."""
     generator = random.Random(seed)
     seen: set[int] = set()
     while len(seen) < rows:
@@ -177,53 +177,53 @@ def draw(rows: int, seed: int) -> Iterator[int]:
             yield row
 
 
-def _draw_rows(
+def _sample_rows(
     tables: Sequence[PairTable], bounds: tuple[int, int], name: SplitName, details: dict[str, object]
 ) -> Pairs:
-    """Places bounds[0]..bounds[1] of the draw, in draw order. A blank pair gives its place to the next one drawn."""
+    """Pairs bounds[0] to bounds[1] - 1 of the random order, in which blank pairs are skipped."""
     rows = sum(table.rows for table in tables)
-    order = draw(rows, name.seed)
+    order = random_order(rows, name.seed)
     kept: list[tuple[str, str]] = []
     dropped = 0
     while len(kept) < bounds[1]:
-        wanted = list(itertools.islice(order, bounds[1] - len(kept)))
-        if not wanted:
-            raise InputError(f"{name.text}: {rows} rows are too few, expected at least {bounds[1]} to draw from")
-        pairs = _read_rows(tables, wanted)
-        drawn = [pairs[row] for row in wanted if not is_blank(*pairs[row])]
-        dropped += len(wanted) - len(drawn)
-        kept += drawn
-    split = keep_pairs(kept[bounds[0] : bounds[1]], name.text, details)
+        sampled = list(itertools.islice(order, bounds[1] - len(kept)))
+        if not sampled:
+            raise InputError(f"{name.text}: {rows} rows are too few, expected at least {bounds[1]} to sample from")
+        pairs = _read_rows(tables, sampled)
+        filled = [pairs[row] for row in sampled if not is_blank(*pairs[row])]
+        dropped += len(sampled) - len(filled)
+        kept += filled
+    split = drop_blank(kept[bounds[0] : bounds[1]], name.text, details)
     return Pairs(split.source, split.target, dropped, split.origin, split.details)
 
 
 def _read_rows(tables: Sequence[PairTable], rows: Sequence[int]) -> dict[int, tuple[str, str]]:
-    """The pairs at some row numbers of all tables together. Each row group is read once, one at a time."""
+    """The pairs at row numbers that count through all tables. Each row group is read once, one at a time."""
     groups = [(table, group) for table in tables for group in range(len(table.group_rows))]
     starts = list(itertools.accumulate((table.group_rows[group] for table, group in groups), initial=0))[:-1]
     found: dict[int, tuple[str, str]] = {}
-    for place, members in itertools.groupby(sorted(rows), key=lambda row: bisect.bisect_right(starts, row) - 1):
+    for index, members in itertools.groupby(sorted(rows), key=lambda row: bisect.bisect_right(starts, row) - 1):
         numbers = list(members)
-        table, group = groups[place]
-        found |= zip(numbers, table.pairs(group, [row - starts[place] for row in numbers]))
+        table, group = groups[index]
+        found |= zip(numbers, table.pairs(group, [row - starts[index] for row in numbers]))
     return found
 
 
 def _split_dev(pairs: Pairs, name: SplitName) -> Pairs:
     if name.dev >= len(pairs):
         raise InputError(f"{name.text}: dev={name.dev} of {len(pairs)} pairs, expected fewer than there are")
-    chosen = list(itertools.islice(draw(len(pairs), name.seed), name.dev))
+    rows = list(itertools.islice(random_order(len(pairs), name.seed), name.dev))
     if name.split == "train":
-        taken = set(chosen)
-        chosen = [row for row in range(len(pairs)) if row not in taken]
-    source, target = [pairs.source[row] for row in chosen], [pairs.target[row] for row in chosen]
+        dev = set(rows)
+        rows = [row for row in range(len(pairs)) if row not in dev]
+    source, target = [pairs.source[row] for row in rows], [pairs.target[row] for row in rows]
     return Pairs(source, target, pairs.dropped, pairs.origin, pairs.details)
 
 
 def find_files(
     corpus: Corpus, hub_split: str, folder: str | Path | None = None, revision: str | None = None
 ) -> tuple[list[Path], str | None]:
-    """The shards of a split in order, and the hub's commit (None for a local folder). Downloads what is not there."""
+    """The files of a split in order, and the hub's commit (None for a local folder). Downloads what is missing."""
     base = folder or os.environ.get(FOLDER_VARIABLE)
     commit = None
     if base:
@@ -231,16 +231,16 @@ def find_files(
     else:
         snapshot = _download(corpus, hub_split, revision)
         commit, root = snapshot.name, snapshot / corpus.config
-    pattern = re.compile(rf"(.+-)?{hub_split}(-(?P<part>\d+)-of-(?P<parts>\d+))?\.(parquet|arrow)(\.gz)?")
+    pattern = re.compile(rf"(.+-)?{hub_split}(-(?P<number>\d+)-of-(?P<count>\d+))?\.(parquet|arrow)(\.gz)?")
     names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
     matches = [match for match in map(pattern.fullmatch, names) if match]
     if not matches:
         raise InputError(f"{root}: no {hub_split} files, expected {hub_split}-00000-of-00001.parquet or the like")
-    parts = [(int(match["part"] or 0), int(match["parts"] or 1)) for match in matches]
-    if parts != [(number, len(parts)) for number in range(len(parts))]:
-        expected = max(count for _, count in parts)
+    shards = [(int(match["number"] or 0), int(match["count"] or 1)) for match in matches]
+    if shards != [(number, len(shards)) for number in range(len(shards))]:
+        expected = max(count for _, count in shards)
         raise InputError(
-            f"{root}: found {len(parts)} {hub_split} files, expected {expected} numbered parts of one table"
+            f"{root}: found {len(shards)} {hub_split} files, expected {expected} numbered parts of one table"
         )
     return [root / match.string for match in matches], commit
 

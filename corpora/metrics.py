@@ -1,7 +1,7 @@
-"""BLEU and chrF of sacrebleu, each with the signature that repeats it.
+"""BLEU, chrF and TER of sacrebleu, each with its signature.
 
-Every language has BLEU with sacrebleu's default tokenizer `13a`, and those written without spaces also with their own:
-`ja-mecab`, `zh`, `ko-mecab`. The two are different numbers, never to be compared with each other.
+BLEU is computed with sacrebleu's default tokenizer `13a`, and for languages written without spaces also with their own:
+`ja-mecab`, `zh`, `ko-mecab`. Scores of two tokenizers cannot be compared.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ OPTIONAL_TOKENIZERS = {"ja-mecab": "MeCab", "ko-mecab": "mecab_ko"}
 
 @dataclass(frozen=True)
 class TextMetric:
-    """One sacrebleu metric with its references inside. `key` names it in reports, `label` in tables."""
+    """A sacrebleu metric with its references; `key` is its name in reports, `label` in tables."""
 
     key: str
     label: str
@@ -25,20 +25,20 @@ class TextMetric:
 
 
 def bleu_tokenizers(target: str | None) -> list[str]:
-    """The tokenizers BLEU is reported with for a target language, `13a` first."""
+    """The tokenizers of BLEU for a target language, `13a` first; raises InputError where MeCab is not installed."""
     own = OWN_TOKENIZERS.get((target or "").lower().replace("_", "-").split("-")[0])
     if own is None:
         return ["13a"]
     module = OPTIONAL_TOKENIZERS.get(own)
     if module and importlib.util.find_spec(module) is None:
-        if own == "ko-mecab":  # an extra of sacrebleu that is not among what we require
+        if own == "ko-mecab":  # an optional dependency of sacrebleu that we do not require
             return ["13a"]
         raise InputError(f"BLEU with {own} needs MeCab: pip install 'sacrebleu[ja]'")
     return ["13a", own]
 
 
 def text_metrics(names: Sequence[str], references: Sequence[str], target: str | None) -> list[TextMetric]:
-    """Those of `bleu`, `chrf`, `chrf++`, `ter` among the names, in the names' order; BLEU once for each tokenizer."""
+    """The metrics named `bleu`, `chrf`, `chrf++`, `ter`, in the names' order; BLEU once for each tokenizer."""
     from sacrebleu.metrics import BLEU, CHRF, TER
 
     found: list[TextMetric] = []

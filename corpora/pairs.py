@@ -1,8 +1,7 @@
-"""Parallel text in: pairs of sentences from TSV, JSON lines, parquet, arrow, two aligned files, or a named split.
+"""Pairs of sentences from TSV, JSON lines, parquet, arrow, or two line-aligned text files.
 
 Every format may be gzipped. A pair with a blank side is dropped and counted. A sentence is one line: line breaks
-inside a JSON or parquet value become spaces, so that outputs stay line-aligned. The paper's corpora by name
-(`alt:ja-en:train`) are in corpora.hub.
+inside a JSON or parquet value become spaces, so that outputs stay line-aligned.
 """
 
 import json
@@ -11,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from corpora.tables import read_records
 from corpora.text import STDIN, display_name, read_lines
 from minillama.errors import InputError
 
@@ -28,10 +28,10 @@ _LINE_BREAKS = re.compile(r"\s*[\r\n]+\s*")
 
 @dataclass(frozen=True)
 class Pairs:
-    """Sentence pairs in file order.
+    """Sentence pairs in file order: `source[i]` and `target[i]` belong together and neither is blank.
 
-    `source[i]` and `target[i]` belong together and neither is blank; `dropped` pairs had a blank side; `origin` says
-    where they came from. `details` holds what a report must say about a named split: seed, counts, revision.
+    dropped: how many pairs had a blank side.   origin: the files or the split, for messages.
+    details: a named split's seed, counts and revision, for reports.
     """
 
     source: list[str]
@@ -54,28 +54,8 @@ class Pairs:
         return f"{self.origin}: {len(self.source):,} pairs{dropped}{details}"
 
 
-def read_pairs(
-    files: Sequence[str | Path] | str | Path,
-    source: str,
-    target: str,
-    *,
-    seed: int | None = None,
-    folder: str | Path | None = None,
-) -> Pairs:
-    """Pairs in the direction source -> target (language codes).
-
-    files: one TSV (source, target), JSON lines, parquet or arrow file; or two line-aligned text files, source first; or
-    one named split such as `alt:ja-en:train` or `wmt19:en-de:test`. '-' is a TSV on standard input. Records of JSON
-    lines, parquet and arrow have the keys `source` and `target` or the two codes, at the top or under `translation`.
-    A TSV may begin with a header line of the two codes, in either order.
-    seed: of a named split's random draw.   folder: where a named split lies in the hub's layout, instead of the hub.
-    Raises InputError that names file and line.
-    """
-    from corpora import hub
-
-    files = [files] if isinstance(files, (str, Path)) else list(files)
-    if len(files) == 1 and hub.is_named_split(str(files[0])):
-        return hub.load_pairs(str(files[0]), source, target, seed=seed, folder=folder)
+def read_pair_files(files: Sequence[str | Path], source: str, target: str) -> Pairs:
+    """Read one file of pairs, or two line-aligned text files; see corpora.read.read_pairs."""
     if len(files) == 2:
         return _read_aligned(files[0], files[1])
     if len(files) != 1:
@@ -83,21 +63,19 @@ def read_pairs(
     path, origin = files[0], display_name(files[0])
     kind = "tsv" if str(path) == STDIN else _format(path)
     if kind == "tsv":
-        return keep_pairs(_read_tsv(path, source, target), origin)
+        return drop_blank(_read_tsv(path, source, target), origin)
     if kind == "json":
-        return keep_pairs(_read_json_lines(path, source, target), origin)
+        return drop_blank(_read_json_lines(path, source, target), origin)
     if kind == "table":
-        from corpora import tables
-
-        return keep_pairs(tables.read_records(path, source, target), origin)
+        return drop_blank(read_records(path, source, target), origin)
     known = ", ".join(FORMATS)
     raise InputError(
         f"{origin}: unknown format of pairs, expected a name ending in one of {known} (.gz allowed), or two files"
     )
 
 
-def keep_pairs(records: Iterable[tuple[str, str]], origin: str, details: Mapping[str, object] | None = None) -> Pairs:
-    """The records whose two sides are not blank, as Pairs that count the others."""
+def drop_blank(records: Iterable[tuple[str, str]], origin: str, details: Mapping[str, object] | None = None) -> Pairs:
+    """The records without those that have a blank side, which are counted."""
     sources: list[str] = []
     targets: list[str] = []
     dropped = 0
@@ -111,12 +89,12 @@ def keep_pairs(records: Iterable[tuple[str, str]], origin: str, details: Mapping
 
 
 def is_blank(source: str, target: str) -> bool:
-    """Whether a side holds nothing but white space."""
+    """Whether one of the sides is empty or white space."""
     return not source.strip() or not target.strip()
 
 
 def one_line(text: str) -> str:
-    """The text with its line breaks turned into spaces; text without any is returned as it is."""
+    """Replace line breaks by spaces; a text without any is returned unchanged."""
     if "\n" not in text and "\r" not in text:
         return text
     return _LINE_BREAKS.sub(" ", text.strip("\r\n"))
@@ -139,7 +117,7 @@ def _read_aligned(source_path: str | Path, target_path: str | Path) -> Pairs:
         raise InputError(
             f"{names[0]} has {len(sources)} lines and {names[1]} has {len(targets)}, expected the same number"
         )
-    return keep_pairs(zip(sources, targets), " + ".join(names))
+    return drop_blank(zip(sources, targets), " + ".join(names))
 
 
 def _read_tsv(path: str | Path, source: str, target: str) -> Iterator[tuple[str, str]]:
@@ -166,7 +144,7 @@ def _read_json_lines(path: str | Path, source: str, target: str) -> Iterator[tup
         try:
             record = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON ({error}), expected one object a line") from error
+            raise InputError(f"{where}: not JSON ({error}), expected one object per line") from error
         if not isinstance(record, dict):
             raise InputError(f"{where}: expected a JSON object, found {type(record).__name__}")
         yield _sides(record, source, target, where)

@@ -1,12 +1,11 @@
 """Prompts as data: a list of chat messages with fields, in a TOML file.
 
-A prompt file has a key `messages`, a list of tables with `role` and `content`; a second key, `chat`, may name the chat
-format that a model was trained in. In a content, `{source_language}` and `{target_language}` are English names, and
-`{source}` is the sentence; `{{` and `}}` are literal braces. Filling in is one pass over the template, so braces inside
-the sentence are text. How roles become tokens is the chat format's business, not known here.
+A prompt file has a key `messages`, a list of tables with `role` and `content`, and optionally `chat`, the name of the
+chat format that a model was trained with. In a content, `{source_language}` and `{target_language}` are English names,
+`{source}` is the sentence, and `{{` and `}}` are literal braces. Fields are replaced once, so braces inside the
+sentence are text. How roles become tokens is defined in minillama.chat, not here.
 """
 
-import json
 import re
 import tomllib
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A translation prompt: `templates` are (role, content with fields); `chat` is the chat format, None: not fixed."""
+    """A translation prompt: `templates` are (role, content with fields), `chat` a fixed chat format's name or None."""
 
     name: str
     templates: tuple[tuple[str, str], ...]
@@ -37,9 +36,9 @@ class Prompt:
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> "Prompt":
-        """A built-in prompt by name, a TOML file, or a model folder that holds a `prompt.toml`.
+        """Load a built-in prompt by name, a TOML file, or the `prompt.toml` of a model folder.
 
-        Raises InputError for an unknown name, a file that is not such TOML, or an unknown field.
+        Raises InputError for an unknown name, a file that is no such TOML, or an unknown field.
         """
         text = str(name_or_path)
         path = Path(name_or_path)
@@ -62,12 +61,11 @@ class Prompt:
         return [(role, _fill(content, values)) for role, content in self.templates]
 
     def to_toml(self) -> str:
-        """The prompt as a file; `Prompt.load` reads the same templates back."""
-        lines = [
-            f"[[messages]]\nrole = {_quote(role)}\ncontent = {_quote(content)}\n" for role, content in self.templates
-        ]
-        chat = f"chat = {_quote(self.chat)}\n\n" if self.chat else ""
-        return chat + "\n".join(lines)
+        """The prompt as TOML; `Prompt.load` reads the same templates back."""
+        import tomli_w  # only writing needs it
+
+        messages = [{"role": role, "content": content} for role, content in self.templates]
+        return tomli_w.dumps({"chat": self.chat, "messages": messages} if self.chat else {"messages": messages})
 
     def save(self, path: str | Path) -> None:
         """Write the prompt to a file, or as `prompt.toml` into an existing folder."""
@@ -93,7 +91,7 @@ def _parse(content: bytes, name: str) -> tuple[tuple[tuple[str, str], ...], str 
         raise InputError(f"{name}: expected a non-empty list `messages` of tables with `role` and `content`")
     unknown = sorted(set(data) - {"messages", "chat"})
     if unknown:
-        raise InputError(f"{name}: unknown key `{unknown[0]}`, expected `messages` and perhaps `chat`")
+        raise InputError(f"{name}: unknown key `{unknown[0]}`, expected `messages` and optionally `chat`")
     chat = data.get("chat")
     if not isinstance(chat, str | None):
         raise InputError(f"{name}: `chat` is {chat!r}, expected the name of a chat format")
@@ -125,12 +123,7 @@ def _check(templates: tuple[tuple[str, str], ...], name: str) -> None:
 
 
 def _fill(template: str, values: Mapping[str, str]) -> str:
-    def replace(piece: re.Match[str]) -> str:
+    def replace_field(piece: re.Match[str]) -> str:
         return piece[0][0] if piece[1] is None else values[piece[1]]
 
-    return _PIECE.sub(replace, template)
-
-
-def _quote(text: str) -> str:
-    # A JSON string is a TOML basic string but for DEL, which TOML wants escaped (toml.io v1.0, "String").
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return _PIECE.sub(replace_field, template)

@@ -1,8 +1,8 @@
-"""Parquet and arrow files in, one row group at a time.
+"""Pairs of sentences in parquet and arrow files, one row group at a time.
 
-Both kinds of arrow file are read, memory-mapped: the IPC file format and the stream that `datasets` keeps in its cache.
-The columns are found by name: the two language codes or `source` and `target`, at the top level or inside a struct
-`translation`, as ALT and WMT have them on the hub.
+Arrow files may have the IPC file format or the stream format of `datasets`' cache; both are memory-mapped. Columns are
+found by name: the two language codes or `source` and `target`, at the top level or inside a struct `translation`, as in
+ALT and WMT on the hub.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ PARQUET_MAGIC = b"PAR1"
 
 @dataclass(frozen=True)
 class PairTable:
-    """An open table of pairs. `group_rows[i]` is the row count of group i; `read_group(i)` gives its two columns."""
+    """An open table of pairs: `group_rows[i]` is the row count of group i, `read_group(i)` returns its two columns."""
 
     name: str
     group_rows: tuple[int, ...]
@@ -33,7 +33,7 @@ class PairTable:
         return sum(self.group_rows)
 
     def pairs(self, group: int, rows: Sequence[int] | None = None) -> list[tuple[str, str]]:
-        """Text of all rows of a group, or of some of them in the given order; null is the empty string."""
+        """Text of all rows of a group, or of `rows` in their order; null becomes the empty string."""
         sides = []
         for column in self.read_group(group):
             if rows is not None:
@@ -50,19 +50,19 @@ def read_records(path: str | Path, source: str, target: str) -> Iterator[tuple[s
 
 
 def open_table(path: str | Path, source: str, target: str) -> PairTable:
-    """A parquet or arrow file, opened without reading its rows.
+    """Open a parquet or arrow file without reading its rows.
 
-    Raises InputError if it is neither, is damaged, or has no columns for the two languages.
+    Raises InputError where it is neither, is damaged, or has no columns for the two languages.
     """
     import pyarrow as pa
 
     with open_binary(path) as stream:
         start = stream.read(6)
     with open(path, "rb") as raw:
-        zipped = raw.read(2) == GZIP_MAGIC
+        is_gzip = raw.read(2) == GZIP_MAGIC
     opener = _open_parquet if start.startswith(PARQUET_MAGIC) else _open_arrow
     try:
-        data = pa.BufferReader(read_bytes(path)) if zipped else pa.memory_map(str(path))
+        data = pa.BufferReader(read_bytes(path)) if is_gzip else pa.memory_map(str(path))
         return opener(data, display_name(path), source, target)
     except (pa.ArrowInvalid, OSError) as error:
         reason = str(error).splitlines()[0]

@@ -1,16 +1,16 @@
-"""Text files in: lines as a corpus means them, with strict UTF-8.
+"""Lines of text files, in strict UTF-8.
 
-A line ends at a line feed and nowhere else: U+2028, U+0085 and a lone carriage return are part of a sentence, so two
-line-aligned files stay aligned. A byte order mark and the carriage return of CRLF are removed, a line feed at the end
-of the file makes no extra line. Gzip is recognised by its first bytes or its suffix. What a line means (a sentence, a
-column of pairs) is not known here.
+Only a line feed ends a line: U+2028, U+0085 and a lone carriage return are part of a sentence, so two line-aligned
+files stay aligned. A byte order mark and the carriage return of CRLF are removed; a line feed at the end of the file
+starts no further line. Gzip is recognised by its first bytes or its suffix. What a line means (a sentence, a pair) is
+not known here.
 """
 
 import gzip
 import io
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ STDIN = "-"
 
 @dataclass(frozen=True)
 class Texts:
-    """Monolingual text: `documents` in file order, none of them blank; `dropped` blank lines; where it came from."""
+    """Monolingual text: `documents` in file order, none blank; the number of `dropped` blank lines; its origin."""
 
     documents: list[str]
     dropped: int
@@ -42,7 +42,7 @@ class Texts:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """All lines of a text file, '-' for standard input, gzipped or not.
+    """Return all lines of a text file, gzipped or not; '-' is standard input.
 
     Raises InputError that names the file, and for bytes that are not UTF-8 also the line.
     """
@@ -51,7 +51,7 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def iter_lines(stream: Iterable[bytes], name: str) -> Iterator[str]:
-    """Lines of a binary stream, each as soon as it has arrived; `name` is for error messages."""
+    """Yield the lines of a binary stream, each as soon as it has arrived; `name` is for error messages."""
     number = 0
     try:
         for raw in stream:
@@ -66,36 +66,9 @@ def iter_lines(stream: Iterable[bytes], name: str) -> Iterator[str]:
         ) from error
 
 
-def read_texts(paths: Sequence[str | Path] | str | Path, *, seed: int | None = None) -> Texts:
-    """Monolingual text for continued pre-training: one document a line, blank lines dropped and counted.
-
-    Each path is a text file, '-' for standard input, or one side of a named split such as `alt:ja-en:cpt:ja` (see
-    corpora.hub; `seed` is its draw).
-    """
-    from corpora import hub
-
-    if isinstance(paths, (str, Path)):
-        paths = [paths]
-    documents: list[str] = []
-    dropped = 0
-    details: dict[str, object] = {}
-    for path in paths:
-        if hub.is_named_split(str(path)):
-            split = hub.load_texts(str(path), seed=seed)
-            documents += split.documents
-            dropped += split.dropped
-            details |= split.details
-            continue
-        lines = read_lines(path)
-        kept = [line for line in lines if line.strip()]
-        documents += kept
-        dropped += len(lines) - len(kept)
-    return Texts(documents, dropped, " + ".join(display_name(path) for path in paths), details)
-
-
 @contextmanager
 def open_binary(path: str | Path) -> Iterator[BinaryIO]:
-    """A file's bytes, decompressed where they are gzip; '-' is standard input, which stays open."""
+    """Open a file's bytes, decompressed where they are gzip; '-' is standard input, which stays open."""
     name = display_name(path)
     if str(path) == STDIN:
         stream: BinaryIO = sys.stdin.buffer
@@ -117,7 +90,7 @@ def open_binary(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The whole content, decompressed where it is gzip."""
+    """A file's bytes, decompressed where they are gzip."""
     try:
         with open_binary(path) as stream:
             return stream.read()

@@ -81,7 +81,7 @@ class Job:
         part = ranks.join_group(any(place.device.type == "cuda" for place in self.places.values()))
         budget, options = self.budget.least(part), self.options
         if part is not None:
-            rows = int(part.least(torch.tensor(options.batch_size)))
+            rows = int(part.all_reduce_min(torch.tensor(options.batch_size)))
             options = replace(options, batch_size=rows)
         ensemble, seconds = load_ensemble(self.readers, self.weights, self.places, self.arguments.invariant, part)
         may_lower = self.arguments.batch_size is None

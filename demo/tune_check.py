@@ -17,7 +17,7 @@ from scipy.optimize import minimize
 from corpora import read_lines
 from decode.pipeline.members import open_readers
 from minillama import Llama
-from minillama.files import write_whole
+from minillama.files import atomic_write
 
 PLACES_AT_ONCE = 512
 
@@ -68,7 +68,7 @@ def main(source: str, reference: str, report: str, output: str) -> None:
         "largest_weight_difference": float(np.abs(found.x - ours_N).max()),
         "nats_difference": fitted["fit"]["nats"] - float(found.fun),
     }
-    write_whole(Path(output), json.dumps(result, indent=1) + "\n")
+    atomic_write(Path(output), json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 

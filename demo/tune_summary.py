@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from minillama.files import write_whole
+from minillama.files import atomic_write
 
 
 def main(output: str, *names: str) -> None:
@@ -44,7 +44,7 @@ def main(output: str, *names: str) -> None:
     }
     root = f"{Path(__file__).resolve().parent.parent}/"
     text = json.dumps(found, indent=1, ensure_ascii=False).replace(root, "")
-    write_whole(folder / "tune-demo.json", text + "\n")
+    atomic_write(folder / "tune-demo.json", text + "\n")
     for row in systems:
         print(f"{row['name']:14} {row['greedy']['bleu']:6.2f} {row['beam']['bleu']:6.2f}  {row['combine']}")
 

@@ -15,7 +15,7 @@ from eval.score import METRICS, score
 from eval.significance import SAMPLES, SEED
 from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
-from minillama.files import write_whole
+from minillama.files import atomic_write
 
 
 def compare_all(
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bertscore_model=arguments.bertscore_model,
         bertscore_layers=arguments.bertscore_layers,
     )
-    write_whole(Path(arguments.output), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    atomic_write(Path(arguments.output), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return 0
 
 

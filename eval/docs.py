@@ -22,7 +22,7 @@ from eval.figures import ROOT
 from eval.render import markdown_block, markdown_table
 from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
-from minillama.files import write_whole
+from minillama.files import atomic_write
 
 TEMPLATE, PAGE = "docs/results.md.in", "docs/results.md"
 LINE = re.compile(r"^\{\{ *(\S+) +(\S+) *\}\}$")
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     page, text = ROOT / PAGE, build()
     if not arguments.check:
-        write_whole(page, text)
+        atomic_write(page, text)
         print(PAGE)
         return 0
     difference = first_difference(page.read_text(encoding="utf-8") if page.exists() else "", text)

@@ -19,7 +19,7 @@ from typing import Any
 
 from decode.pipeline.fingerprint import folder_digest
 from minillama.errors import InputError
-from minillama.files import write_whole
+from minillama.files import atomic_write
 
 DONE = "done.json"
 # Raised when what a command of this kind computes changes in a way its arguments do not show.
@@ -165,13 +165,13 @@ class Store:
         if isinstance(word, Text):
             path = self.folder(step) / word.name
             if write:
-                write_whole(path, word.content)
+                atomic_write(path, word.content)
             return str(path)
         return word.replace("{step}", str(self.folder(step)))
 
     def finish(self, step: Step, record: dict[str, Any]) -> None:
         whole = {"name": step.name, "kind": step.kind, "key": step.key, **record}
-        write_whole(self.folder(step) / DONE, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+        atomic_write(self.folder(step) / DONE, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
 
     @contextmanager
     def locked(self, step: Step, waiting: Any = None) -> Iterator[int]:

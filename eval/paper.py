@@ -20,7 +20,7 @@ from eval.steps import Steps
 from eval.study import read_study
 from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
-from minillama.files import write_whole
+from minillama.files import atomic_write
 
 EXAMPLES = """examples:
   python -m eval.paper eval/paper.toml --dry-run                  # the plan: steps, GPU hours, memory
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sittings.note()
     results = store.work / "results.json"
     found = gather(steps, store, config, sittings.seconds)
-    write_whole(results, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    atomic_write(results, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     from eval.report import write
 
     write(results, store.work / "report")
@@ -95,7 +95,7 @@ class Sittings:
         self.began = time.time()
 
     def note(self) -> None:
-        write_whole(self.path, json.dumps([*self.before, [self.began, time.time()]]) + "\n")
+        atomic_write(self.path, json.dumps([*self.before, [self.began, time.time()]]) + "\n")
 
     @property
     def seconds(self) -> float:

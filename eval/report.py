@@ -28,7 +28,7 @@ from eval.report_tables import (
 )
 from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
-from minillama.files import write_whole
+from minillama.files import atomic_write
 
 FORMATS: dict[str, Callable[[Document], str]] = {"md": markdown, "tex": latex, "html": html}
 PLOTS = "plots"
@@ -60,7 +60,7 @@ def write(results: Path | str, folder: Path | str, formats: Sequence[str] = tupl
         for path, content in pictures.items():
             path.write_bytes(content)
         for path, text in texts.items():
-            write_whole(path, text)
+            atomic_write(path, text)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); expected a folder") from None
     return [*texts, *pictures]

@@ -14,7 +14,7 @@ from decode.pipeline.report import device_name, versions
 from eval.expressions import EXPRESSIONS, FITTED, tables
 from eval.graph import Step, Store, in_order
 from eval.steps import Row, Steps
-from minillama.device import pick_device
+from minillama.machine import pick_device
 
 
 def gather(steps: Steps, store: Store, config: Path, seconds: float) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from corpora.text import display_name, read_lines
 from eval.significance import SAMPLES, SEED, compare, compare_means
 from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
-from minillama.files import write_whole
+from minillama.files import atomic_write
 
 METRICS = ("bleu", "chrf", "chrf++", "ter", "bertscore")
 EXAMPLES = """examples:
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = json.dumps(report, ensure_ascii=False, indent=2)
     if arguments.report:
         try:
-            write_whole(Path(arguments.report), as_json + "\n")
+            atomic_write(Path(arguments.report), as_json + "\n")
         except OSError as error:
             raise InputError(f"{arguments.report}: cannot be written ({error.strerror})") from None
     if arguments.json:

@@ -2,46 +2,50 @@
 
     x = sum_i w_i h_i W_iᵀ = [w_1 h_1 … w_N h_N] [W_1 … W_N]ᵀ
 
-A chunk of 4,096 vocabulary entries is one accumulated product per block of rows; from it only (maximum, index, sum of
-exponentials), the entries asked for and the moments survive. Weights in half precision are brought to float32 a chunk
-at a time, so the products are float32's.
+A chunk of 4,096 vocabulary entries is one accumulated matmul per block of rows; only its (maximum, index, sum of
+exponentials), the targets' entries and the moments are kept. Weights in half precision are converted to float32 a chunk
+at a time, so the matmuls are in float32.
 
 Moments, for fitting the weights: with p = softmax(x), the gradient of log Z in w_i is E_p[l_i] and its second
 derivative in (w_i, w_j) is Cov_p(l_i, l_j). Each chunk's are taken about its own best token, where the mass is, and
 joined in float64.
 
-This is the CPU path, and on a GPU the path of the moments. Memory over the weights: about (5 + N for moments) buffers
-of ROWS x CHUNK floats and one chunk of one member's weight. Bytes: each weight once; operations: 2 R V sum_i D_i.
+Memory over the weights: about (5 + N for moments) buffers of ROWS x SPLIT floats and one chunk of one member's weight.
+Bytes: each weight once; operations: 2 R V sum_i D_i. The same code runs on a CPU and on a GPU.
 
-    R rows  D width  V vocabulary  N members  C entries of a chunk  S chunks  G given tokens
+    R rows  D width  V vocabulary  N members  C entries of a chunk  S chunks  G target tokens
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from kernels.cpu.fused_logits import _with_corners
-from kernels.types import EMPTY, SPLIT, FusedHead, HeadRequest
+from kernels.cpu.fused_logits import checked_sum, weighted_sum
+from kernels.types import ALL_MASKED, SPLIT, FusedHead
 
 ROWS = 1024
 _LOWEST = torch.finfo(torch.float32).min
 
 
-def run(request: HeadRequest) -> FusedHead:
-    """Every result of the request; weights are read chunk by chunk, rows in blocks inside a chunk."""
-    rows, vocabulary, members, device = request.rows, request.vocabulary, len(request.hidden), request.device
+def run(
+    hidden: Sequence[Tensor], output: Sequence[Tensor], weights: Tensor, target_RG: Tensor | None, moments: bool
+) -> FusedHead:
+    """Every result of `fused_head`; output layers are read chunk by chunk, rows in blocks inside a chunk."""
+    rows, vocabulary, members, device = len(hidden[0]), len(output[0]), len(hidden), hidden[0].device
+    weights_NR = weights if weights.dim() == 2 else weights[:, None].expand(-1, rows)
     chunks = -(-vocabulary // SPLIT)
     peak_RS = torch.empty(rows, chunks, device=device)
     total_RS = torch.empty(rows, chunks, device=device)
     token_RS = torch.empty(rows, chunks, dtype=torch.int64, device=device)
     flag_R = torch.zeros(rows, dtype=torch.int32, device=device)
-    given_RG = request.given
-    x_RG = None if given_RG is None else torch.full(given_RG.shape, torch.nan, device=device)
+    x_RG = None if target_RG is None else torch.full(target_RG.shape, torch.nan, device=device)
     own_NRG = None
-    if given_RG is not None and request.moments:
-        own_NRG = torch.full((members, *given_RG.shape), torch.nan, device=device)
-    mean_RSN = torch.empty(rows, chunks, members, dtype=torch.float64, device=device) if request.moments else None
+    if target_RG is not None and moments:
+        own_NRG = torch.full((members, *target_RG.shape), torch.nan, device=device)
+    mean_RSN = torch.empty(rows, chunks, members, dtype=torch.float64, device=device) if moments else None
     spread_RSNN = mean_RSN.new_empty(rows, chunks, members, members) if mean_RSN is not None else None
 
     for chunk in range(chunks):
@@ -49,14 +53,15 @@ def run(request: HeadRequest) -> FusedHead:
         logits_NRC: list[Tensor] = []
         for first in range(0, rows, ROWS):
             here = slice(first, min(rows, first + ROWS))
-            x_RC, logits_NRC, block_flag_R = _chunk(request, here, start, stop)
+            hidden_NRD, output_NCD = [h_RD[here] for h_RD in hidden], [o_VD[start:stop] for o_VD in output]
+            x_RC, logits_NRC, block_flag_R = _chunk(hidden_NRD, output_NCD, weights_NR[:, here], moments)
             if block_flag_R is not None:
                 flag_R[here] = torch.maximum(flag_R[here], block_flag_R)
             peak_R, index_R = x_RC.max(dim=1)
             peak_RS[here, chunk], token_RS[here, chunk] = peak_R, index_R + start
-            if given_RG is not None and x_RG is not None:
-                inside_RG = (given_RG[here] >= start) & (given_RG[here] < stop)
-                column_RG = torch.where(inside_RG, given_RG[here] - start, 0)
+            if target_RG is not None and x_RG is not None:
+                inside_RG = (target_RG[here] >= start) & (target_RG[here] < stop)
+                column_RG = torch.where(inside_RG, target_RG[here] - start, 0)
                 x_RG[here] = torch.where(inside_RG, x_RC.gather(1, column_RG), x_RG[here])
                 if own_NRG is not None:
                     for number, logits_RC in enumerate(logits_NRC):
@@ -68,7 +73,7 @@ def run(request: HeadRequest) -> FusedHead:
                 mean_RSN[here, chunk], spread_RSNN[here, chunk] = _moments(exp_RC, logits_NRC, index_R)
 
     peak_R = peak_RS.amax(dim=1)
-    flag_R = torch.where((peak_R == -torch.inf) & (flag_R == 0), EMPTY * 16, flag_R)
+    flag_R = torch.where((peak_R == -torch.inf) & (flag_R == 0), ALL_MASKED * 16, flag_R)
     fine_R = flag_R == 0
     nan_R = torch.where(fine_R, 0.0, torch.nan)
     scale_RS = (peak_RS - peak_R[:, None]).exp()
@@ -87,38 +92,36 @@ def run(request: HeadRequest) -> FusedHead:
         token=torch.where(fine_R, token_RS.gather(1, first_R1)[:, 0], -1),
         logprob=nan_R - log_total_R,
         flag=flag_R,
-        given_logprob=None if x_RG is None else x_RG - peak_R[:, None] - log_total_R[:, None] + nan_R[:, None],
-        given_logits=own_NRG,
+        target_logprob=None if x_RG is None else x_RG - peak_R[:, None] - log_total_R[:, None] + nan_R[:, None],
+        target_logits=own_NRG,
         mean=mean_NR,
         covariance=covariance_NNR,
     )
 
 
-def _chunk(request: HeadRequest, here: slice, start: int, stop: int) -> tuple[Tensor, list[Tensor], Tensor | None]:
+def _chunk(
+    hidden_NRD: list[Tensor], output_NCD: list[Tensor], weights_NR: Tensor, moments: bool
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """x of one block of rows and one chunk, the members' own logits if moments need them, and flags, None if all is
     finite.
     """
-    weights_NR = request.weights_NR()[:, here]
 
-    def product(number: int) -> Tensor:
-        output_CD = request.output[number][start:stop].float()
-        return request.hidden[number][here].float() @ output_CD.T
+    def logits() -> list[Tensor]:
+        pairs = zip(hidden_NRD, output_NCD, strict=True)
+        return [hidden_RD.float() @ output_CD.float().T for hidden_RD, output_CD in pairs]
 
-    if request.moments:
-        logits_NRC = [product(number) for number in range(len(request.hidden))]
-        x_RC = logits_NRC[0] * weights_NR[0][:, None]
-        for logits_RC, weights_R in zip(logits_NRC[1:], weights_NR[1:], strict=True):
-            x_RC += logits_RC * weights_R[:, None]
+    logits_NRC = logits() if moments else []
+    if moments:
+        x_RC = weighted_sum(logits_NRC, weights_NR)
     else:
-        logits_NRC = []
-        x_RC = torch.empty(here.stop - here.start, stop - start, device=request.device)
+        x_RC = weights_NR.new_empty(len(hidden_NRD[0]), len(output_NCD[0]))
         for number, weights_R in enumerate(weights_NR):
-            scaled_RD = request.hidden[number][here].float() * weights_R[:, None]
-            x_RC.addmm_(scaled_RD, request.output[number][start:stop].float().T, beta=float(number > 0))
+            scaled_RD = hidden_NRD[number].float() * weights_R[:, None]
+            x_RC.addmm_(scaled_RD, output_NCD[number].float().T, beta=float(number > 0))
     if x_RC.amin() > -torch.inf and x_RC.amax() < torch.inf:
         return x_RC, logits_NRC, None
-    logits_NRC = logits_NRC or [product(number) for number in range(len(request.hidden))]
-    x_RC, flag_R = _with_corners(logits_NRC, weights_NR)
+    logits_NRC = logits_NRC or logits()
+    x_RC, flag_R = checked_sum(logits_NRC, weights_NR)
     return x_RC, logits_NRC, flag_R
 
 

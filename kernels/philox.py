@@ -20,9 +20,9 @@ _WORD = 0xFFFFFFFF
 
 
 def philox(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor | int, Tensor | int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four 32-bit words, as int64 tensors, for each counter; all four words of a counter broadcast together."""
+    """Four 32-bit words, as int64 tensors, for each counter; words of counters and keys broadcast together."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
@@ -34,12 +34,13 @@ def philox(
     return c0, c1, c2, c3
 
 
-def random_words(seed: int, row_id_B: Tensor, position_B: Tensor, start: int, stop: int) -> Tensor:
+def random_words(seed_B: Tensor, row_id_B: Tensor, position_B: Tensor, start: int, stop: int) -> Tensor:
     """One 32-bit word for each entry start .. stop of each row, (B, stop - start) int64; `start` is a multiple of 4."""
+    seeds = seed_B[:, None]
     counter_C = torch.arange(start // 4, -(-stop // 4), dtype=torch.int64, device=row_id_B.device)
     rows, positions = row_id_B[:, None] & _WORD, position_B[:, None] & _WORD
     counter = (counter_C[None], positions, rows, torch.zeros_like(rows))
-    words = philox(counter, (seed & _WORD, seed >> 32 & _WORD))
+    words = philox(counter, (seeds & _WORD, seeds >> 32 & _WORD))
     words = torch.broadcast_tensors(*words)
     return torch.stack(words, dim=2).flatten(1)[:, : stop - start]
 
@@ -47,9 +48,9 @@ def random_words(seed: int, row_id_B: Tensor, position_B: Tensor, start: int, st
 def gumbel(words: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard Gumbel noise -log(E), E exponential, from 32-bit words.
 
-    With u = (word + 1/2) / 2**32, E = -log(1 - u): fine steps where u is small, which is where the noise is large and
-    decides the draw. In float32 the logarithm of 1 - u loses them below u = 2**-12, so three terms of its series stand
-    in there.
+    With u = (word + 1/2) / 2**32, E = -log(1 - u): fine steps where u is small, where the noise is large and decides
+    the sample. In float32 the logarithm of 1 - u loses them below u = 2**-12, so three terms of its series
+    replace it there.
     """
     u = (words.to(dtype) + 0.5) * 2.0**-32
     if dtype == torch.float64:

@@ -10,6 +10,8 @@ guide, section on wave resources). Nothing is run.
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import re
@@ -19,17 +21,17 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.types import HeadRequest, Request, Sampling
-from minillama.cli import Parser
-from minillama.errors import exit_code
+if TYPE_CHECKING:
+    from kernels.triton.variant import Variant
 
 EXAMPLES = """examples:
   python -m kernels.resources                                   a table of all kernels, variants and targets
   python -m kernels.resources --json > resources.json
-  python -m kernels.resources --kernel fused_head --target sm_90
+  python -m kernels.resources --kernel fused_logits --target sm_90
 """
 
 
@@ -57,187 +59,13 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One kernel with its arguments; `aligned` says whether rows start at multiples of 16 bytes."""
-
-    kernel: str
-    name: str
-    function: object
-    positional: tuple
-    switches: dict
-    options: dict
-    aligned: bool = True
+KERNEL_FILES = ("fused_logits", "top_k_top_p", "softmax_minus_target", "layer", "gemv", "attention")
 
 
 def variants() -> Iterator[Variant]:
-    """Every combination that the launchers meet in practice; features are shown on three members of bf16."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for members in (1, 3, 8):
-            yield _logits_variant(f"argmax N={members} {_short(dtype)}", [dtype] * members)
-    mixed = [torch.bfloat16, torch.float16, torch.float32]
-    yield _logits_variant("argmax N=3 mixed", mixed)
-    three = [torch.bfloat16] * 3
-    yield _logits_variant("argmax N=3 bf16, rows not aligned", three, vocabulary=50_257)
-    yield _logits_variant("members N=3 bf16", three, members=True)
-    yield _logits_variant("top_k=16 N=3 bf16", three, top_k=16)
-    yield _logits_variant("entropy and given N=3 bf16", three, entropy=True, given=4)
-    yield _logits_variant("sample N=3 bf16", three, sample=True)
-    yield _logits_variant("verify T=7 N=3 bf16", three, every=8)
-    yield _logits_variant("everything N=3 mixed", mixed, members=True, top_k=16, entropy=True, given=4, sample=True)
-    yield _logits_variant("everything N=8 fp32", [torch.float32] * 8, members=True, top_k=16, entropy=True, sample=True)
-    yield _truncated_variant("digit N=3 bf16", three)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        yield _head_variant(f"argmax N=3 {_short(dtype)}", dtype, [3072, 2048, 2048])
-    yield _head_variant("given N=3 bf16", torch.bfloat16, [3072, 2048, 2048], given=1)
-    yield _head_variant("argmax N=8 bf16", torch.bfloat16, [2048] * 8)
-    for dtype in (torch.bfloat16, torch.float32):
-        yield _loss_variant(f"gradient in place {_short(dtype)}", dtype)
-    yield _loss_variant("gradient in place bf16, not aligned", torch.bfloat16, vocabulary=50_257)
-    yield from _layer_variants()
-    yield from _row_linear_variants()
-    yield from _attend_variants()
-
-
-def _short(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-
-
-def _sampling(rows: int, **truncation: float) -> Sampling:
-    long, ones = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
-    return Sampling(torch.zeros(1, dtype=torch.int64), long, long, ones, **truncation)  # type: ignore[arg-type]
-
-
-def _logits_variant(
-    name: str,
-    dtypes: list,
-    vocabulary: int = 128_256,
-    every: int = 1,
-    given: int = 0,
-    sample: bool = False,
-    **asked,
-) -> Variant:
-    from kernels.triton import fused_logits as path
-
-    rows = 4 * every
-    request = Request(
-        tuple(torch.empty(rows, vocabulary, dtype=dtype) for dtype in dtypes),
-        torch.ones(len(dtypes)),
-        given=torch.zeros(rows, given, dtype=torch.int64) if given else None,
-        sample=_sampling(rows) if sample else None,
-        draft=torch.zeros(4, every - 1, dtype=torch.int64) if every > 1 else None,
-        every=every,
-        **asked,
-    )
-    verification = path.allocate_verification(request) if every > 1 else None
-    out = verification.steps if verification is not None else path.allocate(request)
-    positional, switches = path.launch_arguments(request, out, verification)
-    aligned = vocabulary % 16 == 0
-    return Variant(
-        "fused_logits", name, path._fused_logits_kernel, positional, switches, path.launch_options(request), aligned
-    )
-
-
-def _truncated_variant(name: str, dtypes: list) -> Variant:
-    from kernels.triton import top_k_top_p as path
-
-    logits = tuple(torch.empty(4, 128_256, dtype=dtype) for dtype in dtypes)
-    request = Request(logits, torch.ones(len(dtypes)), sample=_sampling(4, top_k=50, top_p=0.9))
-    positional, switches = path.launch_arguments(request, path.allocate(request), digit=1)
-    return Variant("truncated_sample", name, path._digit_kernel, positional, switches, path.LAUNCH_OPTIONS)
-
-
-def _head_variant(name: str, dtype: torch.dtype, widths: list[int], given: int = 0) -> Variant:
-    from kernels.triton import fused_head as path
-
-    rows, vocabulary = 64, 128_256
-    request = HeadRequest(
-        tuple(torch.empty(rows, width, dtype=dtype) for width in widths),
-        # never touched, so no memory stands behind it
-        tuple(torch.empty(1, width, dtype=dtype).expand(vocabulary, width) for width in widths),
-        torch.ones(len(widths)),
-        given=torch.zeros(rows, given, dtype=torch.int64) if given else None,
-    )
-    positional, switches = path.launch_arguments(request, path.allocate(request))
-    strides = slice(24, 32)  # the expanded tensors' strides are 0; a real output layer's are its width
-    padded = (widths + widths[:1] * 8)[:8]
-    positional = (*positional[: strides.start], *padded, *positional[strides.stop :])
-    return Variant("fused_head", name, path._fused_head_kernel, positional, switches, path.LAUNCH_OPTIONS)
-
-
-def _loss_variant(name: str, dtype: torch.dtype, vocabulary: int = 128_256) -> Variant:
-    from kernels.triton import softmax_minus_target as path
-
-    logits, target, loss = torch.empty(4, vocabulary, dtype=dtype), torch.zeros(4, dtype=torch.int64), torch.empty(4)
-    positional, switches = path.launch_arguments(logits, target, loss)
-    aligned = vocabulary % 16 == 0
-    kernel = path._cross_entropy_kernel
-    return Variant("linear_cross_entropy", name, kernel, positional, switches, path.LAUNCH_OPTIONS, aligned)
-
-
-def _layer_variants() -> Iterator[Variant]:
-    """Llama-3.2-1B's layer in bf16, four rows."""
-    from kernels.triton import layer as path
-
-    rows, width, queries, keys, channels = 4, 2048, 32, 8, 64
-    stream_RD, scale_D = torch.empty(rows, width + 16)[:, :width], torch.empty(width)
-    x_RD = torch.empty(rows, width, dtype=torch.bfloat16)
-    gate_up_RO = torch.empty(rows, 2 * 8192, dtype=torch.bfloat16)
-    qkv_RO = torch.empty(rows, (queries + 2 * keys) * channels, dtype=torch.bfloat16)
-    turn_RHC2 = torch.empty(rows, queries + keys, channels // 2, 2)
-    slot_R, entries_PJ = torch.zeros(rows, dtype=torch.int64), torch.empty(256, 2 * keys * channels, dtype=x_RD.dtype)
-    turn = path.turn_arguments(qkv_RO, turn_RHC2, slot_R, x_RD, entries_PJ, queries, keys)
-    for name, function, (positional, switches, options) in (
-        ("norm", path._norm_kernel, path.norm_arguments(stream_RD, scale_D, 1e-5, x_RD, None)),
-        ("add and norm", path._norm_kernel, path.norm_arguments(stream_RD, scale_D, 1e-5, x_RD, x_RD)),
-        ("turn and store", path._turn_kernel, turn),
-        ("silu and multiply", path._silu_kernel, path.silu_arguments(gate_up_RO, gate_up_RO[:, :8192])),
-    ):
-        yield Variant("layer", name, function, positional, switches, options)
-
-
-def _row_linear_variants() -> Iterator[Variant]:
-    """The products of Llama-3.2-1B's layer in bf16."""
-    from kernels.triton import gemv as path
-
-    width, queries, keys, channels = 2048, 32, 8, 64
-    x_1D, stream_1D, scale_D = torch.empty(1, width, dtype=torch.bfloat16), torch.empty(1, width), torch.empty(width)
-
-    def weight(outputs: int) -> torch.Tensor:
-        return torch.empty(outputs, width, dtype=torch.bfloat16)
-
-    norm = path.Normed(scale_D, 1e-5)
-    entries_PJ = torch.empty(256, 2 * keys * channels, dtype=torch.bfloat16)
-    slot_1, turn_C2 = torch.zeros(1, dtype=torch.int64), torch.empty(channels // 2, 2)
-    turned = path.Turned(turn_C2, slot_1, entries_PJ, queries, keys)
-    for name, arguments in (
-        ("plain", path.arguments(x_1D, weight(width))),
-        ("added", path.arguments(x_1D, weight(width), add_to=stream_1D)),
-        ("norm and gated", path.arguments(stream_1D, weight(2 * 8192), norm=norm, gated=True)),
-        (
-            "norm and turned",
-            path.arguments(stream_1D, weight((queries + 2 * keys) * channels), norm=norm, turned=turned),
-        ),
-    ):
-        yield Variant("row_linear", name, path._row_linear_kernel, *arguments[1])
-
-
-def _attend_variants() -> Iterator[Variant]:
-    """Attention of Llama-3.2-1B's and 3B's heads."""
-    from kernels.triton import attention as path
-
-    for name, dtype, queries, channels in (
-        ("C=64 bf16", torch.bfloat16, 32, 64),
-        ("C=128 bf16", torch.bfloat16, 24, 128),
-        ("C=128 fp32", torch.float32, 24, 128),
-    ):
-        query_RQ, entries_PJ = (
-            torch.empty(4, queries * channels, dtype=dtype),
-            torch.empty(1024, 16 * channels, dtype=dtype),
-        )
-        slot_R = torch.zeros(4, dtype=torch.int64)
-        arguments = path.arguments(query_RQ, entries_PJ, slot_R, 256, 8, channels, torch.empty_like(query_RQ))
-        yield Variant("attend", name, path._attend_kernel, *arguments)
+    """Those of every kernel file."""
+    for name in KERNEL_FILES:
+        yield from importlib.import_module(f"kernels.triton.{name}").variants()
 
 
 def compile_variant(variant: Variant, target: Target):
@@ -343,14 +171,15 @@ def measure(variant: Variant, target_name: str) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         prog="python -m kernels.resources",
         description="Registers, spills, shared memory, load width and occupancy of every kernel, without a GPU.",
         epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print a list of rows instead of a table")
-    parser.add_argument("--kernel", help="only this kernel, such as fused_head")
-    parser.add_argument("--variant", default="", help="only variants whose name holds this text")
+    parser.add_argument("--kernel", help="only this kernel, such as fused_logits")
+    parser.add_argument("--variant", default="", help="only variants whose name contains this text")
     parser.add_argument("--target", choices=TARGETS, action="append", help="only this target; may be repeated")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -364,9 +193,9 @@ def main(arguments: list[str] | None = None) -> int:
     layout = (
         "{kernel:21}{variant:36}{target:8}{registers:>10}{spills:>8}{shared_bytes:>8}{load_bytes:>6}{occupancy:>11}"
     )
+    columns = ("kernel", "variant", "target", "registers", "spills", "shared_bytes", "load_bytes", "occupancy")
     if not options.json:
-        head = ("registers", "spills", "shared", "load", "occupancy")
-        print(f"{'kernel':21}{'variant':36}{'target':8}{head[0]:>10}{head[1]:>8}{head[2]:>8}{head[3]:>6}{head[4]:>11}")
+        print(layout.format(**{name: name.removesuffix("_bytes") for name in columns}))
     for variant in chosen:
         for target_name in options.target or TARGETS:
             rows.append(measure(variant, target_name))
@@ -378,4 +207,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(main())

@@ -1,13 +1,35 @@
 """A compact Llama in plain PyTorch: model, static KV cache, weights in and out, tokenizers, chat formats.
 
-It knows nothing of translation, training or ensembles.
+It does not know translation, training or ensembles. Names are imported on first use (PEP 562), so a command's `--help`
+does not import PyTorch.
 """
 
-from minillama.cache import KVCache
-from minillama.config import LlamaConfig
-from minillama.packed_attention import Documents
-from minillama.errors import InputError
-from minillama.model import Llama
-from minillama.tokenizer import Tokenizer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Documents", "InputError", "KVCache", "Llama", "LlamaConfig", "Tokenizer"]
+from minillama.errors import InputError
+
+if TYPE_CHECKING:
+    from minillama.cache import KVCache
+    from minillama.config import LlamaConfig
+    from minillama.model import Llama
+    from minillama.packed_attention import PackedSequences
+    from minillama.tokenizer import Tokenizer
+
+__all__ = ["InputError", "KVCache", "Llama", "LlamaConfig", "PackedSequences", "Tokenizer"]
+
+_MODULES = {
+    "KVCache": "cache",
+    "Llama": "model",
+    "LlamaConfig": "config",
+    "PackedSequences": "packed_attention",
+    "Tokenizer": "tokenizer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,7 +1,7 @@
-"""Chat formats: a list of (role, text) messages becomes token ids that end where the model is to speak.
+"""Chat formats: a list of (role, text) messages as token ids that end where the assistant answers.
 
-Formats are built from ids: control tokens by name, everything a user wrote by `Tokenizer.encode`, so that no text can
-open or close a turn. The begin-of-text token stands once, at the start.
+Control tokens are looked up by name and a user's text goes through `Tokenizer.encode`, so no text can open or close a
+message. The begin-of-text token is added once, at the start.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,10 @@ Message = tuple[str, str]
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """Pieces around a message: control tokens, or text with `{role}` for the message's. `strip` trims the message."""
+    """What stands around a message: control tokens, or text in which `{role}` is filled in.
+
+    strip: remove white space around the message.
+    """
 
     name: str
     opening: tuple[str, ...]
@@ -26,7 +29,8 @@ class ChatFormat:
 
     @property
     def control_tokens(self) -> set[str]:
-        return {part for part in (*self.opening, *self.closing, self.end_of_turn) if part and part.startswith("<|")}
+        pieces = (*self.opening, *self.closing, self.end_of_turn)
+        return {piece for piece in pieces if piece and piece.startswith("<|")}
 
 
 FORMATS = {
@@ -40,7 +44,7 @@ BEGIN_OF_TEXT = ("<|begin_of_text|>", "<s>")
 
 
 def recognise(tokenizer: Tokenizer) -> ChatFormat:
-    """The format whose control tokens the tokenizer has; `plain` when it has none."""
+    """Return the format whose control tokens the tokenizer has, `plain` where it has none."""
     for chat in (FORMATS["llama3"], FORMATS["chatml"]):
         if chat.control_tokens <= tokenizer.specials.keys():
             return chat
@@ -48,23 +52,26 @@ def recognise(tokenizer: Tokenizer) -> ChatFormat:
 
 
 def chat_format(name: str | None, tokenizer: Tokenizer) -> ChatFormat:
-    """The named format, checked against the tokenizer, or the recognised one for None or 'auto'."""
+    """Return the named format, or for None and 'auto' the recognised one.
+
+    Raises InputError where the name is unknown or the tokenizer lacks the format's control tokens.
+    """
     if name in (None, "auto"):
         return recognise(tokenizer)
     if name not in FORMATS:
         raise InputError(f"chat format {name!r} is unknown; there are {', '.join(FORMATS)} and auto")
     chat = FORMATS[name]
-    lacking = sorted(chat.control_tokens - tokenizer.specials.keys())
-    if lacking:
-        raise InputError(f"chat format {name} needs {', '.join(lacking)}, which this tokenizer does not have")
+    missing = sorted(chat.control_tokens - tokenizer.specials.keys())
+    if missing:
+        raise InputError(f"chat format {name} needs {', '.join(missing)}, which this tokenizer does not have")
     return chat
 
 
 def render(messages: Sequence[Message], chat: ChatFormat, tokenizer: Tokenizer, bos_token_id: int | None) -> list[int]:
-    """Token ids of the messages and, in a chat format, of the header under which the assistant answers.
+    """Return token ids of the messages and, in a chat format, of the header of the assistant's answer.
 
-    In `plain` the texts follow each other, a newline between. ChatML models have no token before the first turn. Texts
-    that touch (a role's newline and the message) are encoded as one, as in a rendered template.
+    In `plain` the texts are joined by newlines. ChatML has no token before the first message. Adjacent texts (a role's
+    newline and the message) are encoded as one, as in a rendered template.
     """
     begin = bos_token_id if chat.name != "chatml" else None
     if begin is None and chat.name != "chatml":
@@ -72,28 +79,25 @@ def render(messages: Sequence[Message], chat: ChatFormat, tokenizer: Tokenizer, 
     ids = [] if begin is None else [begin]
     if not chat.opening:
         return ids + tokenizer.encode("\n".join(text for _, text in messages))
-    parts: list[int | str] = []
+    pieces: list[int | str] = []
     for role, text in messages:
-        parts += _parts(chat.opening, role, tokenizer)
-        parts.append(text.strip() if chat.strip else text)
-        parts += _parts(chat.closing, role, tokenizer)
-    parts += _parts(chat.opening, "assistant", tokenizer)
-    for _, touching in groupby(parts, key=lambda part: isinstance(part, int)):
-        run = list(touching)
-        ids += tokenizer.encode("".join(map(str, run))) if isinstance(run[0], str) else [int(part) for part in run]
+        pieces += _pieces(chat.opening, role, tokenizer)
+        pieces.append(text.strip() if chat.strip else text)
+        pieces += _pieces(chat.closing, role, tokenizer)
+    pieces += _pieces(chat.opening, "assistant", tokenizer)
+    for _, adjacent in groupby(pieces, key=lambda piece: isinstance(piece, int)):
+        run = list(adjacent)
+        ids += tokenizer.encode("".join(map(str, run))) if isinstance(run[0], str) else [int(piece) for piece in run]
     return ids
 
 
 def stop_tokens(chat: ChatFormat, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What ends the assistant's turn in this format, beside the model's own stop tokens."""
+    """The token that ends an answer in this format, in addition to the model's own stop tokens."""
     token = tokenizer.special(chat.end_of_turn) if chat.end_of_turn else None
     return () if token is None else (token,)
 
 
-def _parts(parts: tuple[str, ...], role: str, tokenizer: Tokenizer) -> list[int | str]:
+def _pieces(template: tuple[str, ...], role: str, tokenizer: Tokenizer) -> list[int | str]:
     """Control tokens as ids, the rest as text."""
-    found: list[int | str] = []
-    for part in parts:
-        token = tokenizer.special(part)
-        found.append(part.replace("{role}", role) if token is None else token)
-    return found
+    tokens = ((piece, tokenizer.special(piece)) for piece in template)
+    return [piece.replace("{role}", role) if token is None else token for piece, token in tokens]

@@ -1,4 +1,4 @@
-"""How every command of this project reads its command line: what is wrong becomes one line, as all bad input does."""
+"""The argument parser of every command: a wrong command line is an InputError of one line."""
 
 import argparse
 import difflib
@@ -9,16 +9,16 @@ from minillama.errors import InputError
 
 
 class Parser(argparse.ArgumentParser):
-    """Help shows the docstring's layout; a wrong command line is an InputError of one line, not a page of usage."""
+    """Help keeps the docstring's layout; a wrong command line raises InputError instead of printing the usage."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, rest = self.parse_known_args(args, namespace)
-        if rest:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
             known = [option for action in self._actions for option in action.option_strings]
-            word = rest[0].split("=")[0]
+            word = unknown[0].split("=")[0]
             hint = f"; did you mean {nearest(word, known)}?" if word.startswith("-") else ""
             self.error(f"unknown argument {word}{hint}")
         return found
@@ -28,5 +28,5 @@ class Parser(argparse.ArgumentParser):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The one of `known` that is spelled most like `word`."""
+    """Return the member of `known` that is most similar to `word`."""
     return difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)[0]

@@ -1,20 +1,22 @@
-"""What shape a Llama has: read from Hugging Face's `config.json` or Meta's `params.json`, and written as the former.
+"""The configuration of a Llama: read from Hugging Face's `config.json` or Meta's `params.json`, written as the former.
 
-What this model cannot run is refused here, by name, before a weight is read.
+A configuration that this model cannot run is refused here, by name, before a weight is read.
 """
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from minillama.errors import InputError
 
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """The `llama3` frequency scaling: long wavelengths are divided by `factor`, short ones kept, a ramp between."""
+    """The `llama3` scaling: low frequencies are divided by `factor`, high ones unchanged, with a ramp between them."""
 
     factor: float
     low_freq_factor: float
@@ -24,7 +26,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Names are Hugging Face's, so that a `config.json` maps onto the fields one to one."""
+    """The fields have the names of Hugging Face's `config.json`."""
 
     vocab_size: int
     hidden_size: int
@@ -44,62 +46,33 @@ class LlamaConfig:
     eos_token_id: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        for name in (*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+            _check_positive(name, getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
         if self.head_dim % 2:
-            raise InputError(f"head_dim {self.head_dim} is odd; rotary embeddings turn pairs of channels")
+            raise InputError(f"head_dim {self.head_dim} is odd; rotary embeddings rotate pairs of channels")
 
     @classmethod
     def from_dict(cls, config: dict[str, Any], where: str = "config.json") -> "LlamaConfig":
-        """Read a Hugging Face configuration; raises InputError naming the first thing that this model cannot run."""
+        """Read a Hugging Face configuration; raises InputError that names the first unsupported setting."""
         _refuse_unsupported(config, where)
-        missing = [
-            name
-            for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-            if config.get(name) is None
-        ]
+        missing = [name for name in REQUIRED if config.get(name) is None]
         if missing:
             raise InputError(f"{where}: no {', '.join(missing)}; is this a Llama's configuration?")
-        heads = config["num_attention_heads"]
         theta, scaling = _read_rope(config, where)
+        heads, width = config["num_attention_heads"], config["hidden_size"]
+        given = {field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None}
+        given |= {"rope_theta": theta, "rope_scaling": scaling, "eos_token_id": token_ids(config.get("eos_token_id"))}
         try:
             for name in ("hidden_size", "num_attention_heads"):  # divided below
-                if not isinstance(config[name], int) or config[name] < 1:
-                    raise InputError(f"{name} is {config[name]!r}; it must be a whole number of at least 1")
-            return cls(
-                vocab_size=config["vocab_size"],
-                hidden_size=config["hidden_size"],
-                intermediate_size=config["intermediate_size"],
-                num_hidden_layers=config["num_hidden_layers"],
-                num_attention_heads=heads,
-                num_key_value_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-                max_position_embeddings=config.get("max_position_embeddings", 2048),
-                rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-                rope_theta=theta,
-                rope_scaling=scaling,
-                tie_word_embeddings=config.get("tie_word_embeddings", False),
-                attention_bias=config.get("attention_bias", False),
-                mlp_bias=config.get("mlp_bias", False),
-                bos_token_id=config.get("bos_token_id"),
-                eos_token_id=token_ids(config.get("eos_token_id")),
-            )
+                _check_positive(name, config[name])
+            # Hugging Face's defaults, where they are not this class's.
+            defaults = {"num_key_value_heads": heads, "head_dim": width // heads, "rms_norm_eps": 1e-6}
+            return cls(**(defaults | given))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
 
@@ -107,17 +80,15 @@ class LlamaConfig:
     def from_meta(
         cls, params: dict[str, Any], vocab_size: int, tied: bool, where: str = "params.json"
     ) -> "LlamaConfig":
-        """Read Meta's `params.json`. It has no vocabulary size in some releases, so the weights' own is passed in.
+        """Read Meta's `params.json`. Some releases have no vocabulary size in it, so that of the weights is passed in.
 
-        The feed-forward width is the reference code's: two thirds of 4 D, times a multiplier, rounded up. Meta's file
-        says only *that* frequencies are scaled; the factors are the releases': 32 for Llama 3.2's tied 1B and 3B,
-        8 for 3.1 and later (Hugging Face's published configurations of the same checkpoints).
+        The feed-forward width is computed as in Meta's code: two thirds of 4 D, times a multiplier, rounded up. The
+        file says only that frequencies are scaled. The factors come from Hugging Face's published configurations of
+        the same checkpoints: 32 for Llama 3.2's tied 1B and 3B, 8 for 3.1 and later.
         """
-        unknown = [
-            name for name in ("moe_args", "vision_chunk_size", "quantization_args", "lora_args") if params.get(name)
-        ]
-        if unknown:
-            raise InputError(f"{where}: {unknown[0]} is set; only dense, unquantised text Llamas can be run")
+        for name in ("moe_args", "vision_chunk_size", "quantization_args", "lora_args"):
+            if params.get(name):
+                raise InputError(f"{where}: {name} is set; only dense, unquantised text Llamas can be run")
         for name in ("dim", "n_heads", "n_layers"):
             if not isinstance(params.get(name), int) or params[name] < 1:
                 raise InputError(f"{where}: {name} is {params.get(name)!r}; is this Meta's params.json?")
@@ -128,6 +99,7 @@ class LlamaConfig:
         multiple = params.get("multiple_of", 256)
         scaled = bool(params.get("use_scaled_rope", False))
         factor = float(params.get("rope_scaling_factor") or (32.0 if tied else 8.0))
+        high = float(params.get("rope_high_freq_factor") or 4.0)
         is_llama3 = vocab_size >= 128000
         context = 131072 if scaled else 8192 if is_llama3 else 4096
         return cls(
@@ -141,9 +113,7 @@ class LlamaConfig:
             max_position_embeddings=params.get("max_seq_len", context),
             rms_norm_eps=params.get("norm_eps", 1e-5),
             rope_theta=float(params.get("rope_theta", 10000.0)),
-            rope_scaling=RopeScaling(factor, 1.0, float(params.get("rope_high_freq_factor") or 4.0), 8192)
-            if scaled
-            else None,
+            rope_scaling=RopeScaling(factor, 1.0, high, 8192) if scaled else None,
             tie_word_embeddings=tied,
             bos_token_id=128000 if is_llama3 else 1,
             eos_token_id=(128001,) if is_llama3 else (2,),
@@ -152,7 +122,7 @@ class LlamaConfig:
     def to_dict(self) -> dict[str, Any]:
         """A `config.json` that transformers 4 and 5, vLLM and llama.cpp's converter read as a LlamaForCausalLM.
 
-        RoPE is written in both spellings: `rope_theta` + `rope_scaling` (official files) and `rope_parameters`.
+        RoPE is written in both forms: `rope_theta` + `rope_scaling` (official files) and `rope_parameters`.
         """
         config = asdict(self)
         eos = self.eos_token_id
@@ -161,6 +131,11 @@ class LlamaConfig:
         config["rope_scaling"] = scaling
         config["rope_parameters"] = {"rope_theta": self.rope_theta, **(scaling or {"rope_type": "default"})}
         return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", **config}
+
+
+def _check_positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
 
 def read_config(folder: Path) -> LlamaConfig:
@@ -179,7 +154,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """`eos_token_id` as the files spell it (one id, a list, or nothing) -> a tuple."""
+    """`eos_token_id` of the files (one id, a list, or None) as a tuple."""
     return () if value is None else (value,) if isinstance(value, int) else tuple(value)
 
 
@@ -198,7 +173,7 @@ def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
 
 
 def _read_rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """Both spellings: `rope_theta` + `rope_scaling` (official files), `rope_parameters` (transformers 5)."""
+    """Read either form: `rope_theta` + `rope_scaling` (official files), `rope_parameters` (transformers 5)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise InputError(f"{where}: the RoPE settings are {rope!r}; expected an object with rope_type")
@@ -212,12 +187,8 @@ def _read_rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling |
     if kind != "llama3":
         raise InputError(f"{where}: rope type is {kind!r}; only 'default' and 'llama3' can be run")
     try:
-        scaling = RopeScaling(
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
-        )
+        factor, low, high, context = (float(rope[field.name]) for field in fields(RopeScaling))
+        scaling = RopeScaling(factor, low, high, int(context))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{where}: the llama3 rope scaling lacks a usable {error}") from None
     if not (scaling.factor > 0 and scaling.high_freq_factor > scaling.low_freq_factor > 0):

@@ -1,6 +1,6 @@
-"""The one exception for what a user can mend, and the one place that turns it into an exit code.
+"""The exception for bad input, and the one function that turns it into an exit code.
 
-Every room raises `InputError` with a single line: what was wrong, where, and what would be right.
+All packages raise `InputError` with a single line: what was wrong, where, and what would be right.
 """
 
 import os
@@ -14,13 +14,13 @@ class InputError(ValueError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM after the work so far was made safe; the text says what was kept and how to go on."""
+    """Ctrl-C or SIGTERM after finished work was saved; the text says what was kept and how to resume."""
 
 
 def exit_code(main: Callable[[], int | None]) -> int:
-    """Run a command line: 0 success, 2 bad arguments or input, 130 interrupted; 1 (a traceback) is a fault of ours.
+    """Run a command: 0 success, 2 bad arguments or input, 130 interrupted. Other exceptions are bugs and pass through.
 
-    SIGTERM means what Ctrl-C means; both are heard even in a background job of a script, which inherits SIGINT ignored.
+    SIGTERM acts like Ctrl-C. Both handlers are set here, since a background job of a script inherits SIGINT ignored.
     """
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, signal.default_int_handler)
@@ -32,6 +32,6 @@ def exit_code(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt as interruption:
         print(str(interruption) or "interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our standard output went away (`| head`): not an error of ours
+    except BrokenPipeError:  # the reader of our standard output has closed it (`| head`): no bug of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

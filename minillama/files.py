@@ -1,6 +1,7 @@
-"""Folders and files that appear whole or not at all."""
+"""Model folders by name, and folders and files that are written atomically: complete under their name, or not there."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,15 +11,42 @@ from typing import TextIO
 
 from minillama.errors import InputError
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "prompt.toml"]
+
+
+def resolve_folder(name: str | Path) -> Path:
+    """Return the local folder of that name; an `owner/name` that is no local folder is downloaded from the hub.
+
+    Raises InputError where there is neither.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{name}: is a file; a model is a folder with config.json and model.safetensors")
+    if not HUB_ID.fullmatch(str(name)) or path.parent.exists():
+        raise InputError(f"{name}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        answered = isinstance(error, HFValidationError) or getattr(error, "response", None) is not None
+        hub = "the hub does not give a model of that name" if answered else "the hub cannot be reached"
+        raise InputError(f"{name}: no such folder, and {hub} ({reason}); give a model's folder or hub id") from None
+
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder`; when the block ends well it is synced and takes that name.
+    """Yield a temporary folder beside `folder`. When the block ends without an error, it is synced and renamed.
 
-    Files that `folder` already had and the block did not write again are kept. When the block raises, the temporary
-    folder is removed and `folder` is as it was.
+    Files of an earlier `folder` that the block did not write again are kept, except its weights. When the block raises,
+    the temporary folder is removed and `folder` is unchanged. Raises InputError where nothing can be written.
     """
-    folder = Path(os.path.realpath(folder))  # through a symbolic link: the folder is replaced, the link stays
+    folder = Path(os.path.realpath(folder))  # of a symbolic link, the folder is replaced and the link stays
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; the output must be a folder")
     try:
@@ -31,7 +59,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         os.chmod(temporary, 0o777 & ~umask())
         yield temporary
         if folder.exists():
-            _keep_others(folder, temporary)
+            _keep_other_files(folder, temporary)
         for path in temporary.rglob("*"):
             sync(path)
         sync(temporary)
@@ -50,8 +78,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _keep_others(folder: Path, temporary: Path) -> None:
-    """Give `temporary` what `folder` has beside it, as hard links where the file system has them. Old weights go."""
+def _keep_other_files(folder: Path, temporary: Path) -> None:
+    """Add the files of `folder` that `temporary` lacks, as hard links where the file system has them.
+
+    Old weights are left out: a shard beside a new index would be loaded.
+    """
 
     def link(source: str, target: str) -> None:
         try:
@@ -60,7 +91,8 @@ def _keep_others(folder: Path, temporary: Path) -> None:
             shutil.copy2(source, target)
 
     for path in folder.iterdir():
-        if (temporary / path.name).exists() or _is_weights(path.name):
+        is_weights = path.name.startswith(("model", "pytorch_model", "consolidated")) and ".safetensors" in path.name
+        if (temporary / path.name).exists() or is_weights:
             continue
         if path.is_dir():
             shutil.copytree(path, temporary / path.name, symlinks=True, copy_function=link)
@@ -68,31 +100,17 @@ def _keep_others(folder: Path, temporary: Path) -> None:
             link(str(path), str(temporary / path.name))
 
 
-def sync(path: Path) -> None:
-    """fsync a file or a folder, so that a rename after it cannot overtake its contents."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _is_weights(name: str) -> bool:
-    """Old shards must not survive beside a new index: they would be loaded."""
-    return name.startswith(("model", "pytorch_model", "consolidated")) and ".safetensors" in name
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: see `open_whole`."""
-    with open_whole(path) as stream:
+def atomic_write(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically; see `atomic_open`."""
+    with atomic_open(path) as stream:
         stream.write(text)
 
 
 @contextmanager
-def open_whole(path: Path) -> Iterator[TextIO]:
-    """A text file to write, which takes its name when the block ends well; raises OSError where it cannot be written.
+def atomic_open(path: Path) -> Iterator[TextIO]:
+    """Open a text file that gets its name when the block ends without an error. Raises OSError.
 
-    A symbolic link stays one, and what is no regular file (/dev/stdout, a pipe) is simply written to.
+    A symbolic link stays a link. A path that is no regular file (/dev/stdout, a pipe) is written to directly.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -110,7 +128,17 @@ def open_whole(path: Path) -> Iterator[TextIO]:
         raise
 
 
+def sync(path: Path) -> None:
+    """fsync a file or a folder, so that its contents are on disk before a rename that follows."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def umask() -> int:
+    """The process's file mode mask."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,15 +1,14 @@
-"""Documents packed one behind another in a row: attention within each only, positions from its own start.
+"""Sequences packed into one row: attention within each sequence only, positions restarted.
 
-No (T, T) mask anywhere. Queries, keys and values are gathered into a few rectangles of documents of like length, causal
-attention runs over each, and the results are gathered back. A prefix that all documents share stands in the row once:
-all else is computed once for it, and it is gathered into every document's attention. On a GPU `flex_attention` does the
-same on the row as it is, where the compiler can build it.
+No (T, T) mask is built. Queries, keys and values are gathered into a few buckets of sequences of similar length, causal
+attention runs on each bucket, and the results are gathered back. A prefix that all sequences share is in the row once:
+everything but attention is computed once for it. On a GPU `flex_attention` computes the same on the row as it is, where
+Triton is installed.
 """
 
-# T positions of the row  N documents  R positions of all rectangles  H heads  K key/value heads  C head width
-# L positions of a rectangle's rows  P positions of the prefix
+# T positions of the row  N sequences  R positions of all buckets  H heads  K key/value heads  C head width
+# L positions of a bucket's sequences  P positions of the prefix
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -23,135 +22,135 @@ from torch import Tensor
 if TYPE_CHECKING:
     from minillama.flex_attention import FlexAttention
 
-# COLLAB_PACKED=rectangles keeps a GPU from compiling flex_attention: another way to the same numbers.
-FORCE_RECTANGLES = os.environ.get("COLLAB_PACKED") == "rectangles"
-# flex_attention refuses heads that are narrower than a matrix product on a GPU.
-FLEX_LEAST_WIDTH = 16
-# With a prefix a rectangle may hold this many positions for one of some document: more is wasted, fewer calls are made.
-# Without one, rectangles of equal lengths are the row itself and nothing has to be moved.
-SLACK = 1.25
+# flex_attention refuses heads that are narrower than a matrix multiplication on a GPU.
+MIN_FLEX_HEAD_WIDTH = 16
+# With a prefix, a bucket's padding may grow its positions by this factor: some are wasted, fewer calls are made.
+# Without a prefix, buckets of equal lengths are the row itself and nothing is moved.
+MAX_PADDING = 1.25
 
 
 @dataclass(frozen=True)
-class Documents:
-    """`prefix` shared positions, then documents of `lengths` positions each, all of which go on from the prefix."""
+class PackedSequences:
+    """`prefix` shared positions, then sequences of `lengths` positions, each of which continues the prefix."""
 
     lengths: tuple[int, ...]
     prefix: int = 0
 
     @property
     def total(self) -> int:
+        """T, the positions of the row."""
         return self.prefix + sum(self.lengths)
 
     def positions(self, device: torch.device) -> Tensor:
-        """(1, T) int64: the prefix counts from 0, each document goes on from its end."""
-        parts = [np.arange(self.prefix), *(np.arange(length) + self.prefix for length in self.lengths)]
-        return torch.from_numpy(np.concatenate(parts))[None].to(device)
+        """(1, T) int64: the prefix counts from 0, each sequence from the end of the prefix."""
+        segments = [np.arange(self.prefix), *(np.arange(length) + self.prefix for length in self.lengths)]
+        return torch.from_numpy(np.concatenate(segments))[None].to(device)
 
     @cached_property
-    def rectangles(self) -> list[tuple[int, int]]:
-        """(documents, positions of each) in the row's order; the prefix counts in every document."""
-        slack = SLACK if self.prefix else 1.0
+    def buckets(self) -> list[tuple[int, int]]:
+        """(sequences, positions of each) in the row's order; every sequence's positions include the prefix."""
+        max_padding = MAX_PADDING if self.prefix else 1.0
         found: list[tuple[int, int]] = []
         start = longest = filled = 0
         for number, length in enumerate(self.lengths):
             longer, more = max(longest, length + self.prefix), filled + length + self.prefix
-            if longer * (number + 1 - start) > slack * more:
+            if longer * (number + 1 - start) > max_padding * more:
                 found.append((number - start, longest))
                 start, longer, more = number, length + self.prefix, length + self.prefix
             longest, filled = longer, more
         return [*found, (len(self.lengths) - start, longest)]
 
-    def attention(self, device: torch.device, dtype: torch.dtype, width: int) -> "PackedAttention | FlexAttention":
-        """Attention over this row for one forward pass, of heads of that width."""
-        fits = device.type == "cuda" and dtype != torch.float64 and width >= FLEX_LEAST_WIDTH
-        if fits and find_spec("triton") and not FORCE_RECTANGLES:
+    def attention(self, device: torch.device, dtype: torch.dtype, width: int) -> "BucketAttention | FlexAttention":
+        """Attention over this row for one forward, of heads of that width."""
+        fits = device.type == "cuda" and dtype != torch.float64 and width >= MIN_FLEX_HEAD_WIDTH
+        if fits and find_spec("triton"):
             from minillama.flex_attention import FlexAttention, block_mask, compiled
 
             return FlexAttention(block_mask(self.lengths, self.prefix, device), compiled())
-        return self.in_rectangles(device)
+        return self.bucket_attention(device)
 
-    def in_rectangles(self, device: torch.device) -> "PackedAttention":
-        """The index tensors of the rectangles, on the device."""
-        row_of_R, place_of_T, prefix_of_NP = [], [], []
-        head = np.arange(self.prefix)
-        row, place, number = self.prefix, 0, 0
-        for count, width in self.rectangles:
+    def bucket_attention(self, device: torch.device) -> "BucketAttention":
+        """The buckets' index tensors on the device."""
+        row_of_R, bucket_of_T, prefix_of_NP = [], [], []
+        prefix = np.arange(self.prefix)
+        row, start, number = self.prefix, 0, 0
+        for count, width in self.buckets:
             for length in self.lengths[number : number + count]:
-                padding = np.zeros(width - self.prefix - length, dtype=np.int64)  # row 0: nobody reads what it becomes
-                row_of_R += [head, np.arange(row, row + length), padding]
-                place_of_T.append(np.arange(self.prefix, self.prefix + length) + place)
-                prefix_of_NP.append(head + place)
-                row, place, number = row + length, place + width, number + 1
-        own_T = np.concatenate([prefix_of_NP[0], *place_of_T])
-        owner_R = np.full(place, self.total)  # the zero row behind the others: its gradient is no one's
-        owner_R[own_T] = np.arange(self.total)
-        return PackedAttention(
-            shapes=self.rectangles,
-            moves=place != self.total,
+                padding = np.zeros(width - self.prefix - length, dtype=np.int64)  # row 0: its results are not read
+                row_of_R += [prefix, np.arange(row, row + length), padding]
+                bucket_of_T.append(np.arange(self.prefix, self.prefix + length) + start)
+                prefix_of_NP.append(prefix + start)
+                row, start, number = row + length, start + width, number + 1
+        index_T = np.concatenate([prefix_of_NP[0], *bucket_of_T])
+        reader_R = np.full(start, self.total)  # T is a row of zeros: no position reads this result
+        reader_R[index_T] = np.arange(self.total)
+        return BucketAttention(
+            shapes=self.buckets,
+            is_gathered=start != self.total,
             prefix=self.prefix,
             row_of_R=torch.from_numpy(np.concatenate(row_of_R)).to(device),
-            place_of_T=torch.from_numpy(own_T).to(device),
-            owner_of_R=torch.from_numpy(owner_R).to(device),
+            bucket_of_T=torch.from_numpy(index_T).to(device),
+            reader_of_R=torch.from_numpy(reader_R).to(device),
             prefix_of_NP=torch.from_numpy(np.stack(prefix_of_NP)).to(device),
         )
 
 
 @dataclass(frozen=True)
-class PackedAttention:
-    """How a row lies in rectangles. `moves`: False where the row is the rectangles, end to end."""
+class BucketAttention:
+    """Attention on buckets of sequences of similar length, and the indices between the row and the buckets."""
 
-    shapes: list[tuple[int, int]]
-    moves: bool
+    shapes: list[tuple[int, int]]  # (sequences, positions of each)
+    is_gathered: bool  # False where the buckets, one after another, are the row itself
     prefix: int
-    row_of_R: Tensor  # the row's position that stands at each place of the rectangles
-    place_of_T: Tensor  # where each position's result is read; the prefix's from the first document
-    owner_of_R: Tensor  # the position that reads a place's result, T: none does
-    prefix_of_NP: Tensor  # where the prefix stands in each document
+    row_of_R: Tensor  # the row's position that is copied to each position of the buckets
+    bucket_of_T: Tensor  # where each position's result is read; the prefix's in the first sequence
+    reader_of_R: Tensor  # the row's position that reads a result, T where none does
+    prefix_of_NP: Tensor  # where the prefix is in each sequence
 
     def attend(self, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
-        """Causal attention within each document; B is 1. Returns (1, H, T, C)."""
-        queries, keys, values = (self._rectangles(x_BHTC[0].transpose(0, 1)) for x_BHTC in (q_BHTC, k_BKTC, v_BKTC))
+        """Causal attention within each sequence; B is 1. Returns (1, H, T, C)."""
+        queries, keys, values = (self._buckets(x_BHTC[0].transpose(0, 1)) for x_BHTC in (q_BHTC, k_BKTC, v_BKTC))
         grouped = q_BHTC.shape[1] != k_BKTC.shape[1]
         outs = []
         for q_NHLC, k_NKLC, v_NKLC in zip(queries, keys, values):
             out_NHLC = F.scaled_dot_product_attention(q_NHLC, k_NKLC, v_NKLC, is_causal=True, enable_gqa=grouped)
             outs.append(out_NHLC.transpose(1, 2).flatten(0, 1))
         out_RHC = torch.cat(outs) if len(outs) > 1 else outs[0]
-        out_THC = _FromRectangles.apply(out_RHC, self) if self.moves else out_RHC
+        out_THC = _FromBuckets.apply(out_RHC, self) if self.is_gathered else out_RHC
         return out_THC.transpose(0, 1)[None]
 
-    def _rectangles(self, x_THC: Tensor) -> list[Tensor]:
-        x_RHC = _ToRectangles.apply(x_THC, self) if self.moves else x_THC
-        parts = x_RHC.split([count * width for count, width in self.shapes])
-        return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, self.shapes)]
+    def _buckets(self, x_THC: Tensor) -> list[Tensor]:
+        x_RHC = _ToBuckets.apply(x_THC, self) if self.is_gathered else x_THC
+        buckets = x_RHC.split([count * width for count, width in self.shapes])
+        return [bucket.unflatten(0, shape).transpose(1, 2) for bucket, shape in zip(buckets, self.shapes)]
 
 
-class _ToRectangles(torch.autograd.Function):
-    """Gathers backward too, where autograd would scatter: in a fixed order, so the same bits every time, and fast."""
+class _ToBuckets(torch.autograd.Function):
+    """Its backward gathers too, where autograd would scatter: a fixed order of additions, so it is deterministic."""
 
     @staticmethod
-    def forward(ctx, x_THC: Tensor, packed: PackedAttention) -> Tensor:
-        ctx.packed = packed
-        return x_THC.index_select(0, packed.row_of_R)
+    def forward(ctx, x_THC: Tensor, attention: BucketAttention) -> Tensor:
+        ctx.attention = attention
+        return x_THC.index_select(0, attention.row_of_R)
 
     @staticmethod
     def backward(ctx, d_RHC: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        packed = ctx.packed
-        d_THC = d_RHC.index_select(0, packed.place_of_T)
-        if packed.prefix:
-            d_NPHC = d_RHC.index_select(0, packed.prefix_of_NP.flatten()).unflatten(0, packed.prefix_of_NP.shape)
-            torch.sum(d_NPHC, dim=0, out=d_THC[: packed.prefix])
+        attention = ctx.attention
+        d_THC = d_RHC.index_select(0, attention.bucket_of_T)
+        if attention.prefix:
+            prefix_of_NP = attention.prefix_of_NP
+            d_NPHC = d_RHC.index_select(0, prefix_of_NP.flatten()).unflatten(0, prefix_of_NP.shape)
+            torch.sum(d_NPHC, dim=0, out=d_THC[: attention.prefix])
         return d_THC, None
 
 
-class _FromRectangles(torch.autograd.Function):
+class _FromBuckets(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, out_RHC: Tensor, packed: PackedAttention) -> Tensor:
-        ctx.packed = packed
-        return out_RHC.index_select(0, packed.place_of_T)
+    def forward(ctx, out_RHC: Tensor, attention: BucketAttention) -> Tensor:
+        ctx.attention = attention
+        return out_RHC.index_select(0, attention.bucket_of_T)
 
     @staticmethod
     def backward(ctx, d_THC: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        nothing_1HC = d_THC.new_zeros(1, *d_THC.shape[1:])
-        return torch.cat((d_THC, nothing_1HC)).index_select(0, ctx.packed.owner_of_R), None
+        zero_1HC = d_THC.new_zeros(1, *d_THC.shape[1:])
+        return torch.cat((d_THC, zero_1HC)).index_select(0, ctx.attention.reader_of_R), None

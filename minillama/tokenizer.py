@@ -1,20 +1,20 @@
-"""Text to token ids and back, from any of the three files that Llamas come with.
+"""Text to token ids and back, from each of the three file formats of Llama tokenizers.
 
-`tokenizer.json` (tokenizers), Meta's tiktoken ranks and sentencepiece's protobuf, the latter two both named
-`tokenizer.model`. The libraries do the work; this file picks one, keeps control tokens out of user text, and lays the
-tables of two tokenizers side by side. Ids of control tokens are got by name (`special`), never by encoding text.
+`tokenizer.json` (tokenizers), Meta's tiktoken ranks and sentencepiece's protobuf; the last two are both named
+`tokenizer.model`. The libraries do the work. This file picks one, keeps control tokens out of user text, and compares
+vocabularies. Ids of control tokens are looked up by name (`special`), never by encoding text.
 """
 
 import base64
 import json
 import shutil
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from minillama.errors import InputError
-from minillama.weights import resolve_folder
+from minillama.files import resolve_folder
 
 # Published with Llama 3 (github.com/meta-llama/llama-models, llama3/tokenizer.py).
 LLAMA3_PATTERN = (
@@ -34,25 +34,16 @@ LLAMA3_NAMED = {
     11: "<|image|>",
 }
 LLAMA3_CONTROL_TOKENS = 256
-# Longer runs of one kind (space or not) make tiktoken's regular expression overflow; Meta's tokenizer cuts there too.
-TIKTOKEN_LONGEST_RUN = 25_000
-TIKTOKEN_LONGEST_TEXT = 400_000
-
-
-class Backend(Protocol):
-    """One file format. `pieces` gives every id's bytes, `specials` the control tokens by name."""
-
-    specials: dict[str, int]
-
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
-    def pieces(self) -> dict[int, bytes]: ...
+RESERVED = b"reserved_special_token"
+# Longer runs of spaces or of non-spaces overflow tiktoken's regular expression; Meta's tokenizer has the same limits.
+TIKTOKEN_MAX_RUN = 25_000
+TIKTOKEN_MAX_TEXT = 400_000
 
 
 class Tokenizer:
-    """`Tokenizer.from_pretrained(DIR)`; `encode` adds no special tokens, and never makes one out of user text."""
+    """`Tokenizer.from_pretrained(DIR)`; `encode` adds no control tokens and never returns one for user text."""
 
-    def __init__(self, backend: Backend, files: Sequence[Path] = ()) -> None:
+    def __init__(self, backend: "Backend", files: Sequence[Path] = ()) -> None:
         self._backend = backend
         self._files = list(files)
         self.specials = backend.specials
@@ -61,22 +52,19 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
-        """Read the tokenizer of a folder or hub id; raises InputError if there is none or it is damaged."""
+        """Load the tokenizer of a folder or hub id; raises InputError where there is none or it is damaged."""
         folder = resolve_folder(folder)
-        # Meta's own layout keeps it beside the weights; the hub's copies of that layout, in `original/`.
         found = [path for name in ("tokenizer.json", "tokenizer.model") if (path := folder / name).exists()]
         if not found:
             raise InputError(f"{folder}: no tokenizer.json and no tokenizer.model")
-        extra = [
-            path for name in ("tokenizer_config.json", "special_tokens_map.json") if (path := folder / name).exists()
-        ]
-        return cls(_open_backend(found[0]), [*found, *extra])
+        others = (folder / name for name in ("tokenizer_config.json", "special_tokens_map.json"))
+        return cls(_open_backend(found[0]), [*found, *(path for path in others if path.exists())])
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, control tokens and ids behind the last entry left out, invalid UTF-8 shown as U+FFFD."""
+        """Text of the ids; control tokens and ids past the last entry are left out, invalid UTF-8 becomes U+FFFD."""
         return self._backend.decode([token for token in ids if token < self._size and token not in self._control])
 
     def special(self, name: str) -> int | None:
@@ -84,7 +72,7 @@ class Tokenizer:
         return self.specials.get(name)
 
     def pieces(self) -> dict[int, bytes]:
-        """The bytes that every id stands for, perhaps no whole characters; a control token's are its name."""
+        """Every id's bytes, which need not be whole characters; a control token's are its name."""
         return self._backend.pieces()
 
     def __len__(self) -> int:
@@ -92,21 +80,21 @@ class Tokenizer:
         return self._size
 
     def differences(self, other: "Tokenizer") -> list[str]:
-        """Every id that the two read differently, one line each; empty when they are one vocabulary.
+        """Return a line for every id whose entries differ; empty where the vocabularies are equal.
 
-        Entries are compared as bytes, so the same vocabulary in two file formats is equal. A control token that one of
-        the two merely reserves (`<|reserved_special_token_3|>`) has no meaning to differ in.
+        Entries are compared as bytes, so the same vocabulary in two file formats is equal. A control token is equal to
+        one that the other vocabulary only reserves (`<|reserved_special_token_3|>`).
         """
-        mine, others = self._backend.pieces(), other._backend.pieces()
-        return [
-            f"{token}: {_show(mine.get(token))} against {_show(others.get(token))}"
-            for token in sorted(mine.keys() | others.keys())
-            if mine.get(token) != others.get(token)
-            and not (_is_reserved(mine.get(token)) or _is_reserved(others.get(token)))
-        ]
+        tables = self._backend.pieces(), other._backend.pieces()
+        found = []
+        for token in sorted(tables[0].keys() | tables[1].keys()):
+            mine, others = (table.get(token) for table in tables)
+            if mine != others and not any(RESERVED in (piece or b"") for piece in (mine, others)):
+                found.append(f"{token}: {_show(mine)} against {_show(others)}")
+        return found
 
     def save(self, folder: Path) -> None:
-        """Copy the files that this tokenizer came from."""
+        """Copy the files that this tokenizer was loaded from."""
         for file in self._files:
             shutil.copyfile(file, folder / file.name)
 
@@ -115,11 +103,7 @@ def _show(piece: bytes | None) -> str:
     return "nothing" if piece is None else repr(piece.decode("utf-8", errors="backslashreplace"))
 
 
-def _is_reserved(piece: bytes | None) -> bool:
-    return piece is not None and b"reserved_special_token" in piece
-
-
-def _open_backend(path: Path) -> Backend:
+def _open_backend(path: Path) -> "Backend":
     try:
         if path.name == "tokenizer.json":
             return JsonBackend(path)
@@ -140,7 +124,7 @@ class JsonBackend:
         self._tokenizer = HuggingFaceTokenizer.from_file(str(path))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # Without this, `<|eot_id|>` typed by a user would become the control token.
+        # Otherwise `<|eot_id|>` in a user's text would become the control token.
         self._tokenizer.encode_special_tokens = True
         added = self._tokenizer.get_added_tokens_decoder()
         self.specials = {token.content: index for index, token in added.items() if token.special}
@@ -151,12 +135,12 @@ class JsonBackend:
         self._added = {index: token.content for index, token in added.items()}
 
     def encode(self, text: str) -> list[int]:
-        # Lone surrogates are no UTF-8; they enter as U+FFFD, as tiktoken has it.
+        # Lone surrogates are not valid UTF-8; they become U+FFFD, as in tiktoken.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         if self._control.isdisjoint(encoding.ids):
             return encoding.ids
-        # A vocabulary that has its control tokens among its words finds them in a text all the same: cut them in two.
+        # A vocabulary may have control tokens among its words and find them in a text: split the text inside them.
         spans = [span for token, span in zip(encoding.ids, encoding.offsets) if token in self._control]
         cuts = [start + 1 for start, end in spans if end > start + 1]
         if not cuts:
@@ -173,7 +157,7 @@ class JsonBackend:
 
 
 class TiktokenBackend:
-    """Meta's Llama 3 `tokenizer.model`: base64 ranks, with 256 control tokens behind them."""
+    """Meta's Llama 3 `tokenizer.model`: base64 ranks, followed by 256 control tokens."""
 
     def __init__(self, path: Path) -> None:
         import tiktoken
@@ -187,25 +171,21 @@ class TiktokenBackend:
                 except ValueError:
                     raise InputError(f"{path}:{number}: expected a base64 piece and its rank") from None
         if not ranks:
-            raise InputError(f"{path}: empty; expected base64 pieces and their ranks, one a line")
+            raise InputError(f"{path}: empty; expected base64 pieces and their ranks, one per line")
         if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
             raise InputError(f"{path}: expected ranks 0, 1, 2, ... and all 256 bytes among the pieces")
-        names = dict(LLAMA3_NAMED)
-        reserved = 0
-        for index in range(LLAMA3_CONTROL_TOKENS):
-            if index not in names:
-                names[index] = f"<|reserved_special_token_{reserved}|>"
-                reserved += 1
-        self.specials = {name: len(ranks) + index for index, name in sorted(names.items())}
+        reserved = (f"<|reserved_special_token_{number}|>" for number in count())
+        names = [LLAMA3_NAMED.get(index) or next(reserved) for index in range(LLAMA3_CONTROL_TOKENS)]
+        self.specials = {name: len(ranks) + index for index, name in enumerate(names)}
         self._encoding = tiktoken.Encoding(
             path.name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=self.specials
         )
         self._ranks: dict[bytes, int] = ranks
 
     def encode(self, text: str) -> list[int]:
-        if len(text) < TIKTOKEN_LONGEST_RUN:
+        if len(text) < TIKTOKEN_MAX_RUN:
             return self._encoding.encode_ordinary(text)
-        return [token for part in _cut_long_runs(text) for token in self._encoding.encode_ordinary(part)]
+        return [token for piece in _cut_long_runs(text) for token in self._encoding.encode_ordinary(piece)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode(list(ids))
@@ -222,12 +202,9 @@ class SentencePieceBackend:
         from sentencepiece import SentencePieceProcessor
 
         self._processor: Any = SentencePieceProcessor(model_file=str(path))
-        indices = range(self._processor.get_piece_size())
-        self.specials = {
-            self._processor.id_to_piece(i): i
-            for i in indices
-            if self._processor.is_control(i) or self._processor.is_unknown(i)
-        }
+        ids = range(self._processor.get_piece_size())
+        control = [i for i in ids if self._processor.is_control(i) or self._processor.is_unknown(i)]
+        self.specials = {self._processor.id_to_piece(i): i for i in control}
 
     def encode(self, text: str) -> list[int]:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -237,31 +214,34 @@ class SentencePieceBackend:
         return self._processor.decode(list(ids))
 
     def pieces(self) -> dict[int, bytes]:
-        return {
-            i: _sentencepiece_bytes(self._processor.id_to_piece(i)) for i in range(self._processor.get_piece_size())
-        }
+        ids = range(self._processor.get_piece_size())
+        return {i: _sentencepiece_bytes(self._processor.id_to_piece(i)) for i in ids}
+
+
+# One class per file format: `pieces` returns every id's bytes, `specials` are the ids of control tokens by name.
+Backend = JsonBackend | TiktokenBackend | SentencePieceBackend
 
 
 def _cut_long_runs(text: str) -> list[str]:
-    """Meta's cuts: texts of 400,000 characters, and in them runs of at most 25,000 spaces or non-spaces."""
-    parts = []
-    for offset in range(0, len(text), TIKTOKEN_LONGEST_TEXT):
-        block = text[offset : offset + TIKTOKEN_LONGEST_TEXT]
+    """Split as Meta does: blocks of 400,000 characters, in them runs of at most 25,000 spaces or non-spaces."""
+    pieces = []
+    for offset in range(0, len(text), TIKTOKEN_MAX_TEXT):
+        block = text[offset : offset + TIKTOKEN_MAX_TEXT]
         start, run, run_is_space = 0, 0, block[0].isspace()
         for index, character in enumerate(block):
             if character.isspace() != run_is_space:
                 run, run_is_space = 1, not run_is_space
             else:
                 run += 1
-                if run > TIKTOKEN_LONGEST_RUN:
-                    parts.append(block[start:index])
+                if run > TIKTOKEN_MAX_RUN:
+                    pieces.append(block[start:index])
                     start, run = index, 1
-        parts.append(block[start:])
-    return parts
+        pieces.append(block[start:])
+    return pieces
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes."""
+    """GPT-2's printable character for each of the 256 bytes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -1,17 +1,18 @@
-"""Weights in and out: Hugging Face's safetensors layout, and Meta's own `consolidated.*.pth`.
+"""Weights in and out: Hugging Face's safetensors layout, and Meta's `consolidated.*.pth`.
 
-A folder is opened first (`open_folder`: configuration and the shape of every tensor, no data) and checked as a whole;
-only then is data read, tensor by tensor, from a memory map that is closed again as the reading goes on.
+`open_folder` reads the configuration and the shape of every tensor, no data. When all shapes fit, data is read tensor
+by tensor from a memory map, which is reopened from time to time to release its pages.
 """
 
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,24 +22,19 @@ from minillama.config import LlamaConfig, read_config, read_json, token_ids
 from minillama.errors import InputError
 from minillama.files import umask
 
-if TYPE_CHECKING:
-    from minillama.model import Llama
-
-# The largest tensors are read first, while little else is held; reopening the map after this many bytes gives
-# pages that were copied elsewhere back to the system, which counts mapped pages as the process's own.
+# Mapped pages count as the process's memory; the map is reopened after this many bytes to release them.
 MAPPED_BYTES = 8 << 20
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# safetensors' names of what a weight may be stored as.
+# The dtypes that can be loaded, by safetensors' names.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "prompt.toml"]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's folder before its data is read. `tensors` yields (name, tensor) lazily, names as in Hugging Face's.
+    """A model's folder before its data is read.
 
-    dtype: that of the embedding; a checkpoint that keeps some tensors in another one is loaded in this. copy: tensors
-    must be copied even where they fit: a view of the map would keep all of it in memory beside what was reordered.
+    dtype: the embedding's; tensors that are stored in another one are converted to it.
+    tensors: yields (name, tensor) lazily, with Hugging Face's names.
+    copy: tensors must be copied even where dtype and device fit, because a view would keep the whole map in memory.
     """
 
     folder: Path
@@ -51,33 +47,12 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the model has, a tied output layer counted once."""
+        """The number of parameters, a tied output layer counted once."""
         return sum(math.prod(shape) for name, shape in self.shapes.items() if not _is_ignored(name, self.config))
 
 
-def resolve_folder(name: str | Path) -> Path:
-    """A local folder as it is; `owner/name` that is no local folder is fetched from the Hugging Face hub."""
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise InputError(f"{name}: is a file; a model is a folder with config.json and model.safetensors")
-    if not HUB_ID.fullmatch(str(name)) or path.parent.exists():
-        raise InputError(f"{name}: no such folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        answered = isinstance(error, HFValidationError) or getattr(error, "response", None) is not None
-        hub = "the hub does not give a model of that name" if answered else "the hub cannot be reached"
-        raise InputError(f"{name}: no such folder, and {hub} ({reason}); give a model's folder or hub id") from None
-
-
 def open_folder(folder: Path) -> Checkpoint:
-    """Read the configuration and all tensors' shapes; raises InputError for anything that cannot be a Llama."""
+    """Read the configuration and all tensors' shapes; raises InputError where it is no Llama that can be run."""
     if (folder / "config.json").exists():
         return _open_hugging_face(folder)
     if (folder / "params.json").exists():
@@ -85,69 +60,34 @@ def open_folder(folder: Path) -> Checkpoint:
     raise InputError(f"{folder}: not a model: there is neither config.json (Hugging Face) nor params.json (Meta)")
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device) -> None:
-    """Fill a model built on the meta device; raises InputError naming every tensor that does not fit."""
-    check_shapes(model, checkpoint)
-    fill(model, checkpoint, dtype, device)
-
-
-def fill(
+def load_weights(
     model: nn.Module,
     checkpoint: Checkpoint,
     dtype: torch.dtype | None,
     device: torch.device,
-    part: Callable[[str, Tensor], Tensor] | None = None,
+    shard: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
-    """`load_weights` without its check. part: what of each tensor, given with its name, the model has."""
+    """Fill a model that was built on the meta device; its shapes must fit, see `check_shapes`.
+
+    dtype None: the checkpoint's.   shard: maps a whole tensor, by its name, to what this model holds of it.
+    """
     parameters = dict(model.named_parameters())
     filled: set[str] = set()
     for name, tensor in checkpoint.tensors():
         if name in parameters:
             owner, _, leaf = name.rpartition(".")
-            tensor = tensor if part is None else part(name, tensor)
-            tensor = tensor.to(device=device, dtype=dtype or checkpoint.dtype, copy=checkpoint.copy or part is not None)
+            tensor = tensor if shard is None else shard(name, tensor)
+            copy = checkpoint.copy or shard is not None
+            tensor = tensor.to(device=device, dtype=dtype or checkpoint.dtype, copy=copy)
             setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=True))
             filled.add(name)
     assert filled == parameters.keys()
 
 
-def write_model(model: "Llama", folder: Path) -> None:
-    """config.json, generation_config.json and safetensors (sharded above 5 GB) into an existing, private folder."""
-    from huggingface_hub import save_torch_state_dict
-
-    config = model.config
-    state = {name: _apart(tensor.detach().contiguous()) for name, tensor in model.state_dict().items()}
-    dtype = str(model.dtype).removeprefix("torch.")
-    # transformers 5 reads `dtype`, earlier releases and the converters `torch_dtype`.
-    write_json(folder / "config.json", {**config.to_dict(), "dtype": dtype, "torch_dtype": dtype})
-    eos = list(model.stop_tokens)
-    write_json(
-        folder / "generation_config.json",
-        {
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-        },
-    )
-    save_torch_state_dict(state, str(folder))
-    for file in folder.glob("*.safetensors"):  # they come readable by their owner alone
-        os.chmod(file, 0o666 & ~umask())
-
-
-def _apart(tensor: Tensor) -> Tensor:
-    """A copy of what is a part of a larger tensor: parts of one would be taken for each other's duplicates."""
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def check_shapes(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Raises InputError naming every tensor of the checkpoint that the model has not, lacks or has otherwise."""
+    """Raise InputError that names every missing, unexpected and misshapen tensor of the checkpoint."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found = {name: shape for name, shape in checkpoint.shapes.items() if not _is_ignored(name, checkpoint.config)}
-    missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(found.keys() - expected.keys())
     misshapen = [
         f"{name} {list(found[name])} instead of {list(expected[name])}"
         for name in sorted(expected.keys() & found.keys())
@@ -155,7 +95,11 @@ def check_shapes(model: nn.Module, checkpoint: Checkpoint) -> None:
     ]
     faults = [
         f"{kind}: {', '.join(names)}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+        for kind, names in (
+            ("missing", sorted(expected.keys() - found.keys())),
+            ("unexpected", sorted(found.keys() - expected.keys())),
+            ("of another shape", misshapen),
+        )
         if names
     ]
     if faults:
@@ -163,8 +107,53 @@ def check_shapes(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def _is_ignored(name: str, config: LlamaConfig) -> bool:
-    """Tables that early checkpoints carry and any program computes, and a tied output layer written out again."""
+    """RoPE tables of early checkpoints, and a tied output layer that was stored a second time."""
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
+
+
+def write_checkpoint(
+    folder: Path, config: LlamaConfig, stop_tokens: tuple[int, ...], state: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Write config.json, generation_config.json and safetensors (sharded above 5 GB) into an existing folder."""
+    from huggingface_hub import save_torch_state_dict
+
+    name = str(dtype).removeprefix("torch.")
+    # transformers 5 reads `dtype`, earlier releases and the converters `torch_dtype`.
+    _write_json(folder / "config.json", {**config.to_dict(), "dtype": name, "torch_dtype": name})
+    eos = list(stop_tokens)
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": eos[0] if len(eos) == 1 else eos or None}
+    _write_json(folder / "generation_config.json", generation)
+    owned = {name: _owned(tensor.detach().contiguous()) for name, tensor in state.items()}
+    save_torch_state_dict(owned, str(folder))
+    for file in folder.glob("*.safetensors"):  # written readable by the owner only
+        os.chmod(file, 0o666 & ~umask())
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """A copy where the tensor is a view of a larger one: views of one storage would be dropped as duplicates."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_largest_first(
+    names: Iterable[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    open_map: Callable[[], Any],
+    read: Callable[[Any, str], Tensor],
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors from a memory map, the largest first, while little else is in memory."""
+    remaining = sorted(names, key=lambda name: -math.prod(shapes[name]))
+    while remaining:
+        mapped, handle = 0, open_map()
+        while remaining and mapped < MAPPED_BYTES:
+            tensor = read(handle, remaining[0])
+            mapped += tensor.nbytes
+            yield remaining.pop(0), tensor
+            del tensor
+        del handle
 
 
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
@@ -176,12 +165,13 @@ def _open_hugging_face(folder: Path) -> Checkpoint:
     if (folder / "generation_config.json").exists():
         generation = read_json(folder / "generation_config.json")
         stop_tokens = tuple(dict.fromkeys(stop_tokens + token_ids(generation.get("eos_token_id"))))
-    files = _weight_files(folder)
+    names: dict[Path, list[str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
-    for file in files:
+    for file in _weight_files(folder):
         with _open_safetensors(file) as handle:
-            for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
+            names[file] = list(handle.keys())
+            for name in names[file]:
                 entry = handle.get_slice(name)
                 shapes[name], dtypes[name] = tuple(entry.get_shape()), entry.get_dtype()
     quantised = [f"{name} ({kind})" for name, kind in dtypes.items() if kind not in FLOATS]
@@ -192,8 +182,8 @@ def _open_hugging_face(folder: Path) -> Checkpoint:
     dtype = FLOATS[dtypes.get("model.embed_tokens.weight", "F32")]
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for file in files:
-            yield from _read_safetensors(file)
+        for file in names:
+            yield from _read_largest_first(names[file], shapes, partial(_open_safetensors, file), safe_open.get_tensor)
 
     return Checkpoint(folder, config, stop_tokens, dtype, shapes, tensors)
 
@@ -205,15 +195,13 @@ def _weight_files(folder: Path) -> list[Path]:
         if not isinstance(weight_map, dict):
             raise InputError(f"{index}: no weight_map")
         files = [folder / str(name) for name in sorted(set(weight_map.values()))]
-        absent = [file.name for file in files if not file.exists()]
-        if absent:
-            raise InputError(
-                f"{folder}: model.safetensors.index.json names shards that are not there: {', '.join(absent)}"
-            )
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            raise InputError(f"{folder}: {index.name} names shards that are not there: {', '.join(missing)}")
         return files
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
-    raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+    raise InputError(f"{folder}: no model.safetensors and no {index.name}")
 
 
 def _open_safetensors(file: Path) -> safe_open:
@@ -224,19 +212,6 @@ def _open_safetensors(file: Path) -> safe_open:
         raise InputError(f"{file}: truncated or damaged ({size:,} bytes; {error}); copy or download it again") from None
 
 
-def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    with _open_safetensors(file) as handle:
-        names = sorted(handle.keys(), key=lambda name: -math.prod(handle.get_slice(name).get_shape()))
-    while names:
-        mapped = 0
-        with _open_safetensors(file) as handle:
-            while names and mapped < MAPPED_BYTES:
-                tensor = handle.get_tensor(names[0])
-                mapped += tensor.nbytes
-                yield names.pop(0), tensor
-                del tensor
-
-
 # --- Meta -------------------------------------------------------------------------------------------------------------
 
 
@@ -244,36 +219,28 @@ def _open_meta(folder: Path) -> Checkpoint:
     files = sorted(folder.glob("consolidated.*.pth"))
     if not files:
         raise InputError(f"{folder}: params.json without consolidated.*.pth")
-    parts = [_map_pth(file) for file in files]
-    names = [name for name in parts[0] if not name.startswith("rope.")]
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in names:
-        shapes[_hugging_face_name(name)] = _joined_shape(name, parts, files)
+    shards = [_map_pth(file) for file in files]
+    meta_names = {_hugging_face_name(name): name for name in shards[0] if not name.startswith("rope.")}
+    shapes = {name: _joined_shape(meta_name, shards, files) for name, meta_name in meta_names.items()}
     try:
         vocab_size, width = shapes["model.embed_tokens.weight"]
     except KeyError:
         raise InputError(f"{files[0]}: no tok_embeddings.weight; is this a Llama checkpoint of Meta's?") from None
-    tied = "lm_head.weight" not in shapes or _same_output(parts)
+    tied = "lm_head.weight" not in shapes or _is_tied(shards)
     params = folder / "params.json"
     config = LlamaConfig.from_meta(read_json(params), vocab_size, tied, str(params))
     if width != config.hidden_size:
         raise InputError(f"{params}: dim is {config.hidden_size}, but tok_embeddings.weight is {width} wide")
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        waiting = sorted(names, key=lambda name: -math.prod(shapes[_hugging_face_name(name)]))
-        while waiting:
-            mapped = 0
-            parts = [_map_pth(file) for file in files]
-            while waiting and mapped < MAPPED_BYTES:
-                tensor = _joined(waiting[0], parts)
-                mapped += tensor.nbytes
-                hf_name = _hugging_face_name(waiting.pop(0))
-                if hf_name.endswith(("q_proj.weight", "k_proj.weight")):
-                    tensor = _rotate_halves(tensor, config.head_dim)
-                yield hf_name, tensor
-                del tensor
+    def read(shards: list[dict[str, Tensor]], name: str) -> Tensor:
+        tensor = _joined(meta_names[name], shards)
+        is_rotated = name.endswith(("q_proj.weight", "k_proj.weight"))
+        return _to_hugging_face_rows(tensor, config.head_dim) if is_rotated else tensor
 
-    dtype = parts[0]["tok_embeddings.weight"].dtype
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        return _read_largest_first(meta_names, shapes, lambda: [_map_pth(file) for file in files], read)
+
+    dtype = shards[0]["tok_embeddings.weight"].dtype
     return Checkpoint(folder, config, config.eos_token_id, dtype, shapes, tensors, copy=True)
 
 
@@ -308,7 +275,7 @@ META_NAMES = {
 
 
 def _hugging_face_name(name: str) -> str:
-    """`layers.3.attention.wq.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names stay, to be refused."""
+    """`layers.3.attention.wq.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names stay as they are."""
     if name in META_NAMES:
         return META_NAMES[name]
     match = re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", name)
@@ -318,41 +285,36 @@ def _hugging_face_name(name: str) -> str:
 
 
 def _split_axis(name: str) -> int:
-    """Meta's model-parallel files split inputs of wo and w2, outputs of all else (Llama 3)."""
+    """Meta's model-parallel files split the inputs of wo and w2 and the outputs of the others (Llama 3)."""
     return 1 if name.endswith(("wo.weight", "w2.weight")) else 0
 
 
-def _is_split(name: str, parts: list[dict[str, Tensor]]) -> bool:
-    return len(parts) > 1 and parts[0][name].dim() == 2
-
-
-def _joined_shape(name: str, parts: list[dict[str, Tensor]], files: list[Path]) -> tuple[int, ...]:
-    lacking = [file.name for part, file in zip(parts, files) if name not in part]
-    if lacking:
-        raise InputError(f"{files[0].parent}: {name} is missing from {', '.join(lacking)}")
-    shape = list(parts[0][name].shape)
-    if _is_split(name, parts):
-        axis = _split_axis(name)
-        shape[axis] = sum(part[name].shape[axis] for part in parts)
+def _joined_shape(name: str, shards: list[dict[str, Tensor]], files: list[Path]) -> tuple[int, ...]:
+    incomplete = [file.name for shard, file in zip(shards, files) if name not in shard]
+    if incomplete:
+        raise InputError(f"{files[0].parent}: {name} is missing from {', '.join(incomplete)}")
+    shape = list(shards[0][name].shape)
+    if len(shape) == 2:
+        shape[_split_axis(name)] = sum(shard[name].shape[_split_axis(name)] for shard in shards)
     return tuple(shape)
 
 
-def _joined(name: str, parts: list[dict[str, Tensor]]) -> Tensor:
-    if _is_split(name, parts):
-        return torch.cat([part[name] for part in parts], dim=_split_axis(name))
-    return parts[0][name]
+def _joined(name: str, shards: list[dict[str, Tensor]]) -> Tensor:
+    if len(shards) == 1 or shards[0][name].dim() != 2:  # vectors are in every file whole
+        return shards[0][name]
+    return torch.cat([shard[name] for shard in shards], dim=_split_axis(name))
 
 
-def _same_output(parts: list[dict[str, Tensor]]) -> bool:
-    """The 1B and 3B checkpoints write the tied embedding out a second time."""
+def _is_tied(shards: list[dict[str, Tensor]]) -> bool:
+    """Whether the output layer equals the embedding: the 1B and 3B checkpoints store the tied matrix twice."""
     return all(
-        torch.equal(part["output.weight"][:rows], part["tok_embeddings.weight"][:rows])
-        for rows in (64, None)  # a few rows settle it for most models without reading the rest
-        for part in parts
+        torch.equal(shard["output.weight"][:rows], shard["tok_embeddings.weight"][:rows])
+        for rows in (64, None)  # most models differ in the first rows already
+        for shard in shards
     )
 
 
-def _rotate_halves(weight: Tensor, head_dim: int) -> Tensor:
-    """Meta turns neighbouring channels (2c, 2c+1), Hugging Face channels (c, c + C/2): reorder each head's rows."""
+def _to_hugging_face_rows(weight: Tensor, head_dim: int) -> Tensor:
+    """Reorder each head's rows: Meta's RoPE pairs channels (2c, 2c + 1), Hugging Face's (c, c + C/2)."""
     rows, width = weight.shape
     return weight.view(rows // head_dim, head_dim // 2, 2, width).transpose(1, 2).reshape(rows, width)

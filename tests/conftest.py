@@ -16,7 +16,6 @@ from tiny import TINY, tiny_model
 from corpora import Prompt, sample
 from minillama import Tokenizer
 from minillama.files import atomic_folder
-from minillama.weights import write_model
 from train.bpe import train_bpe
 
 # How long an example takes is the machine's affair: it may have other work.
@@ -56,7 +55,7 @@ def model_folders(tmp_path_factory, tokenizer_folder) -> dict[str, Path]:
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
     for seed, name in enumerate(("A", "B", "C")):
         with atomic_folder(root / name) as folder:
-            write_model(tiny_model(seed), folder)
+            tiny_model(seed).write_files(folder)
             tokenizer.save(folder)
             if name != "B":
                 Prompt.load("plain").save(folder)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from minillama import InputError, Llama
-from minillama.device import pick_device
+from minillama.machine import pick_device
 
 T = TypeVar("T")
 CPU = torch.device("cpu")

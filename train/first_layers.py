@@ -14,10 +14,9 @@ import torch
 from corpora import Prompt
 from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
-from minillama.files import atomic_folder
+from minillama.files import atomic_folder, resolve_folder
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
-from minillama.weights import resolve_folder, write_model
 from train.config import DTYPES, check_output
 
 EXAMPLES = """examples:
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.save_dtype:
         model.to(getattr(torch, arguments.save_dtype))
     with atomic_folder(output) as folder:
-        write_model(model, folder)
+        model.write_files(folder)
         Tokenizer.from_pretrained(base).save(folder)
         if (base / "prompt.toml").exists():
             Prompt.load(base).save(folder)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.linear_cross_entropy_chunked import CHUNK_BYTES
+from kernels.chunked_cross_entropy import CHUNK_BYTES
 from minillama.config import LlamaConfig, read_config, read_json
 from minillama.errors import InputError
 from minillama.model import Llama, rope_frequencies

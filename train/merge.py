@@ -9,10 +9,9 @@ import torch
 from corpora import Prompt
 from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
-from minillama.files import atomic_folder
+from minillama.files import atomic_folder, resolve_folder
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
-from minillama.weights import resolve_folder, write_model
 from train.config import DTYPES, check_output
 from train.lora import CONFIG, load_adapter, merge
 
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.save_dtype:
         model.to(getattr(torch, arguments.save_dtype))
     with atomic_folder(output) as folder:
-        write_model(model, folder)
+        model.write_files(folder)
         Tokenizer.from_pretrained(base).save(folder)
         if (adapter / "prompt.toml").exists():
             Prompt.load(adapter).save(folder)

@@ -116,7 +116,7 @@ def _adamw(parameters: dict[str, nn.Parameter], settings: Settings) -> torch.opt
 
 
 def fresh_state(parameter: nn.Parameter, state_dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The state before the first step. state_dtype: of a matrix's moments, a vector's are float32; None: the weights'."""
+    """The state before the first step. state_dtype: of a matrix's moments (a vector's: float32); None: the weights'."""
     if state_dtype is None:
         dtype, step = parameter.dtype, torch.zeros((), device=parameter.device)
     else:

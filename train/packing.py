@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minillama.packed_attention import Documents
+from minillama.packed_attention import PackedSequences
 
 # A shared prefix must save at least this share of a row's positions. It is then gathered into the attention of each
 # example, which on a CPU costs about as much as 3% of the positions (SmolLM2's shape, 16 sentence pairs).
@@ -39,18 +39,18 @@ class Example:
 class Batch:
     """One forward pass. label_positions_M index the flattened (B*T) hidden states that predict labels_M; all int64.
 
-    Right-padded rows, one example each, or with `documents` a single row (1, T) of packed examples. labels_M may be
+    Right-padded rows, one example each, or with `packed` a single row (1, T) of packed examples. labels_M may be
     empty (a rank that has no example left in a step): loss and gradients are then zero.
     """
 
     inputs_BT: Tensor
     label_positions_M: Tensor
     labels_M: Tensor
-    documents: Documents | None = None
+    packed: PackedSequences | None = None
 
     def to(self, device: torch.device) -> Batch:
         return Batch(
-            self.inputs_BT.to(device), self.label_positions_M.to(device), self.labels_M.to(device), self.documents
+            self.inputs_BT.to(device), self.label_positions_M.to(device), self.labels_M.to(device), self.packed
         )
 
 
@@ -98,7 +98,7 @@ def pack(examples: Sequence[Example], share_prefix: bool = True) -> Batch:
         torch.from_numpy(np.concatenate(row)[None]),
         torch.from_numpy(np.concatenate(positions)),
         torch.from_numpy(np.concatenate(labels)),
-        Documents(tuple(len(tokens) - prefix for tokens in inputs), prefix),
+        PackedSequences(tuple(len(tokens) - prefix for tokens in inputs), prefix),
     )
 
 

@@ -3,12 +3,10 @@
 import argparse
 import hashlib
 import json
-import platform
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,11 @@ import torch
 from corpora import Prompt
 from minillama.config import LlamaConfig, read_json
 from minillama.errors import InputError
-from minillama.files import write_whole
+from minillama.files import atomic_write, resolve_folder
+from minillama.machine import versions
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
-from minillama.weights import open_folder, resolve_folder, write_model
+from minillama.weights import open_folder
 from train.checkpoint import finish, is_finished
 from train.config import Settings, check_output, write_toml
 from train.distributed import DistributedContext, started, unsharded
@@ -133,7 +132,7 @@ def train_and_save(
         "parameters": sum(sizes.values()),
         "trained_parameters": trained,
         "ranks": world.size,
-        "versions": _versions(),
+        "versions": versions(*PACKAGES),
     }
     world.on_main(lambda: _write_record(output, arguments, record))
     outcome = trainer.run(arguments.resume, Reporter(silent=not world.is_main))
@@ -145,7 +144,7 @@ def train_and_save(
             write_adapter(result, settings, arguments.model or "", folder)
         else:
             merge(result)
-            write_model(result.to(getattr(torch, settings.save_dtype or settings.dtype)), folder)
+            result.to(getattr(torch, settings.save_dtype or settings.dtype)).write_files(folder)
         start.tokenizer.save(folder)
         if prompt is not None:
             prompt.save(folder)
@@ -188,8 +187,8 @@ def _write_record(output: Path, arguments: argparse.Namespace, record: dict[str,
     try:
         output.mkdir(parents=True, exist_ok=True)
         saved = {name: value for name, value in vars(arguments).items() if name not in ("config", "dry_run", "resume")}
-        write_whole(output / "run.toml", write_toml(saved))
-        write_whole(output / "run.json", _json(record))
+        atomic_write(output / "run.toml", write_toml(saved))
+        atomic_write(output / "run.json", _json(record))
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror})") from None
 
@@ -202,16 +201,6 @@ def _checksums(arguments: argparse.Namespace) -> dict[str, str]:
         if Path(name).is_file():
             with open(name, "rb") as stream:
                 found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 

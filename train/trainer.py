@@ -50,7 +50,7 @@ def target_loss(model: Llama, batch: Batch) -> Tensor:
     The output layer computes label positions only, in chunks. A sum, not a mean: the caller divides by the number of
     labels of the whole optimizer step.
     """
-    hidden_BTD = model.hidden(batch.inputs_BT, documents=batch.documents)
+    hidden_BTD = model.hidden(batch.inputs_BT, packed=batch.packed)
     hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, batch.label_positions_M)
     return linear_cross_entropy(hidden_MD, model.output_weight, batch.labels_M)
 

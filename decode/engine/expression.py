@@ -52,7 +52,7 @@ def weight_fault(name: str, weight: float) -> str:
     return f"the weight of {name} is {weight:g}, beyond float32's range"
 
 
-def spell(weights: dict[str, float]) -> str:
+def format_weights(weights: dict[str, float]) -> str:
     """The expression of the weights, shortest digits that read back exactly: `L + 0.5*S`."""
     terms: list[str] = []
     for name, weight in weights.items():

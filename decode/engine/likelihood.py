@@ -1,155 +1,88 @@
-"""Log-probabilities of texts that are given: prompt and text are read, and nothing is chosen.
+"""Forced decoding: log-probabilities of given texts. Prompt and text are read, and nothing is generated.
 
 The probability of a text is that of its tokens and of its end: that any stop token of the ensemble follows. Logits of
-a few positions at a time are made and forgotten; a member's hidden states of one pass are the most that is held. A
-text's result has the same bits whatever it is scored beside.
+a few positions exist at a time; the hidden states of one step are the most that is held. A text's result has the same
+bits whatever it is scored beside.
 """
 
-# R positions of a pass whose next token is asked for  G tokens asked for at each
+# R positions  G tokens whose log-probability is requested at each  N members  D model width
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as SequenceOf
 
 import torch
 from torch import Tensor
 
-from decode.engine.ensemble import Ensemble
-from decode.engine.kv_slots import Rows
-from decode.step import prompt_parts
-from decode.translate import room, shared_prefix
-from minillama import InputError
+from decode.engine.model_runner import ModelRunner, SlotInput
+from kernels import describe_flag, fused_logits
 
-# Rows of logits that exist at once: 16 MB a member with a vocabulary of 128,256.
+# Positions whose logits exist at once: 16 MB a member with a vocabulary of 128,256.
 ROWS_AT_ONCE = 32
+END = -1  # among targets: any stop token
 
 
-@dataclass
-class Given:
-    """A text's log-probabilities in nats under the combined distribution: its tokens' and, last, its end's.
+def score_targets(runner: ModelRunner, inputs: SequenceOf[SlotInput], hidden: SequenceOf[Tensor | None]) -> None:
+    """Score the positions that this step has read of sequences with targets; finish those that are at their end.
 
-    members: the same under each member's own distribution. Without stop tokens in the ensemble a text has no end.
-    reached: how many of the places asked for have been read; only `given_logprobs` fills the two lists.
+    hidden: of these inputs alone, as `ModelRunner.forward` returns it.
     """
-
-    index: int
-    target: list[int]
-    unread: list[list[int]]
-    reached: int = 0
-    logprobs: list[float] = field(default_factory=list)
-    members: list[list[float]] = field(default_factory=list)
-
-
-# What is done with a pass: the rows, the texts with the tokens asked for at their new places (-1: any stop token), and
-# each member's hidden states of those places, text after text.
-Take = Callable[[Rows, Sequence[tuple[Given, list[int]]], Sequence[Tensor]], None]
-
-
-def given_logprobs(
-    ensemble: Ensemble,
-    prompts: Sequence[tuple[list[int], ...]],
-    targets: Sequence[list[int]],
-    batch_size: int = 16,
-) -> Iterator[Given]:
-    """Yield a result for each prompt (per member) and text (token ids, without a stop token) as it is done.
-
-    Raises InputError for a prompt that is empty and for one that with its text does not fit a member's context,
-    FloatingPointError for NaN or infinite logits.
-    """
-    yield from read_given(ensemble, prompts, targets, batch_size, partial(_logprobs, ensemble))
+    for member, hidden_RD in enumerate(hidden):
+        read = [entry for entry in inputs if entry.tokens[member]]
+        if hidden_RD is not None:
+            for entry, piece_RD in zip(read, hidden_RD.split([entry.num_logits for entry in read])):
+                if entry.num_logits and entry.sequence.keep_hidden:
+                    entry.sequence.hidden[member].append(piece_RD.clone())
+    rows = [entry for entry in inputs for _ in range(entry.num_logits)]
+    offsets = [0] * len(hidden)
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        block = rows[first : first + ROWS_AT_ONCE]
+        counts = [sum(1 for entry in block if entry.tokens[member]) for member in range(len(hidden))]
+        of_block = [h[at : at + n] if h is not None and n else None for h, at, n in zip(hidden, offsets, counts)]
+        offsets = [at + count for at, count in zip(offsets, counts)]
+        if not all(entry.sequence.keep_hidden for entry in block):
+            _score_block(runner, block, of_block)
+    for entry in inputs:
+        sequence = entry.sequence
+        if not sequence.reads_prompt and sequence.finish_reason is None:
+            sequence.finish_reason = "stop" if sequence.stops else "length"
 
 
-def read_given(
-    ensemble: Ensemble,
-    prompts: Sequence[tuple[list[int], ...]],
-    targets: Sequence[list[int]],
-    batch_size: int,
-    take: Take,
-) -> Iterator[Given]:
-    """Read every prompt and its text, giving `take` what each pass brings; yields as texts are done."""
-    for index, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
-        if not all(prompt):
-            raise InputError(f"prompt {index + 1} is empty; a model needs at least one token to go on from")
-        if room(ensemble, prompt) < len(target):
-            raise InputError(f"prompt {index + 1} and its {len(target)} tokens do not fit a member's context")
-    if not prompts:
-        return
-    stops = sorted(ensemble.stop_tokens)
-    members = range(len(ensemble.members))
-    capacity = [max(len(prompt[n]) + len(target) for prompt, target in zip(prompts, targets)) for n in members]
-    prefix = [shared_prefix([prompt[n] for prompt in prompts]) for n in members]
-    rows = Rows(ensemble, min(batch_size, len(prompts)), capacity, prefix)
-    waiting = sorted(range(len(prompts)), key=lambda index: sum(map(len, prompts[index])) + len(targets[index]))
-
-    def begin() -> Given:
-        index = waiting.pop()
-        # Without stop tokens nobody asks what follows the last one.
-        text = targets[index] if stops else targets[index][:-1]
-        unread = [[*prompt[len(read) :], *text] for prompt, read in zip(prompts[index], prefix)]
-        return Given(index, targets[index], unread, members=[[] for _ in members])
-
-    active: list[Given] = []
-    while len(rows) < rows.batch_size:
-        rows.start()
-        active.append(begin())
-    while active:
-        _read(rows, active, bool(stops), take)
-        done = [row for row, given in enumerate(active) if not any(given.unread)]
-        finished = [active[row] for row in done]
-        empty = []
-        for row in done:
-            if waiting:
-                active[row] = begin()
-                rows.restart(row)
-            else:
-                empty.append(row)
-        for source, gap in rows.remove(empty):
-            active[gap] = active[source]
-        del active[len(rows) :]
-        yield from finished
+def _score_block(runner: ModelRunner, rows: SequenceOf[SlotInput], hidden: SequenceOf[Tensor | None]) -> None:
+    """The log-probability of each row's next target, and under each member's own distribution."""
+    sequences = [entry.sequence for entry in rows]
+    most_stops = max(len(sequence.stops) for sequence in sequences)
+    requested: list[list[int]] = []
+    seen: Counter[int] = Counter()  # rows of each sequence in this block
+    for sequence in sequences:
+        assert sequence.targets is not None
+        at = len(sequence.logprobs) + seen[sequence.id]
+        seen[sequence.id] += 1
+        token = sequence.targets[at] if at < len(sequence.targets) else END
+        own_stops = sorted(sequence.stops)
+        requested.append([token, *own_stops, *[END] * (most_stops - len(own_stops))])
+    target_RG = torch.tensor(requested, device=runner.device)
+    logits = runner.all_logits(hidden, rows)
+    result = fused_logits(logits, runner.weights(sequences), targets=target_RG, members=True)
+    assert result.target_logprob is not None
+    assert result.member_target_logprob is not None
+    combined = _token_or_end(result.target_logprob.cpu(), requested)
+    members = [_token_or_end(own_RG, requested) for own_RG in result.member_target_logprob.cpu()]
+    for sequence, flag, logprob, *own in zip(sequences, result.flag.tolist(), combined, *members):
+        if flag:
+            sequence.finish_reason, sequence.error = "error", describe_flag(flag, runner.ensemble.names)
+        sequence.logprobs.append(logprob)
+        for values, value in zip(sequence.member_logprobs, own):
+            values.append(value)
 
 
-def _read(rows: Rows, active: Sequence[Given], ends: bool, take: Take) -> None:
-    """One pass of every member; of the positions read, those at which the text or its end is predicted count."""
-    parts = prompt_parts(active)
-    asked: list[tuple[Given, list[int]]] = []
-    for given in active:
-        # All members end together, so they are equally far in the text.
-        places = [*given.target, -1] if ends else given.target
-        reached = max(0, len(places) - max(map(len, given.unread)))
-        asked.append((given, places[given.reached : reached]))
-        given.reached = max(given.reached, reached)
-    wanted = [len(new) for _, new in asked]
-    positions = sum(max(map(len, part)) for part in parts)
-    every = rows.each(lambda number: rows.hidden(number, [part[number] for part in parts], wanted), positions)
-    hidden = [of_member for of_member in every if of_member is not None]
-    if hidden:
-        take(rows, asked, hidden)
-
-
-def _logprobs(
-    ensemble: Ensemble, rows: Rows, asked_of: Sequence[tuple[Given, list[int]]], hidden: Sequence[Tensor]
-) -> None:
-    """Logits of a few places at a time, and of them the log-probabilities asked for."""
-    stops = sorted(ensemble.stop_tokens)
-    asked = [[token, *stops] for _, new in asked_of for token in new]
-    owners = [given for given, new in asked_of for _ in new]
-    for first in range(0, len(asked), ROWS_AT_ONCE):
-        here = slice(first, first + ROWS_AT_ONCE)
-        logits = [rows.logits(number, of_member[here]) for number, of_member in enumerate(hidden)]
-        token_RG = torch.tensor(asked[here], device=ensemble.device)
-        combined_RG, own_NRG = ensemble.logprobs(logits, token_RG)
-        combined = _token_or_end(combined_RG, asked[here]).tolist()
-        of_members = [_token_or_end(own_RG, asked[here]).tolist() for own_RG in own_NRG]
-        for given, logprob, own in zip(owners[here], combined, zip(*of_members)):
-            given.logprobs.append(logprob)
-            for values_of_member, value in zip(given.members, own):
-                values_of_member.append(value)
-
-
-def _token_or_end(logprob_RG: Tensor, asked: Sequence[Sequence[int]]) -> Tensor:
-    """The first column, or where that is no token the probability of all others together, float64."""
-    ends_R = torch.tensor([tokens[0] < 0 for tokens in asked])
+def _token_or_end(logprob_RG: Tensor, requested: SequenceOf[SequenceOf[int]]) -> list[float]:
+    """The first column, or where that is END the log-probability that any of the other tokens follows, in float64."""
+    of_token_R = logprob_RG[:, 0].double()
+    ends_R = torch.tensor([tokens[0] == END for tokens in requested])
     if not ends_R.any():
-        return logprob_RG[:, 0].double()
-    return torch.where(ends_R, logprob_RG[:, 1:].double().logsumexp(dim=1), logprob_RG[:, 0].double())
+        return of_token_R.tolist()
+    padding_RG = torch.tensor([[token == END for token in tokens[1:]] for tokens in requested])
+    of_end_R = logprob_RG[:, 1:].double().masked_fill(padding_RG, -torch.inf).logsumexp(dim=1)
+    return torch.where(ends_R, of_end_R, of_token_R).tolist()

@@ -23,7 +23,7 @@ from decode.pipeline.journal import Record
 from decode.pipeline.members import Options
 from decode.pipeline.output import OrderedWriter
 from minillama import InputError
-from minillama.files import open_whole
+from minillama.files import atomic_open
 
 DECIMALS = 4
 PARTS = ("html", "css", "js")
@@ -74,7 +74,7 @@ class PageWriter(OrderedWriter):
 
     def __enter__(self) -> "PageWriter":
         try:
-            self.stream = self.file.enter_context(open_whole(Path(self.path)))
+            self.stream = self.file.enter_context(atomic_open(Path(self.path)))
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written ({error.strerror})") from None
         self.stream.write(self.head)

@@ -99,7 +99,7 @@ class TeacherForced:
     def logprobs(self, weights_N: Array, given_TG: Tensor) -> Tensor:
         """(T, G) float64 on the host: log-probabilities in nats of tokens given for every place."""
         used = [number for number, weight in enumerate(weights_N) if weight] or [0]
-        found = [part.given_logprob for part in self._heads(weights_N, given_TG, used, moments=False)]
+        found = [part.target_logprob for part in self._heads(weights_N, given_TG, used, moments=False)]
         return torch.cat([part for part in found if part is not None]).double().cpu()
 
     def nats(self, weights_N: Array) -> Array:
@@ -114,13 +114,13 @@ class TeacherForced:
         members = len(self.names)
         places = []
         for part in self._heads(weights_N, self.token_T[:, None], range(members), moments=True):
-            assert part.given_logprob is not None
-            assert part.given_logits is not None
+            assert part.target_logprob is not None
+            assert part.target_logits is not None
             assert part.mean is not None
             assert part.covariance is not None
-            gradient_NT = part.mean.double() - part.given_logits[:, :, 0].double()
+            gradient_NT = part.mean.double() - part.target_logits[:, :, 0].double()
             covariance_TM = part.covariance.double().flatten(0, 1).T
-            places.append(torch.cat((-part.given_logprob.double(), gradient_NT.T, covariance_TM), dim=1).cpu())
+            places.append(torch.cat((-part.target_logprob.double(), gradient_NT.T, covariance_TM), dim=1).cpu())
         nats_S, gradient_SN, hessian_SM = np.split(self._by_text(torch.cat(places)), (1, 1 + members), axis=1)
         return Likelihood(weights_N, self.tokens, nats_S[:, 0], gradient_SN, hessian_SM.reshape(-1, members, members))
 
@@ -130,7 +130,7 @@ class TeacherForced:
         for start in range(0, self.tokens, PLACES_AT_ONCE):
             here = slice(start, start + PLACES_AT_ONCE)
             hidden = [self.hidden[number][here] for number in members]
-            part = fused_head(hidden, output, weights, given=given_TG[here], moments=moments)
+            part = fused_head(hidden, output, weights, targets=given_TG[here], moments=moments)
             if bool((part.flag != 0).any()):
                 flag = next(flag for flag in part.flag.tolist() if flag)
                 raise FloatingPointError(describe_flag(flag, [self.names[number] for number in members]))

@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 
 from minillama import InputError
-from minillama.tensor_parallel import Part, PeerLost
+from minillama.tensor_parallel import PeerLost, TPGroup
 
 T = TypeVar("T")
 BEAT_SECONDS = 1.0
@@ -50,7 +50,7 @@ class Ranks:
         self.process, self.processes = found
         self.rank, self.world = found
         self.index, self.size = 0, 1
-        self.part: Part | None = None
+        self.part: TPGroup | None = None
         # Processes on this machine, which share its memory.
         self.local_world = 1 if alone else int(os.environ.get("LOCAL_WORLD_SIZE", self.processes))
         self.stopped = threading.Event()
@@ -79,7 +79,7 @@ class Ranks:
         self.rank, self.index = divmod(self.process, size)
         self.world = self.processes // size
 
-    def join_group(self, on_gpu: bool) -> Part | None:
+    def join_group(self, on_gpu: bool) -> TPGroup | None:
         """Open the collectives of this process's group; None where it is alone in it."""
         if self.size > 1 and self.part is None:
             import torch.distributed as dist
@@ -92,7 +92,7 @@ class Ranks:
                     backend, store=store, rank=self.index, world_size=self.size, timeout=JOIN_TIMEOUT
                 )
             )
-            self.part = Part(self.index, self.size)
+            self.part = TPGroup(self.index, self.size)
         return self.part
 
     def leave_group(self) -> None:
@@ -146,7 +146,7 @@ class Ranks:
     def _claimed(self) -> int:
         """The next share that nobody has; the first of a group takes it for all."""
         number = self._ask(lambda: self.store.add("claimed", 1)) - 1 if self.leads else 0
-        return number if self.part is None else int(self.part.agreed(torch.tensor(number)))
+        return number if self.part is None else int(self.part.broadcast(torch.tensor(number)))
 
     def say_done(self) -> None:
         if self.world > 1:

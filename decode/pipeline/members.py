@@ -11,14 +11,15 @@ from pathlib import Path
 
 from corpora import Prompt
 from decode.engine.ensemble import Ensemble
-from decode.pipeline.placement import Place
 from decode.model.packed_llama import PreparedLlama
-from decode.search_options import SearchOptions
+from decode.pipeline.placement import Place
 from decode.pipeline.vocabulary import check_shared
+from decode.search_options import SearchOptions
 from minillama import InputError, Llama, Tokenizer
 from minillama.chat import ChatFormat, chat_format, render, stop_tokens
-from minillama.tensor_parallel import Part, load_part
-from minillama.weights import Checkpoint, open_folder, resolve_folder
+from minillama.files import resolve_folder
+from minillama.tensor_parallel import TPGroup, load_shard
+from minillama.weights import Checkpoint, open_folder
 
 PROMPT_FILE = "prompt.toml"
 TOO_LONG = ("error", "truncate", "skip")
@@ -117,7 +118,7 @@ def load_ensemble(
     weights: Mapping[str, float],
     places: Mapping[str, Place],
     invariant: bool | None = None,
-    part: Part | None = None,
+    part: TPGroup | None = None,
 ) -> tuple[Ensemble, float]:
     """Load the weights of all members at once and pack them as they come; returns the ensemble and the seconds.
 
@@ -134,7 +135,7 @@ def load_ensemble(
             model = Llama.from_pretrained(folder, place.dtype, place.device)
         else:
             assert part is not None
-            model = load_part(folder, part, place.dtype, place.device)
+            model = load_shard(folder, part, place.dtype, place.device)
         steady = place.device.type == "cpu" if invariant is None else invariant
         try:
             return PreparedLlama(model, place.packed, steady, consume=True)

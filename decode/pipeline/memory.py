@@ -15,7 +15,7 @@ from decode.pipeline.members import Reader
 from decode.model.batch import cache_positions
 from decode.pipeline.placement import Place
 from minillama import InputError, KVCache
-from minillama.tensor_parallel import Part
+from minillama.tensor_parallel import TPGroup
 
 # Rows beside those of the sentences: what all prompts begin with stands in one.
 SHARED_ROWS = 1
@@ -85,11 +85,11 @@ class Budget:
         limits = {d: parse_size(memory) if memory else available(d, processes) for d in weights}
         return cls(readers, places, weights, limits, memory)
 
-    def least(self, part: Part | None) -> "Budget":
+    def least(self, part: TPGroup | None) -> "Budget":
         """What fits in every process that holds a part of a member: they decode the same rows."""
         if part is None:
             return self
-        limits = part.least(torch.tensor(list(self.limits.values()))).tolist()
+        limits = part.all_reduce_min(torch.tensor(list(self.limits.values()))).tolist()
         return replace(self, limits=dict(zip(self.limits, limits)))
 
     def rows(self, capacities: Sequence[int], wanted: int, may_lower: bool) -> int:

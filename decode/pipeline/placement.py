@@ -11,13 +11,13 @@ import torch
 
 from kernels.cpu.packed_linear import INT8_ROWS, has_bfloat16_instructions, has_float16_product
 from minillama import InputError
-from minillama.device import pick_device
+from minillama.machine import pick_device
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 # Up to so many rows int8 weights are faster than float16's, and those faster than float32's. A layer of 16,384 x 2,048
 # on two cores with AVX-512, without bf16 instructions: int8 2.9, 3.5, 5.7 ms at 1, 2, 4 rows, float16 3.9, 3.9, 4.2;
-# float16 9.0, 14.6 at 16, 32 rows, float32 10.3, 12.9. `python -m kernels.bench` measures that layer.
+# float16 9.0, 14.6 at 16, 32 rows, float32 10.3, 12.9. `python -m benchmarks.kernels` measures that layer.
 INT8_BEFORE_FLOAT16, FLOAT16_ROWS = 2, 16
 
 

@@ -18,7 +18,7 @@ from decode.pipeline.results import Results
 from decode.pipeline.session import TooLong
 from decode.pipeline.work import Done
 from minillama import InputError
-from minillama.files import write_whole
+from minillama.files import atomic_write
 
 
 def describe_run(
@@ -105,7 +105,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
 def write_report(path: str, report: Mapping[str, Any]) -> None:
     """Write the JSON whole or not at all."""
     try:
-        write_whole(Path(path), json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        atomic_write(Path(path), json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 

@@ -11,7 +11,7 @@ from typing import Any
 from corpora.text import read_bytes
 from decode.engine.expression import parse, weight_fault
 from minillama import InputError
-from minillama.files import write_whole
+from minillama.files import atomic_write
 
 
 def combination(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, float]:
@@ -61,7 +61,7 @@ def write_toml(path: str, comment: str, tables: Mapping[str, Any]) -> None:
         if isinstance(table, Mapping):
             lines += ["", f"[{name}]", *_entries(table)]
     try:
-        write_whole(Path(path), "\n".join(lines) + "\n")
+        atomic_write(Path(path), "\n".join(lines) + "\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 

@@ -61,14 +61,6 @@ TILE_ROWS = 16
 # Output rows that are brought to float32 at once: 2 MB of them at D = 2,048, what a core's L2 holds.
 BLOCK_ELEMENTS = 1 << 19
 
-
-# Products with a packed weight. oneDNN's: (x, weight, bias, activation, its numbers, its algorithm); MKL's: (x, weight,
-# a tensor of the plain weight's shape, bias, rows); FBGEMM's: (x, weight with its bias).
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
-HAS_MKL = HAS_ONEDNN and torch.backends.mkl.is_available()  # its operation is one for oneDNN's tensors
-_onednn: Any = torch.ops.mkldnn._linear_pointwise.default if HAS_ONEDNN else None
-_mkl: Any = torch.ops.mkl._mkl_linear.default if HAS_MKL else None
-_fbgemm: Any = torch.ops.quantized.linear_dynamic_fp16.default
 # (dtype, outputs, inputs, threads) -> what `_steady_rows` found
 _STEADY: dict[tuple[str, int, int, int], tuple[int, int]] = {}
 _TRYING = threading.Lock()  # layers may be packed on several threads
@@ -76,17 +68,17 @@ _TRYING = threading.Lock()  # layers may be packed on several threads
 
 @functools.cache
 def has_bfloat16_instructions() -> bool:
-    """Whether this processor multiplies bf16, and oneDNN packed weights of it: asked by packing one, since environment
+    """Whether this processor multiplies bf16, and oneDNN packed weights of it: tried by packing one, since environment
     variables may forbid it. With AVX-512 but without the instructions oneDNN packs all the same, and emulates.
     """
-    if not HAS_ONEDNN:
+    if not torch.backends.mkldnn.is_available():
         return False
     if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported():
         return False
     try:
         weight_OD = torch.ops.mkldnn._reorder_linear_weight(torch.ones(16, 16, dtype=torch.bfloat16), EXPECTED_ROWS)
-        _onednn(torch.ones(2, 16, dtype=torch.bfloat16), weight_OD, None, "none", [], "")
-    except RuntimeError:  # how oneDNN refuses; then the plain storage is used
+        _onednn_matmul(weight_OD, None, torch.ones(2, 16, dtype=torch.bfloat16))
+    except RuntimeError:  # how oneDNN refuses; then the weight stays plain
         return False
     return True
 
@@ -97,7 +89,7 @@ def has_float16_product() -> bool:
     its quantized operations (`torch.backends.quantized.engine`, by default there).
     """
     try:
-        _fbgemm(torch.ones(1, 8), torch.ops.quantized.linear_prepack_fp16(torch.ones(8, 8), None))
+        _fbgemm_matmul(torch.ops.quantized.linear_prepack_fp16(torch.ones(8, 8), None), torch.ones(1, 8))
     except (RuntimeError, NotImplementedError):
         return False
     return True
@@ -106,10 +98,12 @@ def has_float16_product() -> bool:
 @functools.cache
 def mkl_is_faster() -> bool:
     """Whether MKL reads its packed float32 weights faster than oneDNN its own: so measured on an Intel processor with
-    AVX-512 (a SmolLM2 step's products at 1, 4, 16 rows, one core: 51, 60, 87 ms against 65, 67, 98), where a call costs
-    less too. With AVX2 its sums depend on the number of rows.
+    AVX-512 (a SmolLM2 step's matmuls at 1, 4, 16 rows, one core: 51, 60, 87 ms against 65, 67, 98), where a call costs
+    less too. With AVX2 its sums depend on the number of rows. MKL's operation is one for oneDNN's tensors.
     """
-    if not HAS_MKL or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
@@ -144,7 +138,7 @@ class PackedLinear(nn.Module):
         if weight_OD.dim() != 2 or weight_OD.device.type != "cpu":
             raise ValueError(f"weight must be (O, D) on the CPU, found {tuple(weight_OD.shape)} on {weight_OD.device}")
         if dtype == "auto":
-            dtype = lossless_storage(weight_OD.dtype)
+            dtype = lossless_dtype(weight_OD.dtype)
         if dtype == "float16" and not has_float16_product():
             engine = torch.backends.quantized.engine
             raise ValueError(f"float16 weights: PyTorch has no product of them here (engine {engine}); use float32")
@@ -160,7 +154,7 @@ class PackedLinear(nn.Module):
         self._scale_O: Tensor | None = None
         self._bias_O = None if bias is None else bias.detach().float()
         # How a product of a packed weight is made, of x in which type (asked for at every call, so kept).
-        self._of_packed: Callable[[Tensor], Tensor] | None = None
+        self._packed_matmul: Callable[[Tensor], Tensor] | None = None
         self._own: torch.dtype | None = None
         self._by_mkl = False
         # oneDNN alone has numbers of rows that it likes better than others.
@@ -188,25 +182,25 @@ class PackedLinear(nn.Module):
     def _pack_float16(self, weight_OD: Tensor) -> None:
         self._weight = torch.ops.quantized.linear_prepack_fp16(weight_OD.float().contiguous(), self._bias_O)
         self._own = torch.float32
-        self._of_packed = functools.partial(_fbgemm_product, self._weight)
+        self._packed_matmul = functools.partial(_fbgemm_matmul, self._weight)
 
     def _pack_with_mkl(self, weight_OD: Tensor) -> None:
         self._by_mkl = True
         self._weight = torch.ops.mkl._mkl_reorder_linear_weight(weight_OD.float().contiguous(), EXPECTED_ROWS)
         self._own = torch.float32
         shape_OD = torch.zeros((), dtype=torch.float32).expand(weight_OD.shape)  # the operation asks it for its sizes
-        self._of_packed = functools.partial(_mkl_product, self._weight, shape_OD, self._bias_O)
+        self._packed_matmul = functools.partial(_mkl_matmul, self._weight, shape_OD, self._bias_O)
 
     def _pack_with_onednn(self, weight_OD: Tensor) -> None:
         """A build without oneDNN keeps the weight plain."""
         self._own = weight_OD.dtype
         bias_O = None if self._bias_O is None else self._bias_O.to(weight_OD.dtype)
-        if not HAS_ONEDNN:
+        if not torch.backends.mkldnn.is_available():
             self._weight = weight_OD.contiguous().clone()
-            self._of_packed = functools.partial(F.linear, weight=self._weight, bias=bias_O)
+            self._packed_matmul = functools.partial(F.linear, weight=self._weight, bias=bias_O)
             return
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OD.contiguous(), EXPECTED_ROWS)
-        self._of_packed = functools.partial(_onednn_product, self._weight, bias_O)
+        self._packed_matmul = functools.partial(_onednn_matmul, self._weight, bias_O)
         self._multiple = ROWS_MULTIPLE
         if torch.backends.cpu.get_cpu_capability() == "AVX512":
             self._least_rows = AVX512_LEAST_ROWS
@@ -240,7 +234,7 @@ class PackedLinear(nn.Module):
         for start in range(0, self.in_features, EXPECTED_ROWS):
             unit_RD = torch.zeros(min(EXPECTED_ROWS, self.in_features - start), self.in_features)
             unit_RD[:, start:].fill_diagonal_(1.0)
-            weight_OD[:, start : start + EXPECTED_ROWS] = _mkl_product(self._weight, shape_OD, None, unit_RD).t()
+            weight_OD[:, start : start + EXPECTED_ROWS] = _mkl_matmul(self._weight, shape_OD, None, unit_RD).t()
         return weight_OD
 
     def extra_repr(self) -> str:
@@ -253,11 +247,11 @@ class PackedLinear(nn.Module):
             raise ValueError(f"x must be (..., {self.in_features}), found {tuple(x.shape)}")
         # A step makes hundreds of these calls: those that need nothing more go straight to the library.
         if x.dtype == self._own and x.dim() == 2 and self._fits(x.shape[0]) and not torch.is_grad_enabled():
-            return self._of_packed(x)  # type: ignore[misc]  # there is one where there is an own type
+            return self._packed_matmul(x)  # type: ignore[misc]  # there is one where there is an own type
         with torch.no_grad():
             x_RD = x.reshape(-1, self.in_features)
             if self._fits(x_RD.shape[0]):
-                y_RO = self._product(x_RD)
+                y_RO = self._matmul(x_RD)
             elif x_RD.shape[0] <= self._most_rows or not self.invariant:
                 y_RO = self._padded(x_RD)
             else:
@@ -282,12 +276,12 @@ class PackedLinear(nn.Module):
         """The product with as many rows of zeros behind as it takes to fit."""
         rows = x_RD.shape[0]
         missing = self.fitting_rows(rows) - rows
-        return self._product(F.pad(x_RD, (0, 0, 0, missing)))[:rows] if missing else self._product(x_RD)
+        return self._matmul(F.pad(x_RD, (0, 0, 0, missing)))[:rows] if missing else self._matmul(x_RD)
 
-    def _product(self, x_RD: Tensor) -> Tensor:
-        if self._of_packed is not None:
-            return self._of_packed(x_RD.to(self._own))
-        if self._scale_O is not None and self._fits_int8_product(x_RD.shape[0]):
+    def _matmul(self, x_RD: Tensor) -> Tensor:
+        if self._packed_matmul is not None:
+            return self._packed_matmul(x_RD.to(self._own))
+        if self._scale_O is not None and self._fits_int8_matmul(x_RD.shape[0]):
             # with float32 activations this operation is 5 to 40 times slower
             y_RO = torch._weight_int8pack_mm(x_RD.bfloat16(), self._weight, self._scale_O)
             return y_RO if self._bias_O is None else y_RO + self._bias_O
@@ -296,18 +290,18 @@ class PackedLinear(nn.Module):
             return F.linear(x_RD.bfloat16(), self._weight, bias_O)
         return self._block_by_block(x_RD.float())
 
-    def _fits_int8_product(self, rows: int) -> bool:
+    def _fits_int8_matmul(self, rows: int) -> bool:
         return rows <= INT8_ROWS and self.in_features % INT8_VECTOR == 0
 
     def _steady_rows(self) -> tuple[int, int]:
         """The least and most rows of a product between which a row's bits do not depend on their number."""
-        most = INT8_ROWS if self._scale_O is not None and self._fits_int8_product(INT8_ROWS) else TRIED_ROWS[-1]
+        most = INT8_ROWS if self._scale_O is not None and self._fits_int8_matmul(INT8_ROWS) else TRIED_ROWS[-1]
         x_RD = torch.randn(most, self.in_features, generator=torch.Generator().manual_seed(0))
-        whole = self._product(x_RD)
+        whole = self._matmul(x_RD)
         least = most
         for rows in sorted((rows for rows in TRIED_ROWS if rows < most), reverse=True):
             parts = slice(None, rows), slice(-rows, None)
-            if not all(torch.equal(self._product(x_RD[part]), whole[part]) for part in parts):
+            if not all(torch.equal(self._matmul(x_RD[part]), whole[part]) for part in parts):
                 break
             least = rows
         if self.dtype not in ("float32", "float16"):
@@ -340,20 +334,22 @@ def quantize_rows(weight_OD: Tensor) -> tuple[Tensor, Tensor]:
     return quantized_OD, scale_O
 
 
-def lossless_storage(dtype: torch.dtype) -> str:
-    """Of the storages that lose nothing of weights of this dtype and pack at once, the one that is read fastest."""
+def lossless_dtype(dtype: torch.dtype) -> str:
+    """Of the weight dtypes that lose nothing of such weights and pack at once, the one that is read fastest."""
     if dtype == torch.bfloat16 and has_bfloat16_instructions():
         return "bfloat16"
     return "float32"
 
 
-def _onednn_product(weight: Tensor, bias_O: Tensor | None, x_RD: Tensor) -> Tensor:
-    return _onednn(x_RD, weight, bias_O, "none", [], "")
+def _onednn_matmul(weight: Tensor, bias_O: Tensor | None, x_RD: Tensor) -> Tensor:
+    """The last three: activation, its numbers, its algorithm."""
+    return torch.ops.mkldnn._linear_pointwise.default(x_RD, weight, bias_O, "none", [], "")
 
 
-def _mkl_product(weight: Tensor, shape_OD: Tensor, bias_O: Tensor | None, x_RD: Tensor) -> Tensor:
-    return _mkl(x_RD, weight, shape_OD, bias_O, x_RD.shape[0])
+def _mkl_matmul(weight: Tensor, shape_OD: Tensor, bias_O: Tensor | None, x_RD: Tensor) -> Tensor:
+    """shape_OD: any tensor of the plain weight's shape."""
+    return torch.ops.mkl._mkl_linear.default(x_RD, weight, shape_OD, bias_O, x_RD.shape[0])
 
 
-def _fbgemm_product(weight: Any, x_RD: Tensor) -> Tensor:
-    return _fbgemm(x_RD, weight)
+def _fbgemm_matmul(weight: Any, x_RD: Tensor) -> Tensor:
+    return torch.ops.quantized.linear_dynamic_fp16.default(x_RD, weight)

@@ -1,46 +1,49 @@
-"""Attention of new positions over their rows' parts of a static cache, on a GPU: one launch.
+"""Attention of new positions over their slots of a static KV cache, on a GPU: one launch.
 
-    out = softmax(q kᵀ / sqrt(C)) v       over the keys 0 .. position of the row, by the online softmax
+    out = softmax(q kᵀ / sqrt(C)) v       over the keys 0 .. position of the sequence, by the online softmax
 
-A program has one position and one key head: the queries that share it (padded to the 16 rows of a matrix product), its
-keys and values in blocks. It reads what the row has filled and no more, whatever its neighbours have: how far, stands
-in device memory, so a graph holds it. Bytes: keys and values once for each position, which is what a step needs; a
-prompt read this way reads its keys again and again, out of the L2. At few rows and many keys there are fewer programs
-than multiprocessors; splitting keys over programs is what is left then.
+A program has one position and one key head: the queries that share it (padded to the 16 rows of a matmul), its keys and
+values in blocks. It reads what the slot has filled and no more; how much that is stands in device memory, so one CUDA
+graph serves every length. Bytes: keys and values once for each position, which is what a step needs; a prompt read this
+way reads its keys again and again, from the L2. At few sequences and many keys there are fewer programs than
+multiprocessors; the next improvement would be to split the keys over programs.
 
-A position's bits depend neither on the others of the pass nor on how many keys the cache has room for.
+A position's bits depend neither on the other positions of the batch nor on how many keys the cache has room for.
 
-    R positions  H query heads  K key/value heads  G = H/K  C head width  S keys  P positions of a cache  J = 2 * K * C
-    numbers of each
+    R positions  H query heads  K key/value heads  G = H/K  C head width  S keys  P positions of a cache
+    J = 2 * K * C numbers of each
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.variant import SHORT, Variant
+
 # Bytes of a block of keys of one head: 64 keys of 128 channels in half precision, 32 in float32, more would spill.
 BLOCK_BYTES, MOST_KEYS, LEAST_KEYS = 16_384, 64, 16
-LEAST_ROWS = 16  # of a matrix product
+LEAST_ROWS = 16  # of a matmul
 OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
 @triton.jit
-def _attend_kernel(
+def _decode_attention_kernel(
     query_RQ, entries_PJ, slot_R, out_RQ, capacity, entry_stride, kv_heads, groups, width, scale,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     position, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     group_G, channel_C, key_S = tl.arange(0, GROUPS), tl.arange(0, WIDTH), tl.arange(0, KEYS)
     inside_C = channel_C < width
-    # queries stand group after group: (G, K, C)
-    place_GC = (position * groups * kv_heads + group_G[:, None] * kv_heads + head) * width + channel_C[None, :]
+    # queries are in the order (G, K, C)
+    offset_GC = (position * groups * kv_heads + group_G[:, None] * kv_heads + head) * width + channel_C[None, :]
     inside_GC = (group_G < groups)[:, None] & inside_C[None, :]
-    q_GC = tl.load(query_RQ + place_GC, mask=inside_GC, other=0.0)
+    q_GC = tl.load(query_RQ + offset_GC, mask=inside_GC, other=0.0)
     slot = tl.load(slot_R + position)
     last = slot % capacity
     base = entries_PJ + (slot - last) * entry_stride + head * width
@@ -59,23 +62,26 @@ def _attend_kernel(
             x_GS = tl.dot(q_GC, k_SC.T) * scale
         x_GS = tl.where(seen_S[None, :], x_GS, float("-inf"))
         new_G = tl.maximum(peak_G, tl.max(x_GS, axis=1))
-        fade_G = tl.exp(peak_G - new_G)
+        rescale_G = tl.exp(peak_G - new_G)
         p_GS = tl.exp(x_GS - new_G[:, None])
-        total_G = total_G * fade_G + tl.sum(p_GS, axis=1)
-        out_GC *= fade_G[:, None]
+        total_G = total_G * rescale_G + tl.sum(p_GS, axis=1)
+        out_GC *= rescale_G[:, None]
         if EXACT:
             out_GC = tl.dot(p_GS, v_SC.to(tl.float32), out_GC, input_precision="ieee")
         else:
             out_GC = tl.dot(p_GS.to(v_SC.dtype), v_SC, out_GC)
         peak_G = new_G
-    tl.store(out_RQ + place_GC, (out_GC / total_G[:, None]).to(out_RQ.dtype.element_ty), mask=inside_GC)
+    tl.store(out_RQ + offset_GC, (out_GC / total_G[:, None]).to(out_RQ.dtype.element_ty), mask=inside_GC)
 
 
-def attend(query_RQ: Tensor, entries_PJ: Tensor, slot_R: Tensor, capacity: int, kv_heads: int, width: int) -> Tensor:
+def decode_attention(
+    query_RQ: Tensor, entries_PJ: Tensor, slot_R: Tensor, capacity: int, kv_heads: int, width: int
+) -> Tensor:
     """(R, H * C), in the order (G, K, C) that the queries have.
 
-    query_RQ: (R, H * C) contiguous, of the cache's dtype.   entries_PJ: the first `capacity` positions are row 0's, the
-    next row 1's: keys and then values of each.   slot_R: int64, where among them each position stands, already written.
+    query_RQ: (R, H * C) contiguous, of the cache's dtype.   entries_PJ: the first `capacity` positions are those of
+    KV slot 0, the next those of slot 1: keys and then values of each.   slot_R: int64, each position's index among
+    them; its keys and values are already written.
     """
     out_RQ = torch.empty_like(query_RQ)
     _launch((len(query_RQ), kv_heads), *arguments(query_RQ, entries_PJ, slot_R, capacity, kv_heads, width, out_RQ))
@@ -85,7 +91,7 @@ def attend(query_RQ: Tensor, entries_PJ: Tensor, slot_R: Tensor, capacity: int, 
 def arguments(
     query_RQ: Tensor, entries_PJ: Tensor, slot_R: Tensor, capacity: int, kv_heads: int, width: int, out_RQ: Tensor
 ) -> tuple[tuple, dict, dict]:
-    """Positional arguments, switches and options of the launch."""
+    """Positional arguments, switches and options of a launch."""
     groups = query_RQ.shape[1] // (kv_heads * width)
     shape = capacity, entries_PJ.stride(0), kv_heads, groups, width, width**-0.5
     # The interpreter multiplies bf16 as if it were integers; products of bf16 are exact in float32.
@@ -101,4 +107,13 @@ def arguments(
 
 
 def _launch(grid: tuple[int, ...], positional: tuple, switches: dict, options: dict) -> None:
-    _attend_kernel[grid](*positional, **switches, **options)
+    _decode_attention_kernel[grid](*positional, **switches, **options)
+
+
+def variants() -> Iterator[Variant]:
+    """The heads of Llama-3.2-1B and 3B."""
+    for dtype, heads, width in ((torch.bfloat16, 32, 64), (torch.bfloat16, 24, 128), (torch.float32, 24, 128)):
+        query_RQ = torch.empty(4, heads * width, dtype=dtype)
+        entries_PJ, slot_R = torch.empty(1024, 16 * width, dtype=dtype), torch.zeros(4, dtype=torch.int64)
+        launch = arguments(query_RQ, entries_PJ, slot_R, 256, 8, width, torch.empty_like(query_RQ))
+        yield Variant("attend", f"C={width} {SHORT[dtype]}", _decode_attention_kernel, *launch)

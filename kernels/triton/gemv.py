@@ -1,24 +1,24 @@
-"""A linear layer for one row on a GPU, with what stands around it in a Llama's layer: one launch.
+"""A linear layer for one row on a GPU, together with the operations before and after it in a Llama layer: one launch.
 
     y = W (x * scale) / sqrt(mean(x²) + epsilon) + b        the norm is optional, and works on the sum: it is linear
     gated:   y = silu(gate) * up, the two halves of W's rows
     added:   the residual stream gets y added, in place
-    turned:  y are queries, keys and values; queries and keys are turned by the row's position, keys and values go to
-             its place in the cache
+    rope:    y are queries, keys and values; RoPE for queries and keys, keys and values go into the cache
 
-A step of one row reads weights and does little else, so what counts is how fast they are read: every program reads a
-few rows of W whole, each thread 16 bytes at a time, several of them in flight, and nothing is shared between programs.
-cuBLAS makes the same products by tiles for its matrix units, and splits the narrow ones along D with a second launch.
-Bytes: W once; x, 2 to 4 bytes a number, once a program, out of the L2. Floor: W's bytes over the device's bandwidth.
+A step of one row does little but read weights, so what counts is how fast they are read: every program reads a few rows
+of W whole, each thread 16 bytes at a time, several of them in flight, and nothing is shared between programs. cuBLAS
+computes the same matmuls by tiles for its matrix units, and splits the narrow ones along D with a second launch. Bytes:
+W once; x, 2 to 4 bytes a number, once a program, from the L2. Floor: W's bytes over the device's bandwidth.
 
-Arithmetic in float32, in one order for each shape; another one than a product of several rows has.
+Arithmetic in float32, in one order for each shape; a matmul of several rows adds in another one.
 
-    D inputs  O outputs  F feed-forward width (gated: O = 2 * F)  C head width  P positions of a cache  J = 2 * K * C
-    numbers of each
+    D inputs  O outputs  F feed-forward width (gated: O = 2 * F)  C head width  P positions of a cache
+    J = 2 * K * C numbers of each
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,17 +27,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.variant import Variant
+
 # Rows of W and columns that a program reads at once, a thread 16 bytes or more of each row: the fastest of eleven by
 # the sum over Llama-3.2-3B's and 1B's shapes on an H200. A gated program reads as many rows of either half.
-PLAIN, GATED, TURNED = (4, 1024), (2, 1024), (8, 512)
+PLAIN, GATED, ROPE = (4, 1024), (2, 1024), (8, 512)
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
-def _row_linear_kernel(
-    x_D, scale_D, weight_OD, bias_O, y_O, turn_C, slot_1, entries_PJ, entry_stride, weight_stride,
-    O, queries, turned, width, epsilon,
-    D: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, TURNED: tl.constexpr,
+def _gemv_kernel(
+    x_D, scale_D, weight_OD, bias_O, y_O, rope_C, slot_1, entries_PJ, entry_stride, weight_stride,
+    O, queries, rotated, width, epsilon,
+    D: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, ROPE: tl.constexpr,
     BIAS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     offset_O = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -49,24 +51,24 @@ def _row_linear_kernel(
     up_OD = tl.zeros((BLOCK_O, BLOCK_D), tl.float32)
     square_D = tl.zeros((BLOCK_D,), tl.float32)
     for at in range(0, D, BLOCK_D):
-        place_OD = weight_OD + row_O[:, None] * weight_stride + (at + offset_D)[None, :]
+        weight_at_OD = weight_OD + row_O[:, None] * weight_stride + (at + offset_D)[None, :]
         inside_D = at + offset_D < D
         if EVEN:
-            w_OD = tl.load(place_OD)
+            w_OD = tl.load(weight_at_OD)
             x = tl.load(x_D + at + offset_D).to(tl.float32)
         else:
-            w_OD = tl.load(place_OD, mask=inside_D[None, :], other=0.0)
+            w_OD = tl.load(weight_at_OD, mask=inside_D[None, :], other=0.0)
             x = tl.load(x_D + at + offset_D, mask=inside_D, other=0.0).to(tl.float32)
         if NORM:
             square_D += x * x
             x = x * tl.load(scale_D + at + offset_D, mask=inside_D, other=0.0)
         sum_OD += w_OD.to(tl.float32) * x[None, :]
         if GATED:
-            place_OD += O.to(tl.int64) * weight_stride
+            weight_at_OD += O.to(tl.int64) * weight_stride
             if EVEN:
-                w_OD = tl.load(place_OD)
+                w_OD = tl.load(weight_at_OD)
             else:
-                w_OD = tl.load(place_OD, mask=inside_D[None, :], other=0.0)
+                w_OD = tl.load(weight_at_OD, mask=inside_D[None, :], other=0.0)
             up_OD += w_OD.to(tl.float32) * x[None, :]
     sum_O = tl.sum(sum_OD, axis=1)
     factor = 1.0
@@ -82,12 +84,12 @@ def _row_linear_kernel(
         sum_O = sum_O / (1.0 + tl.exp(-sum_O)) * up_O
     if ADDED:
         sum_O += tl.load(y_O + offset_O, mask=inside_O, other=0.0)
-    if TURNED:
-        turn_O = tl.load(turn_C + offset_O % width)
-        cos, sin = tl.split(tl.reshape(turn_O, (BLOCK_O // 2, 2)))
+    if ROPE:
+        rope_O = tl.load(rope_C + offset_O % width)
+        cos, sin = tl.split(tl.reshape(rope_O, (BLOCK_O // 2, 2)))
         a, b = tl.split(tl.reshape(sum_O, (BLOCK_O // 2, 2)))
-        turned_O = tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (BLOCK_O,))
-        sum_O = tl.where(offset_O < turned, turned_O, sum_O)
+        rotated_O = tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (BLOCK_O,))
+        sum_O = tl.where(offset_O < rotated, rotated_O, sum_O)
         entry_O = entries_PJ + tl.load(slot_1) * entry_stride + (offset_O - queries)
         tl.store(entry_O, sum_O.to(entries_PJ.dtype.element_ty), mask=inside_O & (offset_O >= queries))
         inside_O = offset_O < queries
@@ -95,22 +97,22 @@ def _row_linear_kernel(
 
 
 @dataclass(frozen=True)
-class Normed:
-    """What stands before the product: RMSNorm with its weights (D,) float32."""
+class NormBefore:
+    """RMSNorm before the matmul, with its weights (D,) float32."""
 
     scale_D: Tensor
     epsilon: float
 
 
 @dataclass(frozen=True)
-class Turned:
-    """What stands behind the product of queries, keys and values.
+class RopeAfter:
+    """RoPE and the write into the KV cache after the matmul of queries, keys and values.
 
-    turn_C2: (C/2, 2) float32, cosine and sine for each pair of channels side by side.   slot_1: the row's place among
-    entries_PJ (P, J): keys, then values.   queries, keys: heads.
+    rope_C2: (C/2, 2) float32, cosine and sine for each pair of channels side by side.   slot_1: the position's index
+    among entries_PJ (P, J): keys, then values.   queries, keys: heads.
     """
 
-    turn_C2: Tensor
+    rope_C2: Tensor
     slot_1: Tensor
     entries_PJ: Tensor
     queries: int
@@ -118,17 +120,17 @@ class Turned:
 
     @property
     def width(self) -> int:
-        return 2 * len(self.turn_C2)
+        return 2 * len(self.rope_C2)
 
 
-def row_linear(x_1D: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None, **around: Any) -> Tensor:
-    """(1, O) in the weight's dtype, or what stands `around` the product makes of it, see `arguments`: (1, F) gated, the
-    queries (1, H * C) turned, and with `add_to` that tensor.
+def gemv(x_1D: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None, **fused: Any) -> Tensor:
+    """(1, O) in the weight's dtype, or what the operations in `fused` make of it, see `arguments`: (1, F) gated, the
+    queries (1, H * C) with RoPE, and with `add_to` that tensor.
 
     x_1D: (1, D) of any float dtype, contiguous in D.   weight_OD: rows contiguous.   Raises ValueError for shapes,
     strides and dtypes that do not fit.
     """
-    grid, launch, y_1O = arguments(x_1D, weight_OD, bias_O, **around)
+    grid, launch, y_1O = arguments(x_1D, weight_OD, bias_O, **fused)
     _launch(grid, *launch)
     return y_1O
 
@@ -138,10 +140,10 @@ def arguments(
     weight_OD: Tensor,
     bias_O: Tensor | None = None,
     *,
-    norm: Normed | None = None,
+    norm: NormBefore | None = None,
     gated: bool = False,
     add_to: Tensor | None = None,
-    turned: Turned | None = None,
+    rope: RopeAfter | None = None,
 ) -> tuple[tuple[int], tuple[tuple, dict, dict], Tensor]:
     """The grid; positional arguments, switches and options of the launch; its result.
 
@@ -161,19 +163,19 @@ def arguments(
     if add_to is not None:
         y_1O = add_to
     else:
-        columns = outputs if turned is None else turned.queries * turned.width
-        dtype = weight_OD.dtype if turned is None else turned.entries_PJ.dtype
+        columns = outputs if rope is None else rope.queries * rope.width
+        dtype = weight_OD.dtype if rope is None else rope.entries_PJ.dtype
         y_1O = torch.empty((1, columns), dtype=dtype, device=x_1D.device)
     unused = y_1O
-    heads = (0, 0, 1) if turned is None else (turned.queries, turned.queries + turned.keys, turned.width)
+    heads = (0, 0, 1) if rope is None else (rope.queries, rope.queries + rope.keys, rope.width)
     positional = (
         x_1D,
         unused if norm is None else norm.scale_D,
         weight_OD,
         unused if bias_O is None else bias_O,
         y_1O,
-        *((unused,) * 3 if turned is None else (turned.turn_C2, turned.slot_1, turned.entries_PJ)),
-        0 if turned is None else turned.entries_PJ.stride(0),
+        *((unused,) * 3 if rope is None else (rope.rope_C2, rope.slot_1, rope.entries_PJ)),
+        0 if rope is None else rope.entries_PJ.stride(0),
         weight_OD.stride(0),
         outputs,
         heads[0] * heads[2],
@@ -181,13 +183,13 @@ def arguments(
         heads[2],
         0.0 if norm is None else norm.epsilon,
     )
-    block_o, block_d = GATED if gated else PLAIN if turned is None else TURNED
+    block_o, block_d = GATED if gated else PLAIN if rope is None else ROPE
     switches = {
         "D": inputs,
         "NORM": norm is not None,
         "GATED": gated,
         "ADDED": add_to is not None,
-        "TURNED": turned is not None,
+        "ROPE": rope is not None,
         "BIAS": bias_O is not None,
         "BLOCK_O": block_o,
         "BLOCK_D": min(block_d, triton.next_power_of_2(inputs)),
@@ -196,4 +198,20 @@ def arguments(
 
 
 def _launch(grid: tuple[int, ...], positional: tuple, switches: dict, options: dict) -> None:
-    _row_linear_kernel[grid](*positional, **switches, **options)
+    _gemv_kernel[grid](*positional, **switches, **options)
+
+
+def variants() -> Iterator[Variant]:
+    """The matmuls of a Llama-3.2-1B layer in bf16."""
+    width, queries, keys, channels = 2048, 32, 8, 64
+    x_1D, stream_1D, scale_D = torch.empty(1, width).bfloat16(), torch.empty(1, width), torch.empty(width)
+    norm, slot_1 = NormBefore(scale_D, 1e-5), torch.zeros(1, dtype=torch.int64)
+    rope = RopeAfter(torch.empty(channels // 2, 2), slot_1, x_1D.new_empty(256, 2 * keys * channels), queries, keys)
+    square, gate_up, qkv = (x_1D.new_empty(rows, width) for rows in (width, 2 * 8192, (queries + 2 * keys) * channels))
+    for name, (_, launch, _) in (
+        ("plain", arguments(x_1D, square)),
+        ("added", arguments(x_1D, square, add_to=stream_1D)),
+        ("norm and gated", arguments(stream_1D, gate_up, norm=norm, gated=True)),
+        ("norm and rope", arguments(stream_1D, qkv, norm=norm, rope=rope)),
+    ):
+        yield Variant("row_linear", name, _gemv_kernel, *launch)

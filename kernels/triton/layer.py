@@ -1,22 +1,23 @@
-"""What stands between the products of a Llama's layer, for decoding on a GPU: three launches for some twenty.
+"""The operations between the matmuls of a Llama layer, for decoding on a GPU: three launches instead of about twenty.
 
-    normed:           x += delta;   h = x / sqrt(mean(x²) + epsilon) * scale
-    turned_and_stored: queries and keys turned by their positions, keys and values into the cache
-    silu_multiplied:  gate / (1 + exp(-gate)) * up
+    add_rms_norm:   x += delta;   h = x / sqrt(mean(x²) + epsilon) * scale
+    rope_and_cache: RoPE of queries and keys, keys and values into the cache
+    silu_and_mul:   gate / (1 + exp(-gate)) * up
 
-Arithmetic in float32, the residual stream x too; what a product reads next is written in its dtype. Bytes: each input
-and output once, some D numbers a row, which is nothing beside the weights: with few rows such a launch takes what a
-launch takes, and what counts is their number.
+Arithmetic is in float32, and so is the residual stream x; what a matmul reads next is written in its dtype. Bytes: each
+input and output once, a few D numbers a row, which is little beside the weights: with few rows the launch itself is the
+cost, and the number of launches is what counts.
 
-A program reads one row (normed), some heads of one (turned_and_stored) or a range of one (silu_multiplied): a row's
-bits do not depend on the others, and how a sum is added depends on D alone.
+A program reads one row (add_rms_norm), some heads of one (rope_and_cache) or a range of one (silu_and_mul): a row's
+bits do not depend on the others, and the order of a sum depends on D alone.
 
-    R positions  D model width  O outputs of the joined product  H query heads  K key/value heads  C head width
+    R positions  D model width  O outputs of the joined matmul  H query heads  K key/value heads  C head width
     F feed-forward width  P positions of a cache  J = 2 * K * C numbers of each
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Heads of one row that a program of turned_and_stored takes: at C = 64 in bf16 a thread loads 16 bytes.
+from kernels.triton.variant import Variant
+
+# Heads of one row for each program of rope_and_cache: at C = 64 in bf16 a thread loads 16 bytes.
 HEADS = 4
 SILU_BLOCK = 2048
 OPTIONS = {kernel: {"num_warps": warps, "enable_fp_fusion": False} for kernel, warps in (("row", 8), ("heads", 1))}
@@ -33,13 +36,13 @@ OPTIONS = {kernel: {"num_warps": warps, "enable_fp_fusion": False} for kernel, w
 @triton.jit
 def _norm_kernel(
     stream_RD, delta_RD, scale_D, normed_RD, stream_stride, delta_stride, normed_stride, D, epsilon,
-    ADDS: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     offset_D = tl.arange(0, BLOCK)
     inside_D = offset_D < D
     x_D = tl.load(stream_RD + row * stream_stride + offset_D, mask=inside_D, other=0.0)
-    if ADDS:
+    if ADD:
         x_D += tl.load(delta_RD + row * delta_stride + offset_D, mask=inside_D, other=0.0).to(tl.float32)
         tl.store(stream_RD + row * stream_stride + offset_D, x_D, mask=inside_D)
     length = tl.sqrt(tl.sum(x_D * x_D, axis=0) / D + epsilon)
@@ -48,22 +51,22 @@ def _norm_kernel(
 
 
 @triton.jit
-def _turn_kernel(
-    qkv_RO, turn_RC, slot_R, query_RQ, entries_PJ, qkv_stride, turn_stride, entry_stride, queries, turned, every, width,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr,
+def _rope_kernel(
+    qkv_RO, rope_RC, slot_R, query_RQ, entries_PJ, qkv_stride, rope_stride, entry_stride,
+    queries, rotated, heads, width, HEADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head_N1 = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     channel_C = tl.arange(0, WIDTH)
-    inside_NC = (head_N1 < every) & (channel_C < width)[None, :]
+    inside_NC = (head_N1 < heads) & (channel_C < width)[None, :]
     offset_NC = head_N1 * width + channel_C[None, :]
     x_NC = tl.load(qkv_RO + row * qkv_stride + offset_NC, mask=inside_NC, other=0.0).to(tl.float32)
-    turn_C = tl.load(turn_RC + row * turn_stride + channel_C, mask=channel_C < width, other=0.0)
-    cos_C, sin_C = tl.split(tl.reshape(turn_C, (WIDTH // 2, 2)))
+    rope_C = tl.load(rope_RC + row * rope_stride + channel_C, mask=channel_C < width, other=0.0)
+    cos_C, sin_C = tl.split(tl.reshape(rope_C, (WIDTH // 2, 2)))
     a_NC, b_NC = tl.split(tl.reshape(x_NC, (HEADS, WIDTH // 2, 2)))
     cos_C, sin_C = cos_C[None, :], sin_C[None, :]
-    turned_NC = tl.reshape(tl.join(a_NC * cos_C - b_NC * sin_C, a_NC * sin_C + b_NC * cos_C), (HEADS, WIDTH))
-    x_NC = tl.where(head_N1 < turned, turned_NC, x_NC)
+    rotated_NC = tl.reshape(tl.join(a_NC * cos_C - b_NC * sin_C, a_NC * sin_C + b_NC * cos_C), (HEADS, WIDTH))
+    x_NC = tl.where(head_N1 < rotated, rotated_NC, x_NC)
     query_NC = query_RQ + row * queries * width + offset_NC
     tl.store(query_NC, x_NC.to(query_RQ.dtype.element_ty), mask=inside_NC & (head_N1 < queries))
     entry_NC = entries_PJ + tl.load(slot_R + row) * entry_stride + (offset_NC - queries * width)
@@ -81,11 +84,11 @@ def _silu_kernel(gate_up_RO, out_RF, width, row_stride, BLOCK: tl.constexpr):
     tl.store(out_RF + row * width + offset_F, y_F.to(out_RF.dtype.element_ty), mask=inside_F)
 
 
-def normed(
+def add_rms_norm(
     stream_RD: Tensor, scale_D: Tensor, epsilon: float, dtype: torch.dtype, delta_RD: Tensor | None = None
 ) -> Tensor:
-    """(R, D) in `dtype`: RMSNorm of the stream's rows (float32, any row stride), after delta (any dtype) is added to
-    them in place.
+    """(R, D) in `dtype`: RMSNorm of the stream's rows (float32, any row stride), after adding delta (any dtype) to them
+    in place.
     """
     normed_RD = torch.empty(stream_RD.shape, dtype=dtype, device=stream_RD.device)
     _launch(_norm_kernel, (len(stream_RD),), *norm_arguments(stream_RD, scale_D, epsilon, normed_RD, delta_RD))
@@ -95,40 +98,40 @@ def normed(
 def norm_arguments(
     stream_RD: Tensor, scale_D: Tensor, epsilon: float, normed_RD: Tensor, delta_RD: Tensor | None
 ) -> tuple[tuple, dict, dict]:
-    """Positional arguments, switches and options of a launch; so do the next two."""
+    """Positional arguments, switches and options of a launch, as those of the other two kernels below."""
     width = stream_RD.shape[1]
     delta = stream_RD if delta_RD is None else delta_RD
     strides = stream_RD.stride(0), delta.stride(0), normed_RD.stride(0)
-    switches = {"ADDS": delta_RD is not None, "BLOCK": triton.next_power_of_2(width)}
+    switches = {"ADD": delta_RD is not None, "BLOCK": triton.next_power_of_2(width)}
     return (stream_RD, delta, scale_D, normed_RD, *strides, width, epsilon), switches, OPTIONS["row"]
 
 
-def turned_and_stored(
-    qkv_RO: Tensor, turn_RHC: Tensor, slot_R: Tensor, entries_PJ: Tensor, queries: int, keys: int
+def rope_and_cache(
+    qkv_RO: Tensor, rope_RHC: Tensor, slot_R: Tensor, entries_PJ: Tensor, queries: int, keys: int
 ) -> Tensor:
-    """(R, H * C) queries, turned, in the cache's dtype; turned keys and values go to rows `slot_R` of the cache.
+    """(R, H * C) rotated queries in the cache's dtype; rotated keys and values go to entries `slot_R` of the cache.
 
-    qkv_RO: `queries` heads, `keys` heads of keys and as many of values, the pairs of channels that turn together side
-    by side.   turn_RHC: complex, the same for every head.   entries_PJ: keys and then values of each position.
+    qkv_RO: `queries` heads, `keys` heads of keys and as many of values, the two channels of a rotated pair side by
+    side.   rope_RHC: complex, the same for every head.   entries_PJ: keys and then values of each position.
     """
-    width = 2 * turn_RHC.shape[-1]
+    width = 2 * rope_RHC.shape[-1]
     query_RQ = torch.empty((len(qkv_RO), queries * width), dtype=entries_PJ.dtype, device=qkv_RO.device)
-    arguments = turn_arguments(qkv_RO, torch.view_as_real(turn_RHC), slot_R, query_RQ, entries_PJ, queries, keys)
-    _launch(_turn_kernel, (len(qkv_RO), triton.cdiv(queries + 2 * keys, HEADS)), *arguments)
+    arguments = rope_arguments(qkv_RO, torch.view_as_real(rope_RHC), slot_R, query_RQ, entries_PJ, queries, keys)
+    _launch(_rope_kernel, (len(qkv_RO), triton.cdiv(queries + 2 * keys, HEADS)), *arguments)
     return query_RQ
 
 
-def turn_arguments(
-    qkv_RO: Tensor, turn_RHC2: Tensor, slot_R: Tensor, query_RQ: Tensor, entries_PJ: Tensor, queries: int, keys: int
+def rope_arguments(
+    qkv_RO: Tensor, rope_RHC2: Tensor, slot_R: Tensor, query_RQ: Tensor, entries_PJ: Tensor, queries: int, keys: int
 ) -> tuple[tuple, dict, dict]:
-    width = 2 * turn_RHC2.shape[2]
-    strides = qkv_RO.stride(0), turn_RHC2.stride(0), entries_PJ.stride(0)
+    width = 2 * rope_RHC2.shape[2]
+    strides = qkv_RO.stride(0), rope_RHC2.stride(0), entries_PJ.stride(0)
     heads = queries, queries + keys, queries + 2 * keys
     switches = {"HEADS": HEADS, "WIDTH": triton.next_power_of_2(width)}
-    return (qkv_RO, turn_RHC2, slot_R, query_RQ, entries_PJ, *strides, *heads, width), switches, OPTIONS["heads"]
+    return (qkv_RO, rope_RHC2, slot_R, query_RQ, entries_PJ, *strides, *heads, width), switches, OPTIONS["heads"]
 
 
-def silu_multiplied(gate_up_RO: Tensor) -> Tensor:
+def silu_and_mul(gate_up_RO: Tensor) -> Tensor:
     """(R, F) in the same dtype: silu of the first half of each row times the second."""
     rows, outputs = gate_up_RO.shape
     out_RF = torch.empty((rows, outputs // 2), dtype=gate_up_RO.dtype, device=gate_up_RO.device)
@@ -143,3 +146,20 @@ def silu_arguments(gate_up_RO: Tensor, out_RF: Tensor) -> tuple[tuple, dict, dic
 
 def _launch(kernel: Any, grid: tuple[int, ...], positional: tuple, switches: dict, options: dict) -> None:
     kernel[grid](*positional, **switches, **options)
+
+
+def variants() -> Iterator[Variant]:
+    """The layer of Llama-3.2-1B in bf16, four rows."""
+    rows, width, queries, keys, channels = 4, 2048, 32, 8, 64
+    x_RD, stream_RD, scale_D = torch.empty(rows, width).bfloat16(), torch.empty(rows, width + 16), torch.empty(width)
+    stream_RD = stream_RD[:, :width]
+    gate_up_RO, qkv_RO = x_RD.new_empty(rows, 2 * 8192), x_RD.new_empty(rows, (queries + 2 * keys) * channels)
+    rope_RHC2, slot_R = torch.empty(rows, queries + keys, channels // 2, 2), torch.zeros(rows, dtype=torch.int64)
+    entries_PJ = x_RD.new_empty(256, 2 * keys * channels)
+    for name, kernel, launch in (
+        ("norm", _norm_kernel, norm_arguments(stream_RD, scale_D, 1e-5, x_RD, None)),
+        ("add and norm", _norm_kernel, norm_arguments(stream_RD, scale_D, 1e-5, x_RD, x_RD)),
+        ("rope and cache", _rope_kernel, rope_arguments(qkv_RO, rope_RHC2, slot_R, x_RD, entries_PJ, queries, keys)),
+        ("silu and multiply", _silu_kernel, silu_arguments(gate_up_RO, gate_up_RO[:, :8192])),
+    ):
+        yield Variant("layer", name, kernel, *launch)

@@ -4,17 +4,21 @@
 
 One program a row: it reads the row once for (maximum, sum of exponentials) and again, from L2 as long as the rows in
 flight fit there, to write the gradient over it. Bytes: 2 reads and 1 write of every logit; floor: 1 read and 1 write.
-The matrix products around it are the library's (linear_cross_entropy_chunked.py).
+The matmuls around it are the library's (chunked_cross_entropy.py).
 
     C rows of a chunk  V vocabulary
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kernels.triton.variant import SHORT, Variant
 
 
 @triton.jit
@@ -24,7 +28,7 @@ def _cross_entropy_kernel(logits_CV, target_C, loss_C, stride, V, BLOCK: tl.cons
     target = tl.load(target_C + row)
     at_target = tl.load(row_V + target).to(tl.float32)
     offsets = tl.arange(0, BLOCK)
-    # every lane keeps its own maximum and sum: one reduction at the end of the row, none in the loop
+    # every element of the block keeps its own maximum and sum: one reduction at the end of the row, none in the loop
     peak = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for at in range(0, V, BLOCK):
@@ -46,7 +50,7 @@ def _cross_entropy_kernel(logits_CV, target_C, loss_C, stride, V, BLOCK: tl.cons
         tl.store(row_V + at + offsets, gradient.to(logits_CV.dtype.element_ty), mask=inside)
 
 
-# 16 bytes a thread and load in half precision, four loads in flight; measured on no device yet
+# 16 bytes a thread and load in half precision, four loads in flight; not measured on a device yet
 BLOCK = 4096
 LAUNCH_OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
 
@@ -59,8 +63,17 @@ def launch_arguments(logits_CV: Tensor, target_C: Tensor, loss_C: Tensor) -> tup
 
 
 def softmax_minus_target(logits_CV: Tensor, target_C: Tensor) -> Tensor:
-    """Turns logits into the gradient of their summed cross-entropy, in place; returns the sum, float32."""
+    """Turn logits into the gradient of their summed cross-entropy, in place; returns the sum, float32."""
     loss_C = torch.empty(len(target_C), dtype=torch.float32, device=logits_CV.device)
     positional, switches = launch_arguments(logits_CV, target_C, loss_C)
     _cross_entropy_kernel[(len(target_C),)](*positional, **switches, **LAUNCH_OPTIONS)
     return loss_C.sum()
+
+
+def variants() -> Iterator[Variant]:
+    for dtype, vocabulary in ((torch.bfloat16, 128_256), (torch.float32, 128_256), (torch.bfloat16, 50_257)):
+        logits, target = torch.empty(4, vocabulary, dtype=dtype), torch.zeros(4, dtype=torch.int64)
+        aligned = vocabulary % 16 == 0
+        name = f"gradient in place {SHORT[dtype]}" + ("" if aligned else ", not aligned")
+        launch = launch_arguments(logits, target, torch.empty(4))
+        yield Variant("linear_cross_entropy", name, _cross_entropy_kernel, *launch, LAUNCH_OPTIONS, aligned)

@@ -1,33 +1,46 @@
 """A sample under top-k (any k) and top-p on a GPU, exact, without sorting.
 
-A token is kept if fewer than k tokens are strictly larger and if those have a mass below p (reference.threshold). Both
-fail for good as x falls, so the kept tokens are those with x >= t, and the smallest such t is found digit by digit:
-floats in the order of their bits as 32-bit keys, 4 bits a pass, and in each pass every program counts, for the 15
-candidates of the next digit, the tokens above and their mass. Counts and masses are 64-bit integers (a mass is exp((x -
-peak) / temperature) in units of 2**-44), so they may be added by atomics in any order and still be the same bits.
+A token is kept if fewer than k tokens are strictly larger and if those have a mass below p (reference.threshold). Once
+either fails it fails for every smaller x, so the kept tokens are those with x >= t, and the smallest such t is found
+digit by digit: floats in the order of their bits as 32-bit keys, 4 bits a launch, and in each launch every program
+counts, for the 15 candidates of the next digit, the tokens above and their mass. Counts and masses are 64-bit integers
+(a mass is exp((x - peak) / temperature) in units of 2**-44), so atomics may add them in any order and the bits stay the
+same. For a row with k = 0 and p = 1 every digit is 0: all is kept.
 
-Passes over the logits: 10, each reading N * B * V * itemsize: one for the peak, eight for the digits, and the fused
-pass that draws among x >= t and computes whatever else was asked. No host in between, so it can be captured in a CUDA
+The logits are read 10 times, N * B * V * itemsize bytes each: for the peak, for eight digits, and by the fused kernel
+that samples among x >= t and computes whatever else was requested. No host in between, so it can be captured in a CUDA
 graph.
 
-    R rows  V vocabulary  N members  C entries of a split
+    R rows (the batch)  V vocabulary  N members  C entries of a split
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.triton import fused_logits as fused_logits_triton
-from kernels.triton.combine import FLOAT32_MAX, ROW_SCALE, ordered_key, sum_with_corners, x_at
+from kernels.triton import fused_logits
+from kernels.triton.combine import (
+    FLOAT32_MAX,
+    ROW_SCALE,
+    checked_sum,
+    logits_arguments,
+    ordered_key,
+    rows_of,
+    weights_of,
+    x_at,
+)
 from kernels.triton.fused_logits import LAUNCH_OPTIONS
-from kernels.types import MAX_MEMBERS, SPLIT, FusedLogits, Request
+from kernels.triton.variant import Variant
+from kernels.types import SPLIT, FusedLogits, Request, SamplingTensors
 
 DIGITS, DIGIT_BITS = 8, 4
 _CANDIDATES = tl.constexpr((1 << DIGIT_BITS) - 1)
+_ALL = tl.constexpr(2**63 - 1)  # no count and no mass is larger
 
 
 @triton.jit
@@ -35,35 +48,27 @@ def _digit_kernel(
     l0, l1, l2, l3, l4, l5, l6, l7,
     stride0, stride1, stride2, stride3, stride4, stride5, stride6, stride7,
     weights_NR, weight_stride_n, weight_stride_r,
-    token_R, temperature_R, key_R, above_R32, ticket_R,
-    V, splits, shift, top_k, top_p,
+    token_R, temperature_R, top_k_R, top_p_R, key_R, above_R32, ticket_R,
+    V, splits, shift,
     N: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     row, split = program // splits, program % splits
     row64 = row.to(tl.int64)
-    rows = (
-        l0 + row64 * stride0, l1 + row64 * stride1, l2 + row64 * stride2, l3 + row64 * stride3,
-        l4 + row64 * stride4, l5 + row64 * stride5, l6 + row64 * stride6, l7 + row64 * stride7,
+    rows = rows_of(
+        l0, l1, l2, l3, l4, l5, l6, l7, row64, stride0, stride1, stride2, stride3, stride4, stride5, stride6, stride7
     )  # fmt: skip
-    weight_R = weights_NR + row * weight_stride_r
-    w0 = tl.load(weight_R)
-    w1 = tl.load(weight_R + (1 if N > 1 else 0) * weight_stride_n)
-    w2 = tl.load(weight_R + (2 if N > 2 else 0) * weight_stride_n)
-    w3 = tl.load(weight_R + (3 if N > 3 else 0) * weight_stride_n)
-    w4 = tl.load(weight_R + (4 if N > 4 else 0) * weight_stride_n)
-    w5 = tl.load(weight_R + (5 if N > 5 else 0) * weight_stride_n)
-    w6 = tl.load(weight_R + (6 if N > 6 else 0) * weight_stride_n)
-    w7 = tl.load(weight_R + (7 if N > 7 else 0) * weight_stride_n)
-    weights = (w0, w1, w2, w3, w4, w5, w6, w7)
+    weights = weights_of(weights_NR + row * weight_stride_r, weight_stride_n, N)
     offsets_C = split * SIZE + tl.arange(0, SIZE)
     inside_C = offsets_C < V
-    x_C, _ = sum_with_corners(rows, weights, offsets_C, inside_C, N)
+    x_C, _ = checked_sum(rows, weights, offsets_C, inside_C, N)
     x_C = tl.where(inside_C, x_C, float("-inf"))
     zero_1 = tl.zeros((1,), tl.int32)
-    token = tl.load(token_R + row).to(tl.int32)  # -1 for a flagged row, whose draw nobody reads
+    token = tl.load(token_R + row).to(tl.int32)  # -1 for a flagged row, whose sample is not used
     peak = tl.max(x_at(rows, weights, zero_1 + tl.maximum(token, 0), zero_1 == 0, N), axis=0)
-    scaled_C = (x_C - tl.maximum(peak, -FLOAT32_MAX)) * (1.0 / tl.load(temperature_R + row))
+    temperature = tl.load(temperature_R + row)
+    temperature = tl.where(temperature == 0.0, 1.0, temperature)  # greedy: the sample is not used
+    scaled_C = (x_C - tl.maximum(peak, -FLOAT32_MAX)) * (1.0 / temperature)
     mass_C = (tl.exp(tl.minimum(scaled_C, 0.0)) * ROW_SCALE).to(tl.int64)
     # 64-bit, so that a candidate past the largest key is larger than all keys
     key_C = ordered_key(x_C).to(tl.int64)
@@ -83,9 +88,11 @@ def _digit_kernel(
         count_J = tl.load(above + offsets, cache_modifier=".cg")
         mass_J = tl.load(above + 16 + offsets, cache_modifier=".cg")
         total = tl.sum(tl.where(offsets == 0, mass_J, 0), axis=0)
-        bound = (total.to(tl.float64) * top_p).to(tl.int64)
+        top_k, top_p = tl.load(top_k_R + row), tl.load(top_p_R + row).to(tl.float32)
+        most = tl.where(top_k == 0, _ALL, top_k)
+        bound = tl.where(top_p >= 1.0, _ALL, (total.to(tl.float64) * top_p).to(tl.int64))
         # kept as a threshold: key >= low + j << shift are the strictly larger ones of the key just below
-        keeps_J = ((top_k == 0) | (count_J < top_k)) & ((top_p >= 1.0) | (mass_J < bound))
+        keeps_J = (count_J < most) & (mass_J < bound)
         digit = tl.sum(((keeps_J == 0) & (offsets > 0)).to(tl.int32), axis=0)
         tl.store(key_R + row, low + (digit.to(tl.int64) << shift))
         tl.debug_barrier()  # every warp holds its copy of the counters before they are cleared for the next digit
@@ -95,8 +102,8 @@ def _digit_kernel(
 
 def allocate(request: Request) -> FusedLogits:
     """Results and working memory: those of the fused pass, the keys, the counters and the tickets."""
-    out = fused_logits_triton.allocate(request)
-    rows, device = request.rows, request.device
+    out = fused_logits.allocate(request)
+    rows, device = request.batch, request.device
     keys_R = torch.empty(rows, dtype=torch.int64, device=device)
     above_R32 = torch.zeros((rows, 32), dtype=torch.int64, device=device)
     tickets_R = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -104,24 +111,19 @@ def allocate(request: Request) -> FusedLogits:
 
 
 def launch_arguments(request: Request, out: FusedLogits, digit: int) -> tuple[tuple, dict]:
-    """Positional and constexpr arguments of the pass for one digit, the lowest being 0."""
-    sample, weights = request.sample, request.weights
+    """Positional and constexpr arguments of the launch for one digit, the lowest being 0."""
+    sample = request.sample
     assert sample is not None
-    logits = request.logits + request.logits[:1] * (MAX_MEMBERS - len(request.logits))
     positional = (
-        *logits,
-        *(logits_RV.stride(0) for logits_RV in logits),
-        weights,
-        weights.stride(0),
-        weights.stride(1) if weights.dim() == 2 else 0,
+        *logits_arguments(request),
         out.token,
         sample.temperature,
+        sample.top_k,
+        sample.top_p,
         *out.workspace[3:],
         request.vocabulary,
         triton.cdiv(request.vocabulary, SPLIT),
         digit * DIGIT_BITS,
-        sample.top_k,
-        float(sample.top_p),
     )
     return positional, {"N": len(request.logits), "SIZE": SPLIT}
 
@@ -130,10 +132,19 @@ def run(request: Request, out: FusedLogits | None = None) -> FusedLogits:
     """All results of a request whose sample is truncated, in ten launches."""
     out = allocate(request) if out is None else out
     plain = Request(request.logits, request.weights)
-    fused_logits_triton.run(plain, replace(out, workspace=out.workspace[:3]))
+    fused_logits.run(plain, replace(out, workspace=out.workspace[:3]))
     out.workspace[3].zero_()
-    programs = request.rows * triton.cdiv(request.vocabulary, SPLIT)
+    programs = request.batch * triton.cdiv(request.vocabulary, SPLIT)
     for digit in reversed(range(DIGITS)):
         positional, switches = launch_arguments(request, out, digit)
         _digit_kernel[(programs,)](*positional, **switches, **LAUNCH_OPTIONS)
-    return fused_logits_triton.run(request, out)
+    return fused_logits.run(request, out)
+
+
+def variants() -> Iterator[Variant]:
+    logits = tuple(torch.empty(4, 128_256, dtype=torch.bfloat16) for _ in range(3))
+    long_R, ones_R = torch.zeros(4, dtype=torch.int64), torch.ones(4)
+    sample = SamplingTensors(long_R, long_R, long_R, ones_R, long_R, ones_R)
+    request = Request(logits, torch.ones(3), sample=sample)
+    launch = launch_arguments(request, allocate(request), digit=1)
+    yield Variant("truncated_sample", "digit N=3 bf16", _digit_kernel, *launch, LAUNCH_OPTIONS)

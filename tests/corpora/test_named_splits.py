@@ -80,7 +80,7 @@ def test_other_languages_of_alt_have_their_own_blanks():
     assert len(read_pairs("alt:vi-en:train", "vi", "en")) == ALT_ROWS["train"]
 
 
-def test_alts_dev_pairs_are_taken_out_of_train():
+def test_alts_dev_pairs_are_removed_from_train():
     whole = read_pairs("alt:ja-en:train", "ja", "en")
     train = read_pairs("alt:ja-en:train,dev=25", "ja", "en")
     dev = read_pairs("alt:ja-en:dev,dev=25", "ja", "en")
@@ -91,7 +91,7 @@ def test_alts_dev_pairs_are_taken_out_of_train():
     assert read_pairs("alt:ja-en:dev,dev=25,seed=4", "ja", "en").source != dev.source
 
 
-def test_wmt_splits_are_disjoint_parts_of_one_draw():
+def test_wmt_splits_are_disjoint_ranges_of_one_random_order():
     parts = {split: read_pairs(f"wmt19:de-en:{split}", "de", "en") for split in ("cpt", "train", "dev")}
     assert {split: len(pairs) for split, pairs in parts.items()} == {"cpt": 2_000, "train": 18_000, "dev": 1_000}
     rows = [row for pairs in parts.values() for row in numbers(pairs.target)]
@@ -100,11 +100,11 @@ def test_wmt_splits_are_disjoint_parts_of_one_draw():
     for pairs in parts.values():
         assert numbers(pairs.source) == numbers(pairs.target)
     assert parts["dev"].dropped >= parts["train"].dropped >= parts["cpt"].dropped > 0
-    # Without blanks the draw would be a shuffle: early and late rows are everywhere.
+    # The order is random: early and late rows are everywhere.
     assert 0.4 < sum(numbers(parts["cpt"].target)) / 2_000 / WMT_ROWS < 0.6
 
 
-def test_the_seed_is_the_draw():
+def test_the_seed_determines_the_sample():
     first = read_pairs("wmt19:de-en:cpt", "de", "en", seed=7)
     assert first.source == read_pairs("wmt19:de-en:cpt,seed=7", "de", "en").source
     assert first.source == read_pairs("wmt19:de-en:cpt,seed=7", "de", "en", seed=8).source
@@ -117,7 +117,7 @@ def test_wmts_test_split_is_the_hubs_validation():
     assert numbers(pairs.source) == [row for row in range(30) if row not in WMT_BLANKS]
 
 
-def test_too_few_rows_for_the_draw_is_an_error(tmp_path):
+def test_too_few_rows_to_sample_from_is_an_error(tmp_path):
     folder = tmp_path / "wmt" / "wmt19" / "de-en"
     folder.mkdir(parents=True)
     pa.parquet.write_table(
@@ -128,10 +128,10 @@ def test_too_few_rows_for_the_draw_is_an_error(tmp_path):
 
 
 @given(rows=st.integers(1, 300), seed=st.integers(0, 2**40), count=st.integers(0, 300))
-def test_a_longer_draw_begins_with_the_shorter(rows, seed, count):
-    whole = list(hub.draw(rows, seed))
+def test_a_random_order_has_each_row_once_and_a_fixed_prefix(rows, seed, count):
+    whole = list(hub.random_order(rows, seed))
     assert sorted(whole) == list(range(rows))
-    assert list(itertools.islice(hub.draw(rows, seed), count)) == whole[:count]
+    assert list(itertools.islice(hub.random_order(rows, seed), count)) == whole[:count]
 
 
 def test_one_side_of_a_split_is_text():
@@ -145,7 +145,7 @@ def test_one_side_of_a_split_is_text():
     [
         ("alt:ja-en", "expected a name such as alt:ja-en:train"),
         ("alt:ja-en:valid", "unknown split 'valid', expected one of cpt, train, dev, test"),
-        ("alt:en-ja:train", "is en to ja, but ja to en is wanted: write alt:ja-en:train"),
+        ("alt:en-ja:train", "is en to ja, but ja to en is requested: write alt:ja-en:train"),
         ("wmt19:ja-en:train", "wmt19 has no pair ja-en, expected one such as de-en"),
         ("alt:ja-ja:train", "no pair ja-ja"),
         ("alt:ja-en:dev", "write alt:ja-en:dev,dev=500"),

@@ -50,13 +50,13 @@ def fake_cuda(monkeypatch):
     from kernels.triton import attention as attend_triton
     from kernels.triton import fused_logits as fused_logits_triton
     from kernels.triton import layer as layer_triton
-    from kernels.triton import gemv as row_linear_triton
+    from kernels.triton import gemv as gemv_triton
     from kernels.triton import top_k_top_p as truncated_sample_triton
 
     def drawn(request, out=None):
         return truncated_sample_triton.allocate(request) if out is None else out
 
-    for module in (attend_triton, fused_logits_triton, layer_triton, row_linear_triton):
+    for module in (attend_triton, fused_logits_triton, layer_triton, gemv_triton):
         monkeypatch.setattr(module, "_launch", lambda *arguments: None)
     monkeypatch.setattr(truncated_sample_triton, "run", drawn)
     rope_frequencies.cache_clear()

@@ -7,7 +7,7 @@ from decode.engine.beam import beam_search
 from decode.draws import Draws
 from decode.model.packed_llama import PreparedLlama
 from minillama import KVCache, Llama
-from minillama.tensor_parallel import Part, load_part
+from minillama.tensor_parallel import TPGroup, load_shard
 
 TOKENS = [[5, 7, 11, 2, 9], [3, 3, 8, 6, 4]]
 WAYS = {
@@ -54,15 +54,15 @@ def run(rank, world, port, folders, prompts, results, on_gpu=False):
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world)
-    part = Part(rank, world)
+    part = TPGroup(rank, world)
     found = {}
     for name, folder in folders.items():
-        own = load_part(folder, part, device=device)
+        own = load_shard(folder, part, device=device)
         found[name] = {"logits": logits_of(own), "bytes": sum(p.nbytes for p in own.parameters())}
         prepared = PreparedLlama(own)
-        found[name] |= {"prepared bytes": prepared.nbytes, "cache bytes": prepared.cache(1, 64).nbytes}
-    split, whole = load_part(folders["L"], part, device=device), Llama.from_pretrained(folders["S"], device=device)
-    both = {"L": split, "S": load_part(folders["S"], part, device=device)}
+        found[name] |= {"prepared bytes": prepared.nbytes, "cache bytes": prepared.cache(1, 64).entries_LBSEKC.nbytes}
+    split, whole = load_shard(folders["L"], part, device=device), Llama.from_pretrained(folders["S"], device=device)
+    both = {"L": split, "S": load_shard(folders["S"], part, device=device)}
     found["one split"] = decoded({"L": split, "S": whole}, prompts, ("greedy", "drafting when it pays"))
     found["both split"] = decoded(both, prompts)
     found["beam"] = searched(both, prompts)

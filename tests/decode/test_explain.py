@@ -157,7 +157,7 @@ def explained(logits, weights, tokens=None):
     weights_N = torch.tensor(weights)
     if tokens is None:
         tokens = fused_logits(list(logits), weights_N).token.tolist()
-    logprobs = fused_logits(list(logits), weights_N, given=torch.tensor(tokens)).given_logprob[:, 0].tolist()
+    logprobs = fused_logits(list(logits), weights_N, targets=torch.tensor(tokens)).target_logprob[:, 0].tolist()
     return explain(list(logits), weights_N, tokens, logprobs)
 
 

@@ -79,7 +79,7 @@ def test_the_numbers_are_those_of_the_caches_and_weights_that_are_made(model_fol
     ensemble, _ = load_ensemble(readers, {"A": 1.0, "C": 1.0}, where)
     prompts = [([2] * first, [2] * second) for first, second in lengths]
     positions = capacities(prompts, readers, new)
-    row = sum(cache.nbytes for cache in Rows(ensemble, 1, positions).caches)
+    row = sum(cache.entries_LBSEKC.nbytes for cache in Rows(ensemble, 1, positions).caches)
     budget = Budget.of(readers, where, "0")
     weights = sum(budget.weights[CPU.device].values())
     assert weights == pytest.approx(sum(member.model.nbytes for member in ensemble.members), rel=0.02)

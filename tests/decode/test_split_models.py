@@ -85,7 +85,7 @@ def test_each_process_holds_half(folders, group):
             row = whole.config.hidden_size * 4  # of zeros, in the embedding and the output layer
             assert found[name]["bytes"] <= sum(p.nbytes for p in whole.parameters()) / 2 + everywhere + 2 * row
             assert found[name]["prepared bytes"] <= prepared.nbytes / 2 + everywhere + 2 * row
-            assert found[name]["cache bytes"] == prepared.cache(1, 64).nbytes / 2
+            assert found[name]["cache bytes"] == prepared.cache(1, 64).entries_LBSEKC.nbytes / 2
 
 
 def test_every_way_of_decoding_gives_the_tokens_of_one_process(folders, prompts, group):

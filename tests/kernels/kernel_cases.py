@@ -1,6 +1,6 @@
 """Random requests and what float64 says about them: shared by the tests of the fused kernels.
 
-A case is drawn as a small description (shape, dtypes, strides, weights, corner) and a seed; the tensors follow from it.
+A case is a small description (shape, dtypes, strides, weights, corner case) and a seed; the tensors follow from it.
 The comparison allows what DESIGN.md allows: 1e-5 plus a few float32 roundings of max_v sum_i |w_i logits_i|.
 """
 
@@ -40,11 +40,12 @@ class Case:
     padding: tuple[int, ...]
     weights: tuple[float, ...]
     weights_per_row: bool
+    some_left_out: bool
     corner: str
     spread: float
     seed: int
 
-    def request(self, where: str, **asked) -> Request:
+    def request(self, where: str, **requested) -> Request:
         """The request with its tensors on `where`."""
         generator = torch.Generator().manual_seed(self.seed)
         logits = []
@@ -80,8 +81,15 @@ class Case:
             if self.corner == "3e38" and dtype != torch.float16:
                 narrow[row, entries[0]] = 3e38 if self.seed % 2 else -3e38
             placed.append(narrow.to(where)[:, : self.vocabulary])
-        asked = {name: value.to(where) if isinstance(value, torch.Tensor) else value for name, value in asked.items()}
-        return Request(tuple(placed), weights.to(where), **asked)
+        if self.some_left_out and members > 1:
+            weights = weights if self.weights_per_row else weights[:, None].repeat(1, self.batch)
+            left_out_NB = torch.rand(members, self.batch, generator=generator) < 0.4
+            left_out_NB[int(torch.randint(members, (), generator=generator))] = False
+            weights = weights.masked_fill(left_out_NB, 0.0)
+            for logits_BV, left_out_B in zip(placed, left_out_NB, strict=True):
+                logits_BV[left_out_B.to(where)] = (torch.nan, torch.inf, -torch.inf)[self.seed % 3]
+        requested = {k: value.to(where) if isinstance(value, torch.Tensor) else value for k, value in requested.items()}
+        return Request(tuple(placed), weights.to(where), **requested)
 
 
 @st.composite
@@ -102,6 +110,7 @@ def cases(
         padding=tuple(draw(st.lists(st.sampled_from((0, 0, 1, 16, 5)), **several))),
         weights=tuple(draw(st.lists(st.sampled_from(sizes), **several))),
         weights_per_row=draw(st.booleans()),
+        some_left_out=draw(st.booleans()),
         corner=corner,
         spread=draw(st.sampled_from((0.0, 1.0, 5.0, 30.0))),
         seed=draw(st.integers(0, 10**6)),
@@ -111,8 +120,8 @@ def cases(
 def tolerance_R(request: Request) -> torch.Tensor:
     """The allowed difference of a log-probability, row by row, float64."""
     sizes_RV = sum(
-        (w_R.double()[:, None] * l_RV.double()).nan_to_num(0.0, 0.0, 0.0).abs()
-        for w_R, l_RV in zip(request.weights_NR(), request.logits, strict=True)
+        torch.where(w_R[:, None] == 0, 0.0, (w_R.double()[:, None] * l_RV.double()).nan_to_num(0.0, 0.0, 0.0).abs())
+        for w_R, l_RV in zip(request.weights_NB, request.logits, strict=True)
     )
     return 1e-5 + FEW_ROUNDINGS * sizes_RV.amax(dim=1)
 
@@ -142,29 +151,36 @@ def assert_means_the_same(request: Request, result: FusedLogits) -> None:
     decided_R = near_R == exact_R
     assert torch.equal(token_R[decided_R], truth.token[fine_R][decided_R])
 
-    if result.entropy is not None:
-        difference_R = (result.entropy - truth.entropy)[fine_R].abs()
-        assert (difference_R <= allowed_R * (20 + truth.entropy[fine_R])).all()
-    if result.given_logprob is not None:
-        ours_RG, theirs_RG = result.given_logprob[fine_R], truth.given_logprob[fine_R]
-        assert torch.equal(ours_RG.isnan(), theirs_RG.isnan())
-        assert torch.equal(ours_RG == -torch.inf, theirs_RG == -torch.inf)
-        close_RG = (ours_RG - theirs_RG).abs() <= allowed_R[:, None] * 2
-        assert (close_RG | ours_RG.isnan() | (ours_RG == theirs_RG)).all()
-        assert result.given_logprob[~fine_R].isnan().all()
+    assert_close(result.target_logprob, truth.target_logprob, 2 * allowed_R, fine_R)
     if result.member_logprob is not None:
+        chosen_R = result.token if result.sample_token is None else result.sample_token
         for number, logits_RV in enumerate(request.logits):
-            own_RV = torch.log_softmax(logits_RV[fine_R].double(), dim=1)
-            own_R = own_RV.gather(1, token_R[:, None])[:, 0]
             own_allowed_R = 1e-5 + FEW_ROUNDINGS * logits_RV[fine_R].double().nan_to_num(0, 0, 0).abs().amax(dim=1)
-            assert ((result.member_logprob[number][fine_R] - own_R).abs() <= own_allowed_R).all()
-        assert result.member_logprob[:, ~fine_R].isnan().all()
+            own_RV = torch.log_softmax(logits_RV.double(), dim=1)
+            own_RV[request.weights_NB[number] == 0] = torch.nan
+            own_R = own_RV.gather(1, chosen_R.clamp_min(0)[:, None])[:, 0]
+            assert_close(result.member_logprob[number], own_R, own_allowed_R, fine_R)
+            if result.member_target_logprob is not None:
+                theirs_RG = truth.member_target_logprob[number]
+                assert_close(result.member_target_logprob[number], theirs_RG, 2 * own_allowed_R, fine_R)
     if result.top_token is not None:
         assert_best(result, truth, x_RV[fine_R], logprob_RV, fine_R, allowed_R)
 
 
+def assert_close(ours, theirs, allowed_R, fine_R) -> None:
+    """Log-probabilities (R,) or (R, G) within what is allowed, NaN and -inf at the same entries, NaN where flagged."""
+    if ours is None:
+        return
+    assert ours[~fine_R].isnan().all()
+    ours, theirs = ours[fine_R].double(), theirs[fine_R].double()
+    allowed = allowed_R.view(-1, *[1] * (ours.dim() - 1))
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    assert torch.equal(ours == -torch.inf, theirs == -torch.inf)
+    assert (((ours - theirs).abs() <= allowed) | ours.isnan() | (ours == theirs)).all()
+
+
 def assert_best(result, truth, x_RV, logprob_RV, fine_R, allowed_R) -> None:
-    """The k best: right values, tokens that have them, each once, in order, nothing past the last unmasked token."""
+    """The k best: right values, tokens that have them, each once, in order, nothing after the last unmasked token."""
     token_RK, value_RK = result.top_token[fine_R], result.top_logprob[fine_R]
     there_RK = truth.top_token[fine_R] >= 0
     assert torch.equal(token_RK >= 0, there_RK)

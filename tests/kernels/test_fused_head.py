@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kernel_cases import count, device
 
 from kernels import fused_head, reference
-from kernels.types import NAN, HeadRequest
+from kernels.types import NAN
 
 
 def tensors(rows, vocabulary, widths, dtypes, seed, where):
@@ -31,18 +31,18 @@ def tensors(rows, vocabulary, widths, dtypes, seed, where):
     moments=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=35, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_every_result_means_what_float64_says(path, rows, vocabulary, widths, half, per_row, moments, seed):
     dtypes = [half if number % 2 == 0 else torch.float32 for number in range(len(widths))]
     hidden, output = tensors(rows, vocabulary, widths, dtypes, seed, device(path))
     weights = torch.tensor([1.0, -0.5, 2.0])[: len(widths)].to(device(path))
     if per_row:
         weights = (weights[:, None] * (1 + torch.arange(rows, device=device(path)) % 3)).contiguous()
-    given_RG = torch.randint(-1, vocabulary + 1, (rows, 2), generator=torch.Generator().manual_seed(seed)).to(
+    targets_RG = torch.randint(-1, vocabulary + 1, (rows, 2), generator=torch.Generator().manual_seed(seed)).to(
         device(path)
     )
-    result = fused_head(hidden, output, weights, given=given_RG, moments=moments)
-    truth = reference.fused_head(HeadRequest(hidden, output, weights, given_RG, moments), torch.float64)
+    result = fused_head(hidden, output, weights, targets=targets_RG, moments=moments)
+    truth = reference.fused_head(hidden, output, weights, targets_RG, moments, torch.float64)
     count("output layers (fused_head) against float64")
     # |h||W| bounds each logit, so a few roundings of it bound the difference
     sizes = sum(
@@ -52,14 +52,14 @@ def test_every_result_means_what_float64_says(path, rows, vocabulary, widths, ha
     allowed = 1e-5 + 8 * 2.0**-23 * float(sizes)
     assert torch.equal(result.flag, truth.flag)
     assert ((result.logprob - truth.logprob).abs() <= allowed).all()
-    assert torch.equal(result.given_logprob.isnan(), truth.given_logprob.isnan())
-    assert ((result.given_logprob - truth.given_logprob).abs().nan_to_num(0) <= 2 * allowed).all()
+    assert torch.equal(result.target_logprob.isnan(), truth.target_logprob.isnan())
+    assert ((result.target_logprob - truth.target_logprob).abs().nan_to_num(0) <= 2 * allowed).all()
     same_R = result.token == truth.token
     assert same_R.float().mean() > 0.9
     if moments:
         assert ((result.mean - truth.mean).abs() <= 20 * allowed).all()
         assert ((result.covariance - truth.covariance).abs() <= 100 * allowed).all()
-        assert ((result.given_logits - truth.given_logits).abs().nan_to_num(0) <= allowed).all()
+        assert ((result.target_logits - truth.target_logits).abs().nan_to_num(0) <= allowed).all()
 
 
 def test_moments_are_the_derivatives_of_log_z():
@@ -81,11 +81,12 @@ def test_moments_are_the_derivatives_of_log_z():
 def test_a_wrong_hidden_state_is_flagged(path):
     hidden, output = tensors(3, 300, (16, 16), [torch.float32] * 2, 1, device(path))
     hidden[1][2, 3] = torch.nan
+    targets_R = torch.zeros(3, dtype=torch.int64, device=device(path))
     for moments in (False, True):
-        result = fused_head(hidden, output, [1.0, 1.0], given=torch.zeros(3, dtype=torch.int64, device=device(path)))
+        result = fused_head(hidden, output, [1.0, 1.0], targets=targets_R, moments=moments)
         assert result.flag.tolist() == [0, 0, NAN * 16 + 2], moments
         assert result.token[2] == -1
-        assert result.given_logprob[2].isnan().all()
+        assert result.target_logprob[2].isnan().all()
 
 
 def test_results_are_written_where_they_were(path):
@@ -104,3 +105,5 @@ def test_what_does_not_fit_is_refused():
         fused_head(hidden, output[::-1], [1.0, 1.0])
     with pytest.raises(ValueError, match="one dtype"):
         fused_head(hidden, (output[0].bfloat16(), output[1]), [1.0, 1.0])
+    with pytest.raises(ValueError, match="must not be zero"):
+        fused_head(hidden, output, [1.0, 0.0])

@@ -36,7 +36,7 @@ def test_a_norm_takes_the_addition_before_it_along(rows, width, dtype, adds, see
     delta_RD = normal(seed + 2, rows, width, dtype=dtype) if adds else None
     expected_RD = stream_RE[:, :width].double() + (delta_RD.double() if adds else 0.0)
     tail = stream_RE[:, width:].clone()
-    found_RD = layer.normed(stream_RE[:, :width], scale_D, 1e-5, dtype, delta_RD)
+    found_RD = layer.add_rms_norm(stream_RE[:, :width], scale_D, 1e-5, dtype, delta_RD)
     close(stream_RE[:, :width], expected_RD, torch.float32)
     assert torch.equal(stream_RE[:, width:], tail)
     assert found_RD.dtype == dtype
@@ -55,7 +55,7 @@ def test_queries_and_keys_turn_and_keys_and_values_are_stored(rows, heads, width
     slot_R = torch.randperm(9, generator=torch.Generator().manual_seed(seed))[:rows].to(WHERE)
     entries_PJ = normal(seed + 2, 9, 2 * keys * width, dtype=dtype)
     before_PJ = entries_PJ.clone()
-    query_RQ = layer.turned_and_stored(qkv_RO, turn_RHC, slot_R, entries_PJ, queries, keys)
+    query_RQ = layer.rope_and_cache(qkv_RO, turn_RHC, slot_R, entries_PJ, queries, keys)
     pairs_RHC = torch.view_as_complex(qkv_RO.double().view(rows, -1, width // 2, 2))
     turned_RHC = pairs_RHC[:, : queries + keys] * turn_RHC.to(torch.complex128)
     whole_RHC = torch.cat((turned_RHC, pairs_RHC[:, queries + keys :]), dim=1)
@@ -72,7 +72,7 @@ def test_queries_and_keys_turn_and_keys_and_values_are_stored(rows, heads, width
 @given(st.integers(1, 5), st.sampled_from((1, 48, 2048, 3001)), DTYPES, st.integers(0, 10**6))
 def test_the_gate_is_multiplied(rows, width, dtype, seed):
     gate_RF, up_RF = normal(seed, rows, width, dtype=dtype) * 20, normal(seed + 1, rows, width, dtype=dtype)
-    found_RF = layer.silu_multiplied(torch.cat((gate_RF, up_RF), dim=1))
+    found_RF = layer.silu_and_mul(torch.cat((gate_RF, up_RF), dim=1))
     assert found_RF.dtype == dtype
     close(found_RF, torch.nn.functional.silu(gate_RF.double()) * up_RF.double(), dtype)
     count("layer", RAN)
@@ -93,12 +93,12 @@ def test_one_row_of_a_linear_layer(inputs, outputs, dtype, bias, seed):
     )
     bias_O = normal(seed + 2, outputs, dtype=dtype) if bias else None
     expected_1O = x_1D.double() @ weight_OD.double().T + (bias_O.double() if bias else 0.0)
-    found_1O = row.row_linear(x_1D, weight_OD, bias_O)
+    found_1O = row.gemv(x_1D, weight_OD, bias_O)
     assert found_1O.dtype == dtype
     near(found_1O, expected_1O, dtype)
     stream_1E = normal(seed + 3, 1, outputs + 16)
     before_1E = stream_1E.clone()
-    row.row_linear(x_1D, weight_OD, bias_O, add_to=stream_1E[:, :outputs])
+    row.gemv(x_1D, weight_OD, bias_O, add_to=stream_1E[:, :outputs])
     near(stream_1E[:, :outputs], before_1E[:, :outputs].double() + expected_1O, dtype)
     assert torch.equal(stream_1E[:, outputs:], before_1E[:, outputs:])
     count("layer", RAN)
@@ -112,7 +112,7 @@ def test_one_row_is_normed_and_gated(inputs, width, dtype, bias, seed):
     bias_O = normal(seed + 3, 2 * width, dtype=dtype) if bias else None
     h_1D = x_1D.double() / (x_1D.double().square().mean() + 1e-5).sqrt() * scale_D.double()
     gate_1F, up_1F = (h_1D @ weight_OD.double().T + (bias_O.double() if bias else 0.0)).chunk(2, dim=1)
-    found_1F = row.row_linear(x_1D, weight_OD, bias_O, norm=row.Normed(scale_D, 1e-5), gated=True)
+    found_1F = row.gemv(x_1D, weight_OD, bias_O, norm=row.NormBefore(scale_D, 1e-5), gated=True)
     near(found_1F, torch.nn.functional.silu(gate_1F) * up_1F, dtype)
     count("layer", RAN)
 
@@ -127,8 +127,8 @@ def test_one_rows_queries_and_keys_turn_and_keys_and_values_are_stored(heads, wi
     entries_PJ = normal(seed + 4, 9, 2 * keys * width, dtype=dtype)
     before_PJ = entries_PJ.clone()
     slot_1 = torch.tensor([seed % 9], device=WHERE)
-    turned = row.Turned(torch.stack((angle_C.cos(), angle_C.sin()), dim=1), slot_1, entries_PJ, queries, keys)
-    query_1Q = row.row_linear(x_1D, weight_OD, norm=row.Normed(scale_D, 1e-5), turned=turned)
+    rope = row.RopeAfter(torch.stack((angle_C.cos(), angle_C.sin()), dim=1), slot_1, entries_PJ, queries, keys)
+    query_1Q = row.gemv(x_1D, weight_OD, norm=row.NormBefore(scale_D, 1e-5), rope=rope)
     h_1D = x_1D.double() / (x_1D.double().square().mean() + 1e-5).sqrt() * scale_D.double()
     pairs_HC = torch.view_as_complex((h_1D @ weight_OD.double().T).view(-1, width // 2, 2))
     turn_C = torch.polar(torch.ones_like(angle_C), angle_C).to(torch.complex128)
@@ -150,9 +150,9 @@ def test_a_rows_bits_do_not_depend_on_the_others():
 
     def results(rows):
         entries_PJ = torch.zeros(7, 2 * 64, device=WHERE)
-        query_RQ = layer.turned_and_stored(qkv_RO[rows], turn_RHC[rows], slot_R[rows], entries_PJ, 3, 1)
-        silu_RF = layer.silu_multiplied(gate_RF[rows])
-        return layer.normed(stream_RD[rows], scale_D, 1e-6, torch.float32), query_RQ, entries_PJ[rows], silu_RF
+        query_RQ = layer.rope_and_cache(qkv_RO[rows], turn_RHC[rows], slot_R[rows], entries_PJ, 3, 1)
+        silu_RF = layer.silu_and_mul(gate_RF[rows])
+        return layer.add_rms_norm(stream_RD[rows], scale_D, 1e-6, torch.float32), query_RQ, entries_PJ[rows], silu_RF
 
     together = results(slice(None))
     for row in range(7):

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import count, device
 
-import kernels.linear_cross_entropy_chunked as chunked
+import kernels.chunked_cross_entropy as chunked
 from kernels import linear_cross_entropy, reference
 
 

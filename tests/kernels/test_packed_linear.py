@@ -8,11 +8,9 @@ from torch import nn
 
 from kernels import PackedLinear
 from kernels.cpu.packed_linear import (
-    HAS_MKL,
-    HAS_ONEDNN,
     INT8_ROWS,
     has_float16_product,
-    lossless_storage,
+    lossless_dtype,
     mkl_is_faster,
     quantize_rows,
 )
@@ -29,8 +27,8 @@ needs_float16 = pytest.mark.skipif("float16" not in STATED, reason="no product o
 
 @pytest.fixture(params=["mkl", "onednn"])
 def library(request, monkeypatch):
-    """Who packs float32: both ways are tried on any processor that has the libraries."""
-    if not {"mkl": HAS_MKL, "onednn": HAS_ONEDNN}[request.param]:
+    """The library that packs float32: both are tried on any processor that has them."""
+    if not {"mkl": torch.backends.mkl, "onednn": torch.backends.mkldnn}[request.param].is_available():
         pytest.skip(f"this build has no {request.param}")
     monkeypatch.setattr("kernels.cpu.packed_linear.mkl_is_faster", lambda: request.param == "mkl")
     monkeypatch.setattr("kernels.cpu.packed_linear._STEADY", {})
@@ -112,7 +110,7 @@ def test_rows_do_not_change_the_storage_and_the_original_may_go():
 def test_auto_loses_nothing():
     weight = torch.randn(32, 64)
     assert PackedLinear(weight).dtype == "float32"
-    assert PackedLinear(weight.bfloat16()).dtype == lossless_storage(torch.bfloat16)
+    assert PackedLinear(weight.bfloat16()).dtype == lossless_dtype(torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +119,8 @@ def test_auto_loses_nothing():
 )
 def test_what_loses_nothing_of_bfloat16_weights(monkeypatch, instructions, expected):
     monkeypatch.setattr("kernels.cpu.packed_linear.has_bfloat16_instructions", lambda: instructions)
-    assert lossless_storage(torch.bfloat16) == expected
-    assert lossless_storage(torch.float16) == lossless_storage(torch.float32) == "float32"
+    assert lossless_dtype(torch.bfloat16) == expected
+    assert lossless_dtype(torch.float16) == lossless_dtype(torch.float32) == "float32"
 
 
 def test_quantized_rows_are_within_half_a_step():

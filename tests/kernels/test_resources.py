@@ -26,7 +26,7 @@ def assert_within_limits(rows):
         assert row.keys() >= KEYS
         assert row["spills"] == 0, row
         if row["kernel"] != "layer":  # whose bytes are nothing
-            # A row of W is divided among the lanes of a program, twice as many on AMD's.
+            # A row of W is divided among the threads of a program, twice as many on AMD's.
             least = 8 if (row["kernel"], row["target"]) == ("row_linear", "gfx942") else 16
             assert row["load_bytes"] in ((least, 16) if row["aligned"] else (2,)), row
         assert 0 < row["registers"] <= 255, row
@@ -52,7 +52,6 @@ def test_no_spills_and_wide_loads_for_every_variant_and_target():
     assert {row["target"] for row in rows} == set(TARGETS)
     kernels = {
         "fused_logits",
-        "fused_head",
         "truncated_sample",
         "linear_cross_entropy",
         "layer",

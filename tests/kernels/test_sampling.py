@@ -1,4 +1,4 @@
-"""Draws: the right distribution, nothing outside what is kept, and the same draw in whatever company."""
+"""Samples: the right distribution, nothing outside what is kept, and the same sample in any batch."""
 
 import pytest
 import torch
@@ -9,9 +9,9 @@ from scipy.stats import chisquare
 
 from kernels import Sampling, fused_logits, reference
 from kernels.philox import gumbel, philox
-from kernels.types import Request, check_sampling
+from kernels.types import check_sampling
 
-VOCABULARY, DRAWS, ROWS = 1000, 100_000, 2500
+VOCABULARY, SAMPLES, ROWS = 1000, 100_000, 2500
 
 
 def logits_of_two(where="cpu"):
@@ -22,8 +22,8 @@ def logits_of_two(where="cpu"):
     return first_V.to(where), second_V.to(where)
 
 
-def draws(logits, number=DRAWS, seed=77, **truncation):
-    """`number` draws from one distribution: rows that share their memory, positions that differ."""
+def samples(logits, number=SAMPLES, seed=77, **truncation):
+    """`number` samples of one distribution: rows that share their memory, positions that differ."""
     where = logits[0].device
     tokens = []
     for start in range(0, number, ROWS):
@@ -57,39 +57,39 @@ TRUNCATED = (1.0, 20, 1.0), (1.0, 0, 0.6), (1.5, 300, 0.8)
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "number"),
     [
-        (*PLAIN, DRAWS),
-        (*SHARP, DRAWS),
-        *((*options, DRAWS // 5) for options in TRUNCATED),
-        *(pytest.param(*options, DRAWS, marks=pytest.mark.slow) for options in TRUNCATED),
+        (*PLAIN, SAMPLES),
+        (*SHARP, SAMPLES),
+        *((*options, SAMPLES // 5) for options in TRUNCATED),
+        *(pytest.param(*options, SAMPLES, marks=pytest.mark.slow) for options in TRUNCATED),
     ],
 )
-def test_draws_follow_the_exact_distribution(temperature, top_k, top_p, number):
+def test_samples_follow_the_exact_distribution(temperature, top_k, top_p, number):
     logits = logits_of_two()
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     p_V = exact_V(logits, **options)
-    counts_V = torch.bincount(draws(logits, number, **options), minlength=VOCABULARY).double()
+    counts_V = torch.bincount(samples(logits, number, **options), minlength=VOCABULARY).double()
     assert counts_V[p_V == 0].sum() == 0
-    # cells below five expected draws are joined, as the test's approximation wants
+    # cells below five expected samples are joined, as the test's approximation needs
     large_V = p_V * number >= 5
     observed = torch.cat([counts_V[large_V], counts_V[~large_V].sum()[None]])
     expected = torch.cat([p_V[large_V], p_V[~large_V].sum()[None]]) * number
     some = expected > 0
     outcome = chisquare(observed[some].numpy(), (expected / expected.sum() * number)[some].numpy())
-    count("draws in chi-square tests", number)
+    count("samples in chi-square tests", number)
     kept, cells = int((p_V > 0).sum()), int(some.sum())
     print(
-        f"\n{number:,} draws at temperature {temperature}, top_k {top_k}, top_p {top_p}: {kept} tokens kept, no other "
-        f"drawn; chi-square {outcome.statistic:.1f} over {cells} cells, p = {outcome.pvalue:.3f}"
+        f"\n{number:,} samples at temperature {temperature}, top_k {top_k}, top_p {top_p}: {kept} tokens kept, no "
+        f"other sampled; chi-square {outcome.statistic:.1f} over {cells} cells, p = {outcome.pvalue:.3f}"
     )
     assert outcome.pvalue > 1e-3, outcome
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (1, 1.0), (20, 1.0), (0, 0.6), (0, 1e-6), (300, 0.8)])
-def test_both_paths_draw_the_same(monkeypatch, top_k, top_p):
+def test_both_paths_sample_the_same(monkeypatch, top_k, top_p):
     tokens = {}
     for name in ("cpu", "triton"):
         monkeypatch.setenv("COLLAB_KERNELS", name)
-        tokens[name] = draws(logits_of_two(device(name)), 12, top_k=top_k, top_p=top_p)
+        tokens[name] = samples(logits_of_two(device(name)), 12, top_k=top_k, top_p=top_p)
     assert torch.equal(tokens["cpu"], tokens["triton"])
     if top_k == 1 or top_p == 1e-6:
         best = (logits_of_two()[0] - 0.5 * logits_of_two()[1].float()).masked_fill(
@@ -100,30 +100,30 @@ def test_both_paths_draw_the_same(monkeypatch, top_k, top_p):
 
 @pytest.mark.parametrize("size", [1, 7])
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (40, 0.9)])
-def test_a_draw_does_not_depend_on_its_batch(path, size, top_k, top_p):
+def test_a_sample_does_not_depend_on_its_batch(path, size, top_k, top_p):
     generator = torch.Generator().manual_seed(2)
-    # interpreted, ten launches for a truncated draw of each of 64 rows would take minutes
+    # interpreted, ten launches for a truncated sample of each of 64 rows would take minutes
     rows = 64 if path == "cpu" or device(path) == "cuda" or top_k == 0 else 8
     vocabulary = 4500 if path == "cpu" else 300
     logits = [torch.randn(rows, vocabulary, generator=generator).to(device(path)) for _ in range(2)]
     row_id, position = torch.randperm(rows, generator=generator), torch.randint(0, 50, (rows,), generator=generator)
 
-    def drawn(rows_I):
-        ids, places = row_id[rows_I].to(device(path)), position[rows_I].to(device(path))
-        sample = Sampling(-12345678901, ids, places, temperature=0.9, top_k=top_k, top_p=top_p)
+    def sampled(rows_I):
+        ids, positions = row_id[rows_I].to(device(path)), position[rows_I].to(device(path))
+        sample = Sampling(-12345678901, ids, positions, temperature=0.9, top_k=top_k, top_p=top_p)
         result = fused_logits([l_BV[rows_I] for l_BV in logits], [1.0, 0.5], sample=sample)
         return result.sample_token, result.sample_logprob
 
-    token_R, logprob_R = drawn(torch.arange(rows))
+    token_R, logprob_R = sampled(torch.arange(rows))
     for rows_I in torch.randperm(rows, generator=generator).split(size)[: 9 if path == "cpu" else 2]:
-        token_I, logprob_I = drawn(rows_I)
+        token_I, logprob_I = sampled(rows_I)
         assert torch.equal(token_I, token_R[rows_I])
         assert torch.equal(logprob_I, logprob_R[rows_I])
 
 
 @given(case=cases(vocabularies=(1, 2, 7, 130, 4097), max_batch=3, max_members=3), data=st.data())
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-def test_a_draw_is_one_of_the_kept_tokens(path, case, data):
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_a_sample_is_one_of_the_kept_tokens(path, case, data):
     truncation = {
         "top_k": data.draw(st.sampled_from((0, 1, 5, 1000))),
         "top_p": data.draw(st.sampled_from((1.0, 0.9, 0.3))),
@@ -140,18 +140,18 @@ def test_a_draw_is_one_of_the_kept_tokens(path, case, data):
     for row in torch.nonzero(fine_R)[:, 0].tolist():
         token = int(result.sample_token[row])
         x_V = x_RV[row]
-        lowest = reference.threshold(x_V[None], full.temperature[row : row + 1], sample)[0]
         size = max(1e-5, float(x_V[x_V > -torch.inf].abs().max()) * 1e-5)
         assert x_V[token] > -torch.inf
-        assert x_V[token] >= lowest - size
-        count("draws that must be of the kept tokens")
+        if full.top_k is not None:
+            of_row = [values[row : row + 1] for values in (full.temperature, full.top_k, full.top_p)]
+            assert x_V[token] >= reference.threshold(x_V[None], *of_row)[0] - size
+        count("samples that must be of the kept tokens")
 
 
 def test_equal_tokens_are_kept_or_dropped_together():
-    logits = torch.tensor([[3.0, 2.0, 2.0, 2.0, 1.0]])
-    zero = torch.zeros(1, dtype=torch.int64)
-    for sample in (Sampling(0, zero, zero, top_k=2), Sampling(0, zero, zero, top_p=0.7)):
-        assert reference.threshold(logits, torch.ones(1), sample).item() == 2.0
+    logits = torch.tensor([[3.0, 2.0, 2.0, 2.0, 1.0]]).repeat(2, 1)
+    top_k, top_p = torch.tensor([2, 0]), torch.tensor([1.0, 0.7])
+    assert reference.threshold(logits, torch.ones(2), top_k, top_p).tolist() == [2.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -182,21 +182,8 @@ def test_noise_in_float32_is_that_of_float64():
     assert ((found - truth).abs() <= 2e-5 * (1 + truth.abs()))[ordinary].all()
 
 
-def test_what_cannot_be_drawn_from_is_refused():
-    logits, rows = [torch.zeros(2, 5)], torch.zeros(2, dtype=torch.int64)
-    for wrong, message in (
-        (Sampling(0, rows[:1], rows), "row_id"),
-        (Sampling(0, rows, rows, temperature=0.0), "temperature"),
-        (Sampling(0, rows, rows, top_p=0.0), "top_p"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            fused_logits(logits, [1.0], sample=wrong)
-
-
-def test_the_eager_path_draws_too(monkeypatch):
+def test_the_eager_path_samples_too(monkeypatch):
     monkeypatch.setenv("COLLAB_KERNELS", "eager")
-    eager = draws(logits_of_two(), 500, top_k=20)
+    eager = samples(logits_of_two(), 500, top_k=20)
     monkeypatch.setenv("COLLAB_KERNELS", "cpu")
-    assert torch.equal(eager, draws(logits_of_two(), 500, top_k=20))
-    request = Request(logits_of_two()[0][None].split(1), torch.ones(1))
-    assert reference.fused_logits(request).sample_token is None
+    assert torch.equal(eager, samples(logits_of_two(), 500, top_k=20))

@@ -1,4 +1,4 @@
-"""Random Llamas of every kind, made by transformers, for the tests of this folder."""
+"""Random Llamas of every kind, built by transformers, for the tests of this folder."""
 
 import random
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 
-def draw_config(seed: int, **fixed):
-    """A small random configuration, every choice that a Llama has among them, as transformers' LlamaConfig."""
+def random_llama_config(seed: int, **fixed):
+    """A small random configuration in all settings that a Llama has, as transformers' LlamaConfig."""
     from transformers import LlamaConfig
 
     rng = random.Random(seed)
@@ -16,7 +16,7 @@ def draw_config(seed: int, **fixed):
     head_dim = rng.choice([4, 6, 10, 16, 18])
     settings = {
         "vocab_size": rng.choice([97, 128, 211]),
-        "hidden_size": heads * (36 // heads + rng.choice([0, 1, 2])),  # transformers wants a multiple of the heads
+        "hidden_size": heads * (36 // heads + rng.choice([0, 1, 2])),  # transformers needs a multiple of the heads
         "intermediate_size": rng.choice([29, 48, 64]),
         "num_hidden_layers": rng.choice([1, 2, 3]),
         "num_attention_heads": heads,
@@ -32,7 +32,7 @@ def draw_config(seed: int, **fixed):
     }
     rope = {"rope_theta": rng.choice([10000.0, 500.0, 500000.0]), "rope_type": "default"}
     if rng.random() < 0.6:
-        # So short an original context that wavelengths fall on either side of the ramp and on it.
+        # The original context is so short that wavelengths lie on both sides of the ramp and on it.
         rope |= {
             "rope_type": "llama3",
             "factor": rng.choice([4.0, 8.0, 32.0]),
@@ -43,11 +43,11 @@ def draw_config(seed: int, **fixed):
     return LlamaConfig(**{**settings, "rope_parameters": rope, **fixed})
 
 
-def draw_model(seed: int, **fixed):
-    """A LlamaForCausalLM with weights large enough that every part moves the logits, biases and norms included."""
+def random_llama(seed: int, **fixed):
+    """A LlamaForCausalLM with weights so large that every one affects the logits, biases and norms included."""
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM._from_config(draw_config(seed, **fixed), attn_implementation="eager").eval()
+    model = LlamaForCausalLM._from_config(random_llama_config(seed, **fixed), attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -61,11 +61,11 @@ def draw_model(seed: int, **fixed):
     return model
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def random_model():
-    return draw_model
+    return random_llama
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def random_config():
-    return draw_config
+    return random_llama_config

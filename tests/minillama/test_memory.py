@@ -1,4 +1,4 @@
-"""Loading peaks at the model's own size plus a tenth, whatever the file's type and layout."""
+"""Loading peaks at 1.1 times the model's size, for every dtype and layout of the files."""
 
 import json
 import subprocess
@@ -9,8 +9,8 @@ import torch
 
 from minillama import Llama, LlamaConfig
 
-# Peak of resident memory, mapped file pages included, over what the imports alone take. Every parameter is read, so
-# that a model which is still nothing but a map of its file counts as what it is.
+# Peak of resident memory, mapped file pages included, above that of the imports. Every parameter is read, so that a
+# model that is only a map of its file counts with its size.
 MEASURE = """
 import sys, torch
 from pathlib import Path
@@ -21,7 +21,7 @@ def resident(field):
 
 torch.set_num_threads(1)
 torch.ones(8, 8, dtype=torch.bfloat16).float() @ torch.ones(8, 8)
-Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+Path("/proc/self/clear_refs").write_text("5")  # reset the peak
 before = resident("VmRSS")
 model = Llama.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
 loading = resident("VmHWM") - before
@@ -71,19 +71,26 @@ def measure(folder, dtype):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 @pytest.mark.parametrize(
-    ("stored", "wanted"), [("float32", "float32"), ("bfloat16", "float32"), ("float32", "float16")]
+    ("stored", "loaded"),
+    [
+        ("bfloat16", "float32"),
+        pytest.param("float32", "float32", marks=pytest.mark.slow),
+        pytest.param("float32", "float16", marks=pytest.mark.slow),
+    ],
 )
-def test_loading_safetensors_peaks_at_the_models_size_and_a_tenth(stored, wanted, tmp_path):
+def test_loading_safetensors_peaks_at_the_models_size_and_one_tenth(stored, loaded, tmp_path):
     constant_model(getattr(torch, stored)).save_pretrained(tmp_path)
-    size, loading, peak = measure(tmp_path, wanted)
+    size, loading, peak = measure(tmp_path, loaded)
     assert size > 200e6
-    assert peak > 0.9 * size  # what is measured is really held
+    assert peak > 0.9 * size  # the model is really in memory
     assert max(loading, peak) < 1.1 * size, f"{max(loading, peak) / size:.3f} of the model's size"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-@pytest.mark.parametrize(("stored", "wanted"), [("bfloat16", "float32"), ("bfloat16", "bfloat16")])
-def test_loading_metas_layout_peaks_at_the_models_size_and_a_tenth(stored, wanted, tmp_path):
+@pytest.mark.parametrize(
+    ("stored", "loaded"), [pytest.param("bfloat16", "float32", marks=pytest.mark.slow), ("bfloat16", "bfloat16")]
+)
+def test_loading_metas_layout_peaks_at_the_models_size_and_one_tenth(stored, loaded, tmp_path):
     model = constant_model(getattr(torch, stored))
     names = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
              "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
@@ -97,6 +104,6 @@ def test_loading_metas_layout_peaks_at_the_models_size_and_a_tenth(stored, wante
     torch.save(tensors, tmp_path / "consolidated.00.pth")
     params = {"dim": 640, "n_layers": 16, "n_heads": 10, "n_kv_heads": 5, "multiple_of": 256, "ffn_dim_multiplier": 1.2}
     (tmp_path / "params.json").write_text(json.dumps(params))
-    size, loading, peak = measure(tmp_path, wanted)
+    size, loading, peak = measure(tmp_path, loaded)
     assert peak > 0.9 * size
     assert max(loading, peak) < 1.1 * size, f"{max(loading, peak) / size:.3f} of the model's size"

@@ -1,6 +1,6 @@
 """Meta's own folders (`params.json`, `consolidated.*.pth`) hold the same models as Hugging Face's.
 
-The way back is written out here from the two layouts' definitions: Meta turns channels (2c, 2c+1), Hugging Face
+The way back is written out here from the two layouts' definitions: Meta pairs channels (2c, 2c+1), Hugging Face
 (c, c + C/2), so row 2c + j of a Meta head is row c + j*C/2 of a Hugging Face head.
 """
 

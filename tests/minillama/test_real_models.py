@@ -49,25 +49,28 @@ def test_smollm2_logits_and_greedy_tokens_equal_transformers(smollm2):
     model, tokenizer = Llama.from_pretrained(folder), Tokenizer.from_pretrained(folder)
     assert sum(parameter.numel() for parameter in model.parameters()) == reference.num_parameters() == 134_515_008
     rows = [tokenizer.encode(prompt) for prompt in PROMPTS]
-    cache = KVCache(model.config, len(rows), max(map(len, rows)) + NEW_TOKENS)
+    longest = max(map(len, rows))
+    cache = KVCache(model.config, len(rows), longest + NEW_TOKENS)
+    # All prompts in one ragged batch: right-padded, then truncated, then token by token.
+    cached_BTV = model(torch.tensor([ids + [0] * (longest - len(ids)) for ids in rows]), cache=cache)
+    cache.lengths_B.copy_(torch.tensor([len(ids) for ids in rows]))
     first, largest = [], 0.0
     for row, ids in enumerate(rows):
         tokens = torch.tensor([ids])
-        cached, plain, expected = model(tokens, cache=cache.rows(row, row + 1)), model(tokens), reference(tokens).logits
+        cached, plain, expected = cached_BTV[row, : len(ids)], model(tokens)[0], reference(tokens).logits[0]
         largest = max(largest, float((plain - expected).abs().max()), float((cached - expected).abs().max()))
-        first.append(int(cached[0, -1].argmax()))
+        first.append(int(cached[-1].argmax()))
 
-    # All prompts in one ragged batch, token by token.
     greedy = [torch.tensor(first)]
     for _ in range(NEW_TOKENS - 1):
         greedy.append(model(greedy[-1][:, None], cache=cache)[:, 0].argmax(-1))
     greedy_BT = torch.stack(greedy, dim=1)
 
-    # transformers, shown a prompt and the tokens so far, chooses each next one: then its greedy tokens are these.
+    # transformers, given a prompt and the tokens so far, selects each next one: then its greedy tokens are these.
     equal = 0
     for ids, produced in zip(rows, greedy_BT.tolist()):
-        chosen = reference(torch.tensor([ids + produced[:-1]])).logits[0, len(ids) - 1 :].argmax(-1)
-        assert chosen.tolist() == produced, tokenizer.decode(ids)
+        expected = reference(torch.tensor([ids + produced[:-1]])).logits[0, len(ids) - 1 :].argmax(-1)
+        assert expected.tolist() == produced, tokenizer.decode(ids)
         equal += len(produced)
     print(f"\nSmolLM2: largest logit difference {largest:.2e} over {len(rows)} prompts; {equal} greedy tokens equal")
     assert largest < 1e-3

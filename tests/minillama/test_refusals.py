@@ -1,4 +1,4 @@
-"""What cannot be run is refused by name, in one line, before a weight is read."""
+"""A model that cannot be run is refused by name, in one line, before a weight is read."""
 
 import json
 
@@ -98,7 +98,7 @@ def test_a_configuration_written_and_read_again_is_the_same(rope, tied, biases, 
     )
     written = json.loads(json.dumps(config.to_dict()))
     assert LlamaConfig.from_dict(written) == config
-    # Either spelling of the RoPE settings alone says everything.
+    # Either form of the RoPE settings is complete.
     official = {name: value for name, value in written.items() if name != "rope_parameters"}
     assert LlamaConfig.from_dict(official) == config
     newer = {name: value for name, value in written.items() if name not in ("rope_scaling", "rope_theta")}
@@ -179,7 +179,7 @@ def test_the_output_layer_is_missing_when_the_config_says_untied(random_model, t
 
 def test_a_refused_checkpoint_has_had_no_weight_read(folder, monkeypatch):
     change_config(folder, mlp_bias=True)
-    monkeypatch.setattr("minillama.weights._read_safetensors", lambda file: pytest.fail("a weight was read"))
+    monkeypatch.setattr("minillama.weights._read_largest_first", lambda *_: pytest.fail("a weight was read"))
     assert refused(folder, "missing: ").count("mlp.") == 3 * open_folder(folder).config.num_hidden_layers
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from corpora import sample
 from minillama import Llama, LlamaConfig, Tokenizer
-from minillama.weights import write_model
 from train.bpe import train_bpe
 
 # Large enough that a checkpoint takes some 50 ms to write, small enough for ten steps a second.
@@ -65,7 +64,7 @@ def prepare(folder: Path) -> None:
     (folder / "train.tsv").write_text("".join(lines[:32]), encoding="utf-8")
     (folder / "valid.tsv").write_text("".join(lines[32:40]), encoding="utf-8")
     train_bpe([*pairs.source, *pairs.target], SHAPE.vocab_size, ["English", "Japanese"], folder / "model")
-    write_model(Llama(SHAPE).init_weights(0), folder / "model")
+    Llama(SHAPE).init_weights(0).write_files(folder / "model")
     Tokenizer.from_pretrained(folder / "model")
 
 

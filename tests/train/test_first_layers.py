@@ -9,7 +9,6 @@ from tiny import tiny_model
 from corpora import Prompt
 from minillama import InputError, Llama, Tokenizer
 from minillama.files import atomic_folder
-from minillama.weights import write_model
 from train.first_layers import first_layers, main
 
 
@@ -20,7 +19,7 @@ def test_the_cut_model_is_transformers_own_with_fewer_layers(tmp_path, tokenizer
 
     model = tiny_model(1, num_hidden_layers=4, tie_word_embeddings=tied, eos_token_id=(1, 5))
     with atomic_folder(tmp_path / "whole") as folder:
-        write_model(model, folder)
+        model.write_files(folder)
         Tokenizer.from_pretrained(tokenizer_folder).save(folder)
         Prompt.load("plain").save(folder)
     assert main(["--model", str(tmp_path / "whole"), "--layers", "3", "--output", str(tmp_path / "cut")]) == 0

@@ -65,7 +65,7 @@ def test_a_step_does_not_depend_on_micro_batches_or_packing(dtype, allowed, layo
     batches = [LAYOUTS[layout](examples[start : start + size]) for start in range(0, 32, size)]
     assert_same(loss_and_gradients(model, batches, targets), one_by_one, allowed)
     if layout == "packed, prefix shared" and size > 1:
-        assert batches[0].documents.prefix == 5
+        assert batches[0].packed.prefix == 5
         assert batches[0].inputs_BT.shape[1] == sum(len(e.tokens) - 1 for e in examples[:size]) - 5 * (size - 1)
 
 
@@ -178,10 +178,10 @@ def test_the_shared_prefix_leaves_every_document_a_position_of_its_own():
 
 def test_packing_is_refused_with_a_cache_or_positions():
     model, batch = tiny_model(0), pack(examples_of(3))
-    with pytest.raises(ValueError, match="documents are one row"):
-        model.hidden(batch.inputs_BT, positions=torch.zeros_like(batch.inputs_BT), documents=batch.documents)
-    with pytest.raises(ValueError, match="documents are one row"):
-        model.hidden(batch.inputs_BT[:, 1:], documents=batch.documents)
+    with pytest.raises(ValueError, match="packed sequences are one row"):
+        model.hidden(batch.inputs_BT, positions=torch.zeros_like(batch.inputs_BT), packed=batch.packed)
+    with pytest.raises(ValueError, match="packed sequences are one row"):
+        model.hidden(batch.inputs_BT[:, 1:], packed=batch.packed)
 
 
 @pytest.mark.gpu
