@@ -18,6 +18,7 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -95,8 +96,8 @@ class Transformers:
         ).loss
 
 
-# The system and the optimizer of this process, if it is a worker.
-RUNNING: dict[str, Any] = {}
+# The system and the optimizer of this worker.
+RUNNING = threading.local()
 
 
 def start(system_type: type[Ours | Transformers], folder: str, options: argparse.Namespace) -> None:
@@ -107,12 +108,12 @@ def start(system_type: type[Ours | Transformers], folder: str, options: argparse
     matrices = [p for p in system.model.train().parameters() if p.dim() >= 2]
     vectors = [p for p in system.model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
-    RUNNING.update(system=system, optimizer=torch.optim.AdamW(groups, lr=options.lr, fused=True))
+    RUNNING.system, RUNNING.optimizer = system, torch.optim.AdamW(groups, lr=options.lr, fused=True)
 
 
 def step(examples: Sequence[Example]) -> tuple[float, float]:
     """(seconds, loss) of one optimizer step."""
-    system, optimizer, started = RUNNING["system"], RUNNING["optimizer"], time.perf_counter()
+    system, optimizer, started = RUNNING.system, RUNNING.optimizer, time.perf_counter()
     loss = system.loss(examples)
     loss.backward()
     nn.utils.clip_grad_norm_(system.model.parameters(), 1.0)
@@ -124,7 +125,7 @@ def step(examples: Sequence[Example]) -> tuple[float, float]:
 
 def take_peak() -> int:
     """Peak memory in bytes since the previous call: the allocator's on a GPU, else the process's (proc(5), VmHWM)."""
-    if RUNNING["system"].model.device.type == "cuda":
+    if RUNNING.system.model.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return peak

@@ -1,6 +1,7 @@
 """The training benchmark: both systems do the same steps, and every figure of the contract is printed."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,12 @@ from minillama.errors import exit_code
 
 
 def test_every_figure_is_printed_and_the_losses_are_equal(tmp_path, model_folders, capsys, monkeypatch):
+    """In threads: processes take long to start, and only their memory differs."""
     monkeypatch.setattr(train, "WIDE", replace(train.WIDE, vocab_size=2000))
+    monkeypatch.setattr(
+        train, "ProcessPoolExecutor", lambda count, context, **options: ThreadPoolExecutor(count, **options)
+    )
+    monkeypatch.setattr(train.os, "dup2", lambda *_: None)
     arguments = ["--model", str(model_folders["A"]), "--prompt", "plain", "--steps", "4", "--rounds", "1", "--json"]
     arguments += ["--curve-batch-size", "8", "--sequences", "2", "--length", "16", "--device", "cpu", "--threads", "1"]
     assert train.main([*arguments, "--lr", "1e-3", "--output", str(tmp_path / "results")]) == 0

@@ -1,6 +1,6 @@
 """One rank of a run over random examples, for test_ranks.py; the environment is torchrun's.
 
-rank_worker.py train OUTPUT STOP_AT     a run of 50 steps, gone on with if OUTPUT has one; a signal's stop at STOP_AT
+rank_worker.py train OUTPUT STOP_AT     a run of 50 steps, resumed if OUTPUT has one; stopped as by a signal at STOP_AT
 rank_worker.py gradients FILE DTYPE     loss and gradients of one optimizer step, saved whole by rank 0
 """
 
@@ -74,16 +74,19 @@ def gradients(world, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return found
 
 
+def run(world, what: str, path: str, value: str) -> None:
+    if what == "train":
+        train(world, Path(path), int(value))
+    else:
+        found = {str(dtype): gradients(world, dtype) for dtype in (torch.float64, torch.float32)}
+        if world.is_main:
+            torch.save(found, path)
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    what, path, value = sys.argv[1:]
     with started("cpu") as world:
-        if what == "train":
-            train(world, Path(path), int(value))
-        else:
-            found = {str(dtype): gradients(world, dtype) for dtype in (torch.float64, torch.float32)}
-            if world.is_main:
-                torch.save(found, path)
+        run(world, *sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -112,5 +112,5 @@ def test_progress_without_a_terminal_is_a_line_with_loss_speed_targets_and_time_
 
 def test_metrics_that_are_shorter_than_their_checkpoint_are_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(InputError, match="3 bytes, but the checkpoint was saved beside 100"):
+    with pytest.raises(InputError, match="3 bytes, but the checkpoint was saved with 100"):
         JsonLines(tmp_path / "metrics.jsonl", 100)
