@@ -1,7 +1,6 @@
 """Our training step against transformers': `python -m benchmarks.train [--json]`.
 
-Both systems start from the same weights, see the same batches in the same order and take the same steps of fused AdamW.
-Each has a process of its own, and they take steps alternately, so other load on the machine affects both. Measured are:
+Both systems start from the same weights and take the same steps of fused AdamW, alternately, each in its own process:
 
     full sequences      tokens/s where every token is a label and nothing is padded
     sentence pairs      target tokens/s with the paper's prompt and random batches: transformers pads, we pack
@@ -51,7 +50,6 @@ WIDE = LlamaConfig(128_256, 256, 768, 4, 4, 2, 64, tie_word_embeddings=True)
 EXAMPLES = """examples:
   python -m benchmarks.train                                  SmolLM2-135M's shape, built-in pairs; about 20 minutes
   python -m benchmarks.train --steps 10 --rounds 2 --json     some minutes
-  python -m benchmarks.train --model runs/S_src --prompt plain
   python -m benchmarks.train --shape llama-3.2-1b --dtype bfloat16 --sequences 8 --length 2048     on a GPU
 """
 
@@ -101,7 +99,7 @@ RUNNING = threading.local()
 
 
 def start(system_type: type[Ours | Transformers], folder: str, options: argparse.Namespace) -> None:
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # warnings of libraries are not the benchmark's output
+    os.dup2(2, 1)  # standard output to standard error: warnings of libraries are not the benchmark's output
     torch.set_num_threads(options.threads or torch.get_num_threads())
     torch.manual_seed(0)
     system = system_type(folder, getattr(torch, options.dtype), torch.device(options.device))
@@ -189,7 +187,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             full_sequences = compare_speed("full sequences", workers, full, "tokens")
         with both_systems(str(wide), options) as workers:
             large_vocabulary = compare_speed("large vocabulary", workers, _random_sequences(WIDE, options, 2), "tokens")
-    peaks = large_vocabulary["ours_peak_bytes"], large_vocabulary["theirs_peak_bytes"]
     return {
         **header("transformers"),
         "threads": options.threads or torch.get_num_threads(),
@@ -197,7 +194,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "dtype": options.dtype,
         "tokens_per_second_ratio": full_sequences["ratio"],
         "target_tokens_per_second_ratio": sentence_pairs["ratio"],
-        "peak_memory_ratio": peaks[0] / peaks[1],
+        "peak_memory_ratio": large_vocabulary["ours_peak_bytes"] / large_vocabulary["theirs_peak_bytes"],
         "loss_difference": max(abs(ours - theirs) for ours, theirs in losses),
         "full_sequences": full_sequences,
         "sentence_pairs": sentence_pairs,
@@ -269,9 +266,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: the first GPU, else the CPU")
     parser.add_argument("--output", type=Path, help="folder of the results (benchmarks/results/train)")
     options = parser.parse_args(argv)
-    for name in ("rounds", "batch_size", "steps", "curve_batch_size", "sequences", "length"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1")
+    for name in ("rounds", "batch-size", "steps", "curve-batch-size", "sequences", "length"):
+        if (value := getattr(options, name.replace("-", "_"))) < 1:
+            raise InputError(f"--{name} is {value}; it must be at least 1")
     options.device = str(pick_device(options.device))
     result = measure(options)
     path = save(result, "train", options.output)

@@ -137,7 +137,7 @@ def kill_and_resume(folder: Path, kills: int, writes: int, seed: int, say=lambda
         found.append(kill)
         say(f"kill {len(found):2}: {kind:18} last checkpoint step {kill.saved_step:3}, writing: {kill.writing}")
     assert sft.main(arguments) == 0
-    for one, other in zip(*((place / "metrics.jsonl").open() for place in (folder / "unbroken", output)), strict=True):
+    for one, other in zip(*((run / "metrics.jsonl").open() for run in (folder / "unbroken", output)), strict=True):
         assert one == other
     assert (folder / "unbroken" / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
     assert not (output / "checkpoints").exists()

@@ -2,7 +2,7 @@
 
 Each rank prints, in bytes, the highest resident memory of its process over what it held before the model was made,
 after a small model had been trained to load what PyTorch loads on first use. N: positions of a forward pass. The C
-library is told by the environment to give freed blocks back, so that what is measured is what is held.
+library returns freed blocks at once (by its environment variables), so the peak is what was in use.
 """
 
 import json

@@ -35,15 +35,15 @@ def test_collated_rows_predict_each_target_from_the_token_before_it(rows, data):
     examples = [Example(row, data.draw(st.integers(1, len(row) - 1))) for row in rows]
     batch = collate(examples)
     flat = batch.inputs_BT.flatten()
-    place = 0
+    index = 0
     for number, example in enumerate(examples):
         for position in range(example.prompt_len, len(example.tokens)):
-            row = int(batch.label_positions_M[place])
+            row = int(batch.label_positions_M[index])
             assert row == number * batch.inputs_BT.shape[1] + position - 1
             assert int(flat[row]) == example.tokens[position - 1]
-            assert int(batch.labels_M[place]) == example.tokens[position]
-            place += 1
-    assert place == len(batch.labels_M)
+            assert int(batch.labels_M[index]) == example.tokens[position]
+            index += 1
+    assert index == len(batch.labels_M)
 
 
 def test_responses_are_the_translation_and_the_end_and_nothing_of_the_prompt(tokenizer_folder):

@@ -115,18 +115,18 @@ def test_the_loss_is_transformers_mean_over_all_targets():
 @settings(max_examples=100, deadline=None)
 def test_best_fit_places_each_once_where_the_least_room_is_left(lengths, capacity):
     bins = best_fit(lengths, capacity)
-    assert sorted(place for one in bins for place in one) == list(range(len(lengths)))
+    assert sorted(index for one in bins for index in one) == list(range(len(lengths)))
     slow: list[list[int]] = []
-    for place, length in enumerate(lengths):
+    for index, length in enumerate(lengths):
         rooms = [(capacity - sum(lengths[i] for i in one), number) for number, one in enumerate(slow)]
         fitting = [pair for pair in rooms if pair[0] >= length]
         if fitting:
             least = min(fitting)[0]
-            mine = next(number for number, one in enumerate(bins) if place in one)
+            mine = next(number for number, one in enumerate(bins) if index in one)
             assert (least, mine) in fitting
-            slow[mine].append(place)
+            slow[mine].append(index)
         else:
-            slow.append([place])
+            slow.append([index])
     assert bins == slow
 
 
