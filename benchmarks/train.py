@@ -150,9 +150,9 @@ def on_each(workers: Sequence[ProcessPoolExecutor], function: Callable[..., Any]
 
 
 def compare_speed(
-    name: str, workers: Sequence[ProcessPoolExecutor], batches: Iterator[list[Example]], unit: str
+    name: str, workers: Sequence[ProcessPoolExecutor], batches: Iterator[list[Example]]
 ) -> dict[str, Any]:
-    """Medians of both systems' `unit` ("tokens" or "labels") per second and of their ratio; the first step warms up."""
+    """Medians of both systems' labels per second and of their ratio, and peak memory; the first step warms up."""
     seconds: list[tuple[float, float]] = []
     counts: list[int] = []
     on_each(workers, take_peak)  # the memory of loading is not training's
@@ -160,7 +160,7 @@ def compare_speed(
         (ours, _), (theirs, _) = on_each(workers, step, batch)
         if number:
             seconds.append((ours, theirs))
-            counts.append(sum(e.num_labels if unit == "labels" else len(e.tokens) - 1 for e in batch))
+            counts.append(sum(example.num_labels for example in batch))
         print(f"{name}: step {number}, {ours:.2f} s and {theirs:.2f} s", file=sys.stderr, flush=True)
     peaks = on_each(workers, take_peak)
     return {
@@ -183,10 +183,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         full = _random_sequences(config, options, options.rounds + 1)
         with both_systems(folder, options) as workers:
             losses = [[loss for _, loss in on_each(workers, step, batch)] for batch in curve]
-            sentence_pairs = compare_speed("pairs", workers, timed, "labels")
-            full_sequences = compare_speed("full sequences", workers, full, "tokens")
+            sentence_pairs = compare_speed("pairs", workers, timed)
+            full_sequences = compare_speed("full sequences", workers, full)
         with both_systems(str(wide), options) as workers:
-            large_vocabulary = compare_speed("large vocabulary", workers, _random_sequences(WIDE, options, 2), "tokens")
+            large_vocabulary = compare_speed("large vocabulary", workers, _random_sequences(WIDE, options, 2))
     return {
         **header("transformers"),
         "threads": options.threads or torch.get_num_threads(),

@@ -191,12 +191,6 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     return parser.parse_args([*words, *argv])
 
 
-def write_toml(values: dict[str, Any]) -> str:
-    """TOML of strings, numbers, booleans and lists of them; None is left out. A JSON string is also a TOML string."""
-    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in values.items() if value is not None]
-    return "\n".join(lines) + "\n"
-
-
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 import torch
 
 from corpora import Prompt
@@ -21,7 +22,7 @@ from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
 from minillama.weights import open_folder
 from train.checkpoint import finish, is_finished
-from train.config import Settings, check_output, write_toml
+from train.config import Settings, check_output
 from train.distributed import DistributedContext, started, unsharded
 from train.dry_run import show
 from train.lora import add_adapters, layer_numbers, merge, write_adapter
@@ -186,8 +187,9 @@ def _write_record(output: Path, arguments: argparse.Namespace, record: dict[str,
     """run.toml, which `--config` reads, and run.json, before the first step."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        saved = {name: value for name, value in vars(arguments).items() if name not in ("config", "dry_run", "resume")}
-        atomic_write(output / "run.toml", write_toml(saved))
+        omitted = ("config", "dry_run", "resume")
+        saved = {name: value for name, value in vars(arguments).items() if name not in omitted and value is not None}
+        atomic_write(output / "run.toml", tomli_w.dumps(saved))
         atomic_write(output / "run.json", _json(record))
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror})") from None
