@@ -1,4 +1,4 @@
-"""What several benchmarks share: timing of rivals in turn, the machine's own speed, and result files by device name.
+"""What several benchmarks share: timing of alternating rivals, the machine's own speed, result files by device name.
 
 Rivals run one after the other within each round of one run, so that what else the machine does meets all of them alike;
 only ratios within a run mean something. On a virtual machine the host may take the processor away ("steal"); a run

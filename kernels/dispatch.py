@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def backend(device: torch.device) -> Literal["triton", "cpu", "eager"]:
 
 def fused_logits(
     logits: Sequence[Tensor],
-    weights: Tensor | Sequence[float] | Sequence[Sequence[float]],
+    weights: Tensor | Sequence[Any],
     *,
     members: bool = False,
     top_k: int = 0,
@@ -57,7 +57,7 @@ def fused_logits(
 
     logits: N <= 8 tensors (B, V), bfloat16, float16 or float32, in any mixture, any row stride.
     weights: (N,) or (N, B) float32, finite. Where a sequence's weight is 0, that member is left out of it: its logits
-    of that sequence are not used and may hold anything.
+    of that sequence are not used and may hold anything. A tensor (N,) on a GPU must hold no 0; one (N, B) may.
     members: each member's own log-probability of the token and of the targets.   top_k: the k <= 32 best.
     targets: (B,) or (B, G) int64, G <= 64, log-probabilities of these tokens.   sample: see `Sampling`.
     out: an earlier result of the same request, overwritten; nothing is allocated then, as a CUDA graph needs it.
@@ -72,11 +72,11 @@ def fused_logits(
     if not 0 <= top_k <= min(MAX_TOP_K, vocabulary):
         raise ValueError(f"top_k must be 0 to {min(MAX_TOP_K, vocabulary)}, found {top_k}")
     targets = check_targets(targets, batch, device)
-    sample = None if sample is None else check_sampling(sample, batch, device)
-    request = Request(logits, weights, members, top_k, targets, sample)
+    sampling = None if sample is None else check_sampling(sample, batch, device)
+    request = Request(logits, weights, members, top_k, targets, sampling)
     kind = backend(device)
     if kind == "triton":
-        if sample is not None and sample.top_k is not None:
+        if sampling is not None and sampling.top_k is not None:
             from kernels.triton import top_k_top_p
 
             return top_k_top_p.run(request, out)
@@ -98,7 +98,7 @@ def fused_logits(
 def fused_head(
     hidden: Sequence[Tensor],
     output: Sequence[Tensor],
-    weights: Tensor | Sequence[float] | Sequence[Sequence[float]],
+    weights: Tensor | Sequence[Any],
     *,
     targets: Tensor | None = None,
     moments: bool = False,

@@ -1,4 +1,4 @@
-"""The definitions, in plain eager PyTorch. What stands here is what every kernel must mean.
+"""The definitions, in plain eager PyTorch. What this file computes is what every kernel must mean.
 
 Written to be read, not to be fast: each step is one line of the definition, over whole (N, B, V) tensors. With
 `dtype=torch.float64` it is the truth that the tests compare with; in float32 it is the `eager` backend.
@@ -128,7 +128,7 @@ def threshold(x_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Ten
     mass_RV = tempered_RV.softmax(dim=1)
     before_RV = mass_RV.cumsum(dim=1) - mass_RV
     position_RV = torch.arange(x_RV.shape[1], device=x_RV.device).expand_as(x_RV)
-    # of a group of equal tokens the first decides: what stands before it is what is strictly larger
+    # of a group of equal tokens the first decides: the tokens before it are the strictly larger ones
     kept_RV = torch.ones_like(sorted_RV, dtype=torch.bool)
     kept_RV[:, 1:] = sorted_RV[:, 1:] != sorted_RV[:, :-1]
     kept_RV &= (top_k_R == 0)[:, None] | (position_RV < top_k_R[:, None])

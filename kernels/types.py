@@ -1,6 +1,6 @@
 """Arguments and results shared by all backends of `fused_logits` and `fused_head`, the flags, and all checks.
 
-Every backend (Triton, CPU, eager) receives the same checked request and fills the same result, so the checks stand here
+Every backend (Triton, CPU, eager) receives the same checked request and fills the same result, so the checks are here,
 once. This file knows no arithmetic.
 
     B sequences  V vocabulary  N members  G target tokens  K best  D model width
@@ -187,11 +187,11 @@ def check_logits(logits: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def check_weights(
-    weights: Tensor | Sequence[float], members: int, batch: int, device: torch.device, may_be_zero: bool = True
+    weights: Tensor | Sequence[Any], members: int, batch: int, device: torch.device, may_be_zero: bool = True
 ) -> Tensor:
     """(N,) or (N, B) float32 on `device`, finite, not all zero for a sequence; not zero at all unless `may_be_zero`.
 
-    The values of a tensor on a GPU are not looked at: that would wait for it.
+    Shared weights of which one is 0 become (N, B). The values of a tensor on a GPU are not looked at: that would wait.
     """
     values = weights if isinstance(weights, Tensor) else torch.tensor(weights, dtype=torch.float32)
     if tuple(values.shape) not in {(members,), (members, batch)}:
@@ -203,11 +203,13 @@ def check_weights(
         if (zero.all(dim=0) if may_be_zero else zero).any():
             rule = "must not all be zero for a sequence" if may_be_zero else "must not be zero"
             raise ValueError(f"weights {rule}, found {values.tolist()}")
+        if values.dim() == 1 and zero.any():
+            values = values[:, None].repeat(1, batch)
     if not isinstance(weights, Tensor):
         return values.to(device)
-    if weights.dtype != torch.float32 or weights.device != device:
-        raise ValueError(f"weights must be float32 on {device}, found {weights.dtype} on {weights.device}")
-    return weights
+    if values.dtype != torch.float32 or values.device != device:
+        raise ValueError(f"weights must be float32 on {device}, found {values.dtype} on {values.device}")
+    return values
 
 
 def check_targets(targets: Tensor | None, batch: int, device: torch.device) -> Tensor | None:

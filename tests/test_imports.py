@@ -25,9 +25,9 @@ ALLOWED = {
 ALLOWED_IN_DECODE = {
     "model": set(),
     "engine": {"model"},
-    "explain": {"engine", "model"},
-    "fitting": {"engine", "model"},
     "pipeline": {"engine", "model"},
+    "explain": {"engine", "model", "pipeline"},
+    "fitting": {"engine", "model", "pipeline"},
 }
 
 

@@ -32,7 +32,7 @@ BUNDLES = SPLIT // BUNDLE
 
 
 def run(request: Request) -> FusedLogits:
-    """Every result of the request, in one pass over the logits."""
+    """Every result of the request, reading the logits once."""
     rows, vocabulary = request.batch, request.vocabulary
     splits = -(-vocabulary // SPLIT)
     log_total_RS = torch.empty(rows, splits)
@@ -172,8 +172,8 @@ def _own_logprobs(request: Request, token_R: Tensor) -> Tensor:
     for number, logits_RV in enumerate(request.logits):
         used_R = slice(None) if request.left_out_NB is None else ~request.left_out_NB[number]
         alone = Request((logits_RV[used_R],), torch.ones(1), targets=target_RG[used_R])
-        if alone.batch:
-            own_NRG[number, used_R] = run(alone).target_logprob
+        if alone.batch and (own_RG := run(alone).target_logprob) is not None:
+            own_NRG[number, used_R] = own_RG
     return own_NRG
 
 
@@ -195,7 +195,7 @@ def _best(request: Request, bundle_RU: Tensor) -> Tensor:
 
 
 class _Sampler:
-    """The best score so far of the rows that are sampled, I of them; greedy rows (temperature 0) take no part."""
+    """The best score so far of the rows that are sampled, I of them; greedy rows (temperature 0) are not scored."""
 
     def __init__(self, request: Request, sample: SamplingTensors, splits: int) -> None:
         self.greedy_R = sample.temperature == 0
@@ -222,7 +222,7 @@ class _Sampler:
             self.token_IS[:, here] = index_IS + torch.arange(at, at + width, size)
 
     def token(self, token_R: Tensor) -> Tensor:
-        """The sampled tokens; of greedy rows those given."""
+        """The sampled tokens; for greedy rows those of `token_R`."""
         split_I1 = self.score_IS.max(dim=1, keepdim=True).indices
         return token_R.index_copy(0, self.row_I, self.token_IS.gather(1, split_I1)[:, 0])
 

@@ -1,9 +1,9 @@
 """Linear layers for decoding on a CPU: the weight is brought once into the form that the processor reads fastest.
 
 `F.linear` leaves 2 to 4 times on the table at batches of 2 to 16: its weight lies row after row, and the library copies
-blocks of it into its own order at every call. Four storages, with y = x Wᵀ + b in all of them:
+blocks of it into its own order at every call. Four weight dtypes, with y = x Wᵀ + b in all of them:
 
-| dtype | storage | product | max |y - float64| over the RMS of y, D = 2,048 |
+| dtype | weight | matmul | max |y - float64| over the RMS of y, D = 2,048 |
 |---|---|---|---|
 | float32 | packed, by MKL or oneDNN: `mkl_is_faster` | float32: exact up to the order of additions | 6e-6 |
 | float16 | packed by FBGEMM | float16 x float32 into float32 | 2e-3; of bfloat16 weights 1e-5 |
@@ -14,10 +14,10 @@ blocks of it into its own order at every call. Four storages, with y = x Wᵀ + 
 every bfloat16 number from 2^-17 to 65,504 exactly and smaller ones within 2^-25, so a released bfloat16 model loses
 nothing by it that float32 sums would show, for half of float32's bytes; but FBGEMM packs number by number, 70 ns each
 where the others take 8. `auto` is bfloat16 where the processor has the instructions and the weight is already bfloat16,
-so that nothing is lost by it, and float32 elsewhere. Which way a call takes depends on the storage and the number of
-rows only, never on a clock: two runs give the same bits.
+so that nothing is lost by it, and float32 elsewhere. How a call is computed depends on the weight dtype and the number
+of rows only, never on a clock: two runs give the same bits.
 
-With `invariant=True` a row's bits do not depend on the rows beside it either. FBGEMM keeps them by itself; MKL and
+With `invariant=True` a row's bits do not depend on the other rows either. For FBGEMM that is always so; MKL and
 oneDNN add in one order for any number of rows from two on (one row alone takes another kernel for some layers), so what
 it costs is a second row beside a lone one. The numbers of rows for which that holds are found by trying, once for each
 shape, when the layer is packed.
@@ -39,26 +39,26 @@ from torch import Tensor, nn
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 
-# The number of rows that the packed layout is told to expect. It does not bind: a weight packed for 64 rows was as fast
+# The number of rows that the packed layout is made for. It does not bind: a weight packed for 64 rows was as fast
 # as one packed for 16 at 16 and faster everywhere else (1 to 64 rows, AVX-512 and AVX2; one packed for 1 was slower
 # from 2 rows on).
 EXPECTED_ROWS = 64
-# Up to here the int8 product is the fastest; beyond, its time grows with the rows while unpacking a block does not. It
+# Up to here the int8 matmul is the fastest; beyond, its time grows with the rows while unpacking a block does not. It
 # reads whole vectors: with D not a multiple of 16 it was seen to run past the end of a row.
 INT8_ROWS, INT8_VECTOR = 16, 16
-# With AVX-512 oneDNN reads a packed weight faster for 4 rows than for 1 to 3 (the products of a SmolLM2 step, one core:
+# With AVX-512 oneDNN reads a packed weight faster for 4 rows than for 1 to 3 (the matmuls of a SmolLM2 step, one core:
 # 31 ms against 38, 45 and 43 in float32, 19 against 21 and 24 in bf16), so fewer are padded. With AVX2 it does not.
 AVX512_LEAST_ROWS = 4
-# oneDNN keeps a compiled product for every number of rows that it has seen, some 0.2 MB each, so beyond so many rows
+# oneDNN keeps a compiled matmul for every number of rows that it has seen, some 0.2 MB each, so beyond so many rows
 # their number is a multiple of ROWS_MULTIPLE.
 EVERY_ROWS, ROWS_MULTIPLE = 16, 4
-# Without bf16 instructions PyTorch's bf16 product is emulated: it wins while reading the weight is all that counts.
+# Without bf16 instructions PyTorch's bf16 matmul is emulated: it is faster only while reading the weight dominates.
 PLAIN_BFLOAT16_ROWS = 2
 # Numbers of rows that are tried for `invariant`; a larger product is made in parts of the last, large enough to be
-# limited by arithmetic. Where no range down to TILE_ROWS agrees, every product has exactly TILE_ROWS, padded.
+# limited by arithmetic. Where no range down to TILE_ROWS agrees, every matmul has exactly TILE_ROWS, padded.
 TRIED_ROWS = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 24, 31, 32, 33, 48, 63, 64)
 TILE_ROWS = 16
-# Output rows that are brought to float32 at once: 2 MB of them at D = 2,048, what a core's L2 holds.
+# Output rows that are converted to float32 at once: 2 MB of them at D = 2,048, what a core's L2 holds.
 BLOCK_ELEMENTS = 1 << 19
 
 # (dtype, outputs, inputs, threads) -> what `_steady_rows` found
@@ -115,7 +115,7 @@ def mkl_is_faster() -> bool:
 class PackedLinear(nn.Module):
     """`nn.Linear` for inference on a CPU, without gradients.
 
-    linear: an `nn.Linear`, or a weight (O, D) with `bias` (O,), copied: the given one is free once the caller drops it.
+    linear: an `nn.Linear`, or a weight (O, D) with `bias` (O,), copied: the caller may drop its own.
     x: (..., D) of any float dtype; the result (..., O) has x's dtype.
     invariant: a row's result has the same bits whatever the other rows are, and however many.
     Raises ValueError for an unknown dtype, a weight that is not 2-dimensional, not on the CPU or too large for float16,
@@ -141,10 +141,10 @@ class PackedLinear(nn.Module):
             dtype = lossless_dtype(weight_OD.dtype)
         if dtype == "float16" and not has_float16_product():
             engine = torch.backends.quantized.engine
-            raise ValueError(f"float16 weights: PyTorch has no product of them here (engine {engine}); use float32")
+            raise ValueError(f"float16 weights: PyTorch has no matmul for them here (engine {engine}); use float32")
         if dtype == "float16" and weight_OD.numel():
             largest = torch.stack(weight_OD.aminmax()).abs().max()
-            if not largest <= torch.finfo(torch.float16).max:  # what is no number, too
+            if not largest <= torch.finfo(torch.float16).max:  # NaN too
                 raise ValueError(f"float16 holds no weight over 65,504, found {largest:g}; use float32")
         self.dtype = dtype
         self.out_features, self.in_features = weight_OD.shape
@@ -153,7 +153,7 @@ class PackedLinear(nn.Module):
         self._weight: Any
         self._scale_O: Tensor | None = None
         self._bias_O = None if bias is None else bias.detach().float()
-        # How a product of a packed weight is made, of x in which type (asked for at every call, so kept).
+        # The matmul of a packed weight, and the dtype of x that it takes.
         self._packed_matmul: Callable[[Tensor], Tensor] | None = None
         self._own: torch.dtype | None = None
         self._by_mkl = False
@@ -228,7 +228,7 @@ class PackedLinear(nn.Module):
             return self._weight
         if not self._by_mkl:
             return self._weight.to_dense()
-        # MKL gives nothing back but products: those with unit vectors are the columns of the weight, exactly.
+        # MKL cannot unpack: its matmuls with unit vectors are the columns of the weight, exactly.
         weight_OD = torch.empty(self.out_features, self.in_features)
         shape_OD = weight_OD[:1, :1].expand(weight_OD.shape)
         for start in range(0, self.in_features, EXPECTED_ROWS):
@@ -259,21 +259,21 @@ class PackedLinear(nn.Module):
             return y_RO.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _fits(self, rows: int) -> bool:
-        """Whether a product of so many rows is made as it is."""
+        """Whether a matmul of so many rows needs no padding."""
         if self.invariant and rows > self._most_rows:
             return False
         return rows >= self._least_rows and (rows <= EVERY_ROWS or rows % self._multiple == 0)
 
     def fitting_rows(self, rows: int) -> int:
-        """The least number of rows, at least so many, whose product is made as it is: who pads once saves the layer
-        doing so.
+        """The least number of rows, at least so many, whose matmul needs no padding: a caller that pads once saves
+        every layer from padding.
         """
         if self._fits(rows) or (self.invariant and rows > self._most_rows):
             return rows
         return rows + (max(self._least_rows - rows, 0) or -rows % self._multiple)
 
     def _padded(self, x_RD: Tensor) -> Tensor:
-        """The product with as many rows of zeros behind as it takes to fit."""
+        """The matmul, with rows of zeros appended where it needs them."""
         rows = x_RD.shape[0]
         missing = self.fitting_rows(rows) - rows
         return self._matmul(F.pad(x_RD, (0, 0, 0, missing)))[:rows] if missing else self._matmul(x_RD)
@@ -294,7 +294,7 @@ class PackedLinear(nn.Module):
         return rows <= INT8_ROWS and self.in_features % INT8_VECTOR == 0
 
     def _steady_rows(self) -> tuple[int, int]:
-        """The least and most rows of a product between which a row's bits do not depend on their number."""
+        """The least and most rows of a matmul between which a row's bits do not depend on their number."""
         most = INT8_ROWS if self._scale_O is not None and self._fits_int8_matmul(INT8_ROWS) else TRIED_ROWS[-1]
         x_RD = torch.randn(most, self.in_features, generator=torch.Generator().manual_seed(0))
         whole = self._matmul(x_RD)
@@ -310,7 +310,7 @@ class PackedLinear(nn.Module):
         return (least, most) if least <= TILE_ROWS else (TILE_ROWS, TILE_ROWS)
 
     def _block_by_block(self, x_RD: Tensor) -> Tensor:
-        """float32 product over blocks of the weight that are brought to float32 in cache, never the whole of it."""
+        """float32 matmul over blocks of the weight that are converted to float32 in cache, never the whole of it."""
         x_DR = x_RD.t()
         y_OR = torch.empty(self.out_features, x_RD.shape[0])
         rows = max(1, BLOCK_ELEMENTS // self.in_features)

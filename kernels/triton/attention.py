@@ -94,7 +94,7 @@ def arguments(
     """Positional arguments, switches and options of a launch."""
     groups = query_RQ.shape[1] // (kv_heads * width)
     shape = capacity, entries_PJ.stride(0), kv_heads, groups, width, width**-0.5
-    # The interpreter multiplies bf16 as if it were integers; products of bf16 are exact in float32.
+    # The interpreter multiplies bf16 as if it were integers; a product of two bf16 numbers is exact in float32.
     exact = os.environ.get("TRITON_INTERPRET") == "1" or query_RQ.dtype == torch.float32
     padded = max(LEAST_ROWS, triton.next_power_of_2(width))
     switches = {

@@ -1,8 +1,8 @@
 """The weighted sum inside a Triton program, with its corners, and the arithmetic whose result no order can change.
 
 Called by the kernels of fused_logits.py and top_k_top_p.py; nothing is launched from here. `rows` are the members'
-pointers to one row, `weights` their weights, both tuples. A member of weight 0 is left out: none of its logits is
-loaded, they count as 0. reference.combine is the definition.
+pointers to one row, `weights` their weights, both tuples. With LEFT_OUT, where weights may be 0, such a member's logits
+are not loaded and count as 0; without it a load has no mask that it does not need. reference.combine is the definition.
 
     N members  C entries of a split  G a few tokens
 """
@@ -44,18 +44,32 @@ def weights_of(weight_N, stride, N: tl.constexpr):
 
 @triton.jit
 def is_used(weight, like):
-    """Whether the weight is not 0, in the shape of `like`: as a mask one value for all, so loads stay wide."""
+    """Whether the weight is not 0, in the shape of `like`: a mask with one value for all, so loads stay wide."""
     return tl.full(like.shape, (weight != 0.0).to(tl.int32), tl.int32) != 0
 
 
 @triton.jit
-def weighted_sum(rows, weights, offsets_C, inside_C, N: tl.constexpr, MASKED: tl.constexpr):
-    """x, no corner case looked at; entries outside are 0."""
-    for n in tl.static_range(N):
-        used_C = is_used(weights[n], offsets_C)
+def load_logits(row, weight, offsets_C, inside_C, MASKED: tl.constexpr, LEFT_OUT: tl.constexpr):
+    """A member's logits in float32, 0 outside and where the member is left out."""
+    if LEFT_OUT:
+        used_C = is_used(weight, offsets_C)
         if MASKED:
             used_C = used_C & inside_C
-        part_C = tl.load(rows[n] + offsets_C, mask=used_C, other=0.0).to(tl.float32)
+        logits_C = tl.load(row + offsets_C, mask=used_C, other=0.0)
+    elif MASKED:
+        logits_C = tl.load(row + offsets_C, mask=inside_C, other=0.0)
+    else:
+        logits_C = tl.load(row + offsets_C)
+    return logits_C.to(tl.float32)
+
+
+@triton.jit
+def weighted_sum(
+    rows, weights, offsets_C, inside_C, N: tl.constexpr, MASKED: tl.constexpr, LEFT_OUT: tl.constexpr
+):  # fmt: skip
+    """x, no corner case looked at; entries outside are 0."""
+    for n in tl.static_range(N):
+        part_C = load_logits(rows[n], weights[n], offsets_C, inside_C, MASKED, LEFT_OUT)
         if n == 0:
             x_C = part_C * weights[n]
         else:
@@ -64,19 +78,19 @@ def weighted_sum(rows, weights, offsets_C, inside_C, N: tl.constexpr, MASKED: tl
 
 
 @triton.jit
-def checked_sum(rows, weights, offsets_C, inside_C, N: tl.constexpr):
+def checked_sum(rows, weights, offsets_C, inside_C, N: tl.constexpr, LEFT_OUT: tl.constexpr):
     """x with masks, -inf where masked or wrong, and a flag code an entry. Seldom run: a tile with something not
     finite.
     """
     masked_C = offsets_C < 0
     for n in tl.static_range(N):
-        part_C = tl.load(rows[n] + offsets_C, mask=inside_C & is_used(weights[n], offsets_C), other=0.0).to(tl.float32)
+        part_C = load_logits(rows[n], weights[n], offsets_C, inside_C, True, LEFT_OUT)
         masked_C = masked_C | (part_C == float("-inf"))
     x_C = tl.zeros_like(offsets_C).to(tl.float32)
     code_C = tl.zeros_like(offsets_C)
     settled_C = masked_C
     for n in tl.static_range(N):
-        part_C = tl.load(rows[n] + offsets_C, mask=inside_C & is_used(weights[n], offsets_C), other=0.0).to(tl.float32)
+        part_C = load_logits(rows[n], weights[n], offsets_C, inside_C, True, LEFT_OUT)
         product_C = part_C * weights[n]
         if n == 0:
             x_C = product_C
@@ -93,11 +107,11 @@ def checked_sum(rows, weights, offsets_C, inside_C, N: tl.constexpr):
 
 
 @triton.jit
-def x_at(rows, weights, token_G, inside_G, N: tl.constexpr):
+def x_at(rows, weights, token_G, inside_G, N: tl.constexpr, LEFT_OUT: tl.constexpr):
     """x at a few tokens, -inf where masked."""
     masked_G = inside_G == 0
     for n in tl.static_range(N):
-        part_G = tl.load(rows[n] + token_G, mask=inside_G & is_used(weights[n], token_G), other=0.0).to(tl.float32)
+        part_G = load_logits(rows[n], weights[n], token_G, inside_G, True, LEFT_OUT)
         masked_G = masked_G | (part_G == float("-inf"))
         if n == 0:
             x_G = part_G * weights[n]

@@ -43,14 +43,7 @@ from kernels.triton.combine import (
 )
 from kernels.triton.philox import gumbel, random_words
 from kernels.triton.variant import SHORT, Variant
-from kernels.types import (
-    ALL_MASKED,
-    MAX_VOCABULARY,
-    SPLIT,
-    FusedLogits,
-    Request,
-    SamplingTensors,
-)
+from kernels.types import ALL_MASKED, MAX_VOCABULARY, SPLIT, FusedLogits, Request, SamplingTensors
 
 _MAX_SPLITS = tl.constexpr(MAX_VOCABULARY // SPLIT)
 _ALL_MASKED = tl.constexpr(ALL_MASKED)
@@ -69,7 +62,7 @@ def _fused_logits_kernel(
     value_RFS, index_RIS, ticket_R,
     R, V, splits, target_count,
     N: tl.constexpr, MEMBERS: tl.constexpr, TOP_K: tl.constexpr, TARGETS: tl.constexpr, SAMPLE: tl.constexpr,
-    TRUNCATED: tl.constexpr, SIZE: tl.constexpr,
+    TRUNCATED: tl.constexpr, LEFT_OUT: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     row, split = program // splits, program % splits
@@ -78,27 +71,24 @@ def _fused_logits_kernel(
         l0, l1, l2, l3, l4, l5, l6, l7, row64, stride0, stride1, stride2, stride3, stride4, stride5, stride6, stride7
     )  # fmt: skip
     weights = weights_of(weights_NR + row * weight_stride_r, weight_stride_n, N)
-    weight_size = tl.abs(weights[0])  # 0 if all members are left out
-    for n in tl.static_range(1, N):
-        weight_size += tl.abs(weights[n])
 
     # 1. This split: x, its maximum, index and sum of exponentials.
     start = split * SIZE
     offsets_C = start + tl.arange(0, SIZE)
     inside_C = offsets_C < V
     if start + SIZE <= V:  # without a mask the loads are 16 bytes wide wherever the row is aligned, also for odd V
-        x_C = weighted_sum(rows, weights, offsets_C, inside_C, N, False)
+        x_C = weighted_sum(rows, weights, offsets_C, inside_C, N, False, LEFT_OUT)
     else:
-        x_C = weighted_sum(rows, weights, offsets_C, inside_C, N, True)
+        x_C = weighted_sum(rows, weights, offsets_C, inside_C, N, True, LEFT_OUT)
     flag = 0
     if tl.max(x_C.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0) >= 0x7F800000:
-        x_C, code_C = checked_sum(rows, weights, offsets_C, inside_C, N)
+        x_C, code_C = checked_sum(rows, weights, offsets_C, inside_C, N, LEFT_OUT)
         flag = tl.max(code_C, axis=0)
-    x_C = tl.where(inside_C & is_used(weight_size, offsets_C), x_C, float("-inf"))
+    x_C = tl.where(inside_C, x_C, float("-inf"))
     peak = tl.max(x_C, axis=0)
     shifted_C = x_C - tl.maximum(peak, -FLOAT32_MAX)
     exp_C = tl.exp(shifted_C)
-    # Fields of a row's partial results, one line of S splits each; what is not asked for has no line.
+    # Fields of a row's partial results, one line of S splits each; what is not requested has no line.
     FIELDS: tl.constexpr = 2 + 2 * N * MEMBERS + TOP_K + SAMPLE
     INDICES: tl.constexpr = 2 + TOP_K + SAMPLE
     value_S = value_RFS + row64 * FIELDS * splits
@@ -109,7 +99,7 @@ def _fused_logits_kernel(
     tl.store(index_S + splits + split, flag)
     if MEMBERS:
         for n in tl.static_range(N):
-            used_C = inside_C & is_used(weights[n], offsets_C)
+            used_C = inside_C & is_used(weights[n], offsets_C) if LEFT_OUT else inside_C
             own_C = tl.load(rows[n] + offsets_C, mask=used_C, other=float("-inf")).to(tl.float32)
             own_C = tl.where(tl.abs(own_C) <= FLOAT32_MAX, own_C, float("-inf"))
             own_peak = tl.max(own_C, axis=0)
@@ -152,6 +142,11 @@ def _fused_logits_kernel(
         row_peak = tl.max(peak_S, axis=0)
         row_flag = tl.max(flag_S, axis=0)
         row_flag = tl.where((row_peak == float("-inf")) & (row_flag == 0), _ALL_MASKED * 16, row_flag)
+        if LEFT_OUT:
+            weight_size = tl.abs(weights[0])
+            for n in tl.static_range(1, N):
+                weight_size += tl.abs(weights[n])
+            row_flag = tl.where(weight_size == 0.0, _ALL_MASKED * 16, row_flag)
         fine = row_flag == 0
         nan = tl.where(fine, 0.0, float("nan"))
         row_base = tl.maximum(row_peak, -FLOAT32_MAX)
@@ -173,7 +168,7 @@ def _fused_logits_kernel(
             greedy = tl.load(temperature_R + row) == 0.0
             chosen = tl.where(greedy, token, tl.min(tl.where(score_S == score, sampled_S, _LAST), axis=0))
             one_1 = tl.zeros((1,), tl.int32)
-            x_1 = x_at(rows, weights, one_1 + tl.where(fine, chosen, 0), one_1 == 0, N)
+            x_1 = x_at(rows, weights, one_1 + tl.where(fine, chosen, 0), one_1 == 0, N, LEFT_OUT)
             chosen_logprob_1 = tl.where(greedy, -log_total, x_1 - row_base - log_total)
             tl.store(sample_token_R + row, tl.where(fine, chosen, -1).to(tl.int64))
             tl.store(sample_logprob_R + row + one_1, tl.where(fine, chosen_logprob_1, float("nan")))
@@ -182,7 +177,7 @@ def _fused_logits_kernel(
             here_G = offsets_G < target_count
             target_G = tl.load(target_RG + row64 * target_count + offsets_G, mask=here_G, other=-1)
             inside_G = (target_G >= 0) & (target_G < V)
-            x_G = x_at(rows, weights, target_G, inside_G, N)
+            x_G = x_at(rows, weights, target_G, inside_G, N, LEFT_OUT)
             value_G = tl.where(inside_G & fine, x_G - row_base - log_total, float("nan"))
             tl.store(target_logprob_RG + row64 * target_count + offsets_G, value_G, mask=here_G)
         if MEMBERS:
@@ -299,6 +294,7 @@ def launch_arguments(request: Request, out: FusedLogits) -> tuple[tuple, dict]:
         "TARGETS": 0 if targets is None else triton.next_power_of_2(targets.shape[1]),
         "SAMPLE": sample is not None,
         "TRUNCATED": sample is not None and sample.top_k is not None,
+        "LEFT_OUT": request.weights.dim() == 2,
         "SIZE": SPLIT,
     }
     return positional, switches
@@ -320,6 +316,7 @@ def variants() -> Iterator[Variant]:
     everything: dict[str, Any] = {"members": True, "top_k": 16, "sample": True}
     yield _variant("argmax N=3 mixed", mixed)
     yield _variant("argmax N=3 bf16, rows not aligned", three, vocabulary=50_257)
+    yield _variant("weights per row N=3 bf16", three, own=True)
     yield _variant("members N=3 bf16", three, members=True)
     yield _variant("members and targets N=3 bf16", three, members=True, targets=4)
     yield _variant("top_k=16 N=3 bf16", three, top_k=16)
@@ -328,20 +325,22 @@ def variants() -> Iterator[Variant]:
     yield _variant("sample N=3 bf16", three, sample=True)
     yield _variant("everything N=3 mixed", mixed, targets=4, **everything)
     yield _variant("everything N=8 fp32", (torch.float32,) * 8, **everything)
+    yield _variant("all, weights per row N=8 fp32", (torch.float32,) * 8, own=True, targets=4, **everything)
 
 
 def _variant(
     name: str,
-    dtypes: tuple[torch.dtype, ...],
+    dtypes: tuple,
     vocabulary: int = 128_256,
     targets: int = 0,
     sample: bool = False,
+    own: bool = False,
     **rest,
 ) -> Variant:
     long_B = torch.zeros(4, dtype=torch.int64)
     request = Request(
         tuple(torch.empty(4, vocabulary, dtype=dtype) for dtype in dtypes),
-        torch.ones(len(dtypes)),
+        torch.ones(len(dtypes), 4) if own else torch.ones(len(dtypes)),
         targets=torch.zeros(4, targets, dtype=torch.int64) if targets else None,
         sample=SamplingTensors(long_B, long_B, long_B, torch.ones(4)) if sample else None,
         **rest,

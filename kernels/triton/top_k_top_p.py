@@ -50,7 +50,7 @@ def _digit_kernel(
     weights_NR, weight_stride_n, weight_stride_r,
     token_R, temperature_R, top_k_R, top_p_R, key_R, above_R32, ticket_R,
     V, splits, shift,
-    N: tl.constexpr, SIZE: tl.constexpr,
+    N: tl.constexpr, LEFT_OUT: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     row, split = program // splits, program % splits
@@ -61,11 +61,11 @@ def _digit_kernel(
     weights = weights_of(weights_NR + row * weight_stride_r, weight_stride_n, N)
     offsets_C = split * SIZE + tl.arange(0, SIZE)
     inside_C = offsets_C < V
-    x_C, _ = checked_sum(rows, weights, offsets_C, inside_C, N)
+    x_C, _ = checked_sum(rows, weights, offsets_C, inside_C, N, LEFT_OUT)
     x_C = tl.where(inside_C, x_C, float("-inf"))
     zero_1 = tl.zeros((1,), tl.int32)
     token = tl.load(token_R + row).to(tl.int32)  # -1 for a flagged row, whose sample is not used
-    peak = tl.max(x_at(rows, weights, zero_1 + tl.maximum(token, 0), zero_1 == 0, N), axis=0)
+    peak = tl.max(x_at(rows, weights, zero_1 + tl.maximum(token, 0), zero_1 == 0, N, LEFT_OUT), axis=0)
     temperature = tl.load(temperature_R + row)
     temperature = tl.where(temperature == 0.0, 1.0, temperature)  # greedy: the sample is not used
     scaled_C = (x_C - tl.maximum(peak, -FLOAT32_MAX)) * (1.0 / temperature)
@@ -101,7 +101,7 @@ def _digit_kernel(
 
 
 def allocate(request: Request) -> FusedLogits:
-    """Results and working memory: those of the fused pass, the keys, the counters and the tickets."""
+    """Results and working memory: those of the fused kernel, the keys, the counters and the tickets."""
     out = fused_logits.allocate(request)
     rows, device = request.batch, request.device
     keys_R = torch.empty(rows, dtype=torch.int64, device=device)
@@ -125,7 +125,7 @@ def launch_arguments(request: Request, out: FusedLogits, digit: int) -> tuple[tu
         triton.cdiv(request.vocabulary, SPLIT),
         digit * DIGIT_BITS,
     )
-    return positional, {"N": len(request.logits), "SIZE": SPLIT}
+    return positional, {"N": len(request.logits), "LEFT_OUT": request.weights.dim() == 2, "SIZE": SPLIT}
 
 
 def run(request: Request, out: FusedLogits | None = None) -> FusedLogits:
