@@ -208,9 +208,9 @@ def _model(options: argparse.Namespace, temporary: Path) -> tuple[str, LlamaConf
     if options.model:
         folder = resolve_folder(options.model)
         return str(folder), read_config(folder)
-    config = shape_of(options.shape)
-    Llama(config).init_weights(options.seed).save_pretrained(temporary)
-    return str(temporary), config
+    model = Llama(shape_of(options.shape)).init_weights(options.seed)
+    model.save_pretrained(temporary)
+    return str(temporary), model.config
 
 
 def _pairs(options: argparse.Namespace, config: LlamaConfig, folder: str) -> list[Example]:
@@ -224,8 +224,7 @@ def _batches(
     examples: Sequence[Example], size: int, count: int, options: argparse.Namespace
 ) -> Iterator[list[Example]]:
     """Random batches, each example once before any comes twice."""
-    generator = np.random.default_rng(options.seed)
-    epochs = -(-count * size // len(examples))
+    generator, epochs = np.random.default_rng(options.seed), -(-count * size // len(examples))
     order = np.concatenate([generator.permutation(len(examples)) for _ in range(epochs)])
     for start in range(0, count * size, size):
         yield [examples[index] for index in order[start : start + size]]
@@ -246,9 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=EXAMPLES,
     )
     parser.add_argument("--json", action="store_true", help="print all figures, not only the four ratios")
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument("--model", metavar="DIR", help="folder or hub id of a Llama")
-    model.add_argument("--shape", default="smollm2-135m", help="a shape that train.plan knows, weights from --seed")
+    parser.add_argument("--model", metavar="DIR", help="folder or hub id of a Llama, instead of --shape")
+    parser.add_argument("--shape", default="smollm2-135m", help="a shape that train.plan knows, weights from --seed")
     parser.add_argument("--prompt", default="paper", help="a built-in prompt's name or a TOML file (paper)")
     for name, default, text in (
         ("rounds", 7, "timed steps of each kind"),
