@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     folders = named_folders(arguments.model)
     names = list(folders)
     prior_N = _vector(combination(arguments, names), names)
-    bounds = _bounds(arguments.bounds, len(names))
+    bounds = _bounds(arguments.bounds)
     against = _against(arguments.against, names, prior_N)
     where = placements(arguments.device, arguments.dtype, names, options.batch_size)
     prompts, chats = per_member(arguments.prompt, names, "--prompt"), per_member(arguments.chat, names, "--chat")
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     report = describe_fit(fit, data, names)
     report["fit"] |= {
         "l2": arguments.l2,
-        "bounds": [float(bounds.low_N[0]), float(bounds.high_N[0])] if arguments.bounds else None,
+        "bounds": [bounds.low, bounds.high] if arguments.bounds else None,
         "centre": format_sum(prior_N, names),
         "end_token": end,
         "seconds": round(time.perf_counter() - started, 3),
@@ -155,16 +155,14 @@ def _vector(weights: dict[str, float], names: Sequence[str]) -> Array:
     return np.array([weights.get(name, 0.0) for name in names])
 
 
-def _bounds(text: str | None, count: int) -> Bounds:
-    if text is None:
-        return Bounds.none(count)
+def _bounds(text: str | None) -> Bounds:
     try:
-        low, high = (rounded(float(part)) for part in text.split(","))
+        low, high = (rounded(float(part)) for part in (text or "-inf,inf").split(","))
     except ValueError:
         raise InputError(f"--bounds {text}: expected LOW,HIGH, such as 0,1 or -0.5,inf") from None
     if not low <= high or low == float("inf") or high == -float("inf"):
         raise InputError(f"--bounds {text}: expected two numbers, the first not above the second")
-    return Bounds(np.full(count, low), np.full(count, high))
+    return Bounds(low, high)
 
 
 def _against(expressions: Sequence[str] | None, names: Sequence[str], prior_N: Array) -> dict[str, Array]:
