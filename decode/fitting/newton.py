@@ -145,7 +145,7 @@ def box_step(gradient_N: Array, hessian_NN: Array, low_N: Array, high_N: Array) 
     Of the bounds that the unbounded minimum violates, one at least is active at the bounded minimum: otherwise a short
     way from there to the unbounded minimum would stay inside and go down. So each is tried. There are few weights.
     """
-    step_N: Array = -np.linalg.solve(hessian_NN, gradient_N)
+    step_N = -np.linalg.solve(hessian_NN, gradient_N).astype(np.float64)
     candidates = []
     for held in np.flatnonzero((step_N < low_N) | (step_N > high_N)):
         free_N = np.arange(len(step_N)) != held

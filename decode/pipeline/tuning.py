@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -32,6 +33,9 @@ from minillama.errors import InputError
 from minillama.machine import device_name
 
 
+_log = partial(print, file=sys.stderr, flush=True)
+
+
 @dataclass
 class Pairs:
     """Encoded pairs; how many lines were blank, and which lines (from 1) were too long."""
@@ -42,10 +46,9 @@ class Pairs:
     skipped: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
-        parts = [f"{len(self.targets):,} pairs"]
-        parts += [f"{self.blank:,} blank"] if self.blank else []
-        parts += [f"{len(self.skipped):,} too long (line {self.skipped[0]}…)"] if self.skipped else []
-        return ", ".join(parts)
+        blank = f", {self.blank:,} blank" if self.blank else ""
+        skipped = f", {len(self.skipped):,} too long (line {self.skipped[0]}…)" if self.skipped else ""
+        return f"{len(self.targets):,} pairs{blank}{skipped}"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -63,14 +66,13 @@ def run(arguments: argparse.Namespace) -> int:
     folders = named_folders(arguments.model)
     names = list(folders)
     prior_N = _vector(combination(arguments, names), names)
-    bounds = _bounds(arguments.bounds)
-    against = _against(arguments.against, names, prior_N)
+    bounds, against = _bounds(arguments.bounds), _against(arguments.against, names, prior_N)
     where = placements(arguments.device, arguments.dtype, names, options.batch_size)
     prompts, chats = per_member(arguments.prompt, names, "--prompt"), per_member(arguments.chat, names, "--chat")
     members = open_members(folders, prompts, chats)
-    models = EnsembleSpec(folders, dict.fromkeys(names, 1.0), where, members)
     pairs = read_pairs(arguments.input, arguments.reference, members, options)
-    others = read_pairs(arguments.held_out[0], arguments.held_out[1], members, options) if arguments.held_out else None
+    others = read_pairs(*arguments.held_out, members, options) if arguments.held_out else None
+    models = EnsembleSpec(folders, dict.fromkeys(names, 1.0), where, members)
     sum_of_models, devices = models.describe()
     texts = f"{pairs} of {display_name(arguments.input)}, {options.source} to {options.target}"
     _log(f"weights of {sum_of_models}: {texts}, {devices}")
@@ -78,17 +80,15 @@ def run(arguments: argparse.Namespace) -> int:
     ensemble, seconds = models.load()
     _log(f"loaded in {seconds:.1f} s")
     started = time.perf_counter()
-    data = hidden_states(ensemble, pairs.prompts, pairs.targets, options.batch_size)
-    data, end = data.with_end(prior_N)
+    data, end = hidden_states(ensemble, pairs.prompts, pairs.targets, options.batch_size).with_end(prior_N)
     held_out = None
     if others is not None:
         held_out = hidden_states(ensemble, others.prompts, others.targets, options.batch_size, data.output)
         held_out, _ = held_out.with_end(prior_N)
     del ensemble
-    read_seconds = time.perf_counter() - started
-    _log(f"{data.tokens:,} tokens with ends read in {read_seconds:.1f} s")
+    read = time.perf_counter()
+    _log(f"{data.tokens:,} tokens with ends read in {read - started:.1f} s")
 
-    started = time.perf_counter()
     scale, nats = best_scale(data, prior_N)
     _log(f"start: {format_sum(prior_N, names)} times {scale:.4g}")
     fit = fit_weights(data, scale * prior_N, prior_N, arguments.l2, bounds, _log)
@@ -98,8 +98,8 @@ def run(arguments: argparse.Namespace) -> int:
         "bounds": [bounds.low, bounds.high] if arguments.bounds else None,
         "centre": format_sum(prior_N, names),
         "end_token": end,
-        "seconds": round(time.perf_counter() - started, 3),
-        "read_seconds": round(read_seconds, 3),
+        "seconds": round(time.perf_counter() - read, 3),
+        "read_seconds": round(read - started, 3),
     }
     report["temperature"] = {"scale": scale, "temperature": 1 / scale if scale else float("inf"), "nats": nats}
     report["against"] = compare(fit, data, against, held_out)
@@ -143,9 +143,9 @@ def read_pairs(source: str, reference: str, members: Sequence[MemberSpec], optio
         prompts, target = encode_pair(sentence, translation, members, options, f"{names[1]}:{line}")
         if prompts is None:
             pairs.skipped.append(line)
-            continue
-        pairs.prompts.append(prompts)
-        pairs.targets.append(target)
+        else:
+            pairs.prompts.append(prompts)
+            pairs.targets.append(target)
     if not pairs.targets:
         raise InputError(f"{names[0]}: no pairs to fit on, expected sentences with translations")
     return pairs
@@ -167,12 +167,7 @@ def _bounds(text: str | None) -> Bounds:
 
 def _against(expressions: Sequence[str] | None, names: Sequence[str], prior_N: Array) -> dict[str, Array]:
     """Weights by expression."""
-    first, *others = names
     if expressions is None:
-        halves = [f"{first} + " + " + ".join(f"0.5*{name}" for name in others)] if others else []
-        expressions = [format_sum(prior_N, names), " + ".join(names), *halves, *names]
+        halves = " + 0.5*".join(names)
+        expressions = [format_sum(prior_N, names), " + ".join(names), halves, *names]
     return {text: _vector(parse(text, names, all_used=False), names) for text in dict.fromkeys(expressions)}
-
-
-def _log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
