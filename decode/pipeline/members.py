@@ -66,11 +66,13 @@ class EnsembleSpec:
     members: list[MemberSpec]
 
     @classmethod
-    def from_arguments(cls, arguments: argparse.Namespace, batch_size: int, tp: str = "1") -> "EnsembleSpec":
-        """tp: as `--tensor-parallel` has it. Raises InputError."""
+    def from_arguments(
+        cls, arguments: argparse.Namespace, batch_size: int, tp: str = "1", weights: dict[str, float] | None = None
+    ) -> "EnsembleSpec":
+        """tp: as `--tensor-parallel` has it.   weights: in place of the command line's. Raises InputError."""
         folders = named_folders(arguments.model)
         names = list(folders)
-        weights = combination(arguments, names)
+        weights = weights or combination(arguments, names)
         where = placements(arguments.device, arguments.dtype, names, batch_size, tp_sizes(tp, names))
         prompts, chats = per_member(arguments.prompt, names, "--prompt"), per_member(arguments.chat, names, "--chat")
         used = {name: folders[name] for name in weights}

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 
@@ -24,16 +23,13 @@ from decode.fitting.hidden_states import hidden_states
 from decode.fitting.newton import Array, Bounds
 from decode.pipeline.config import Options, named_folders
 from decode.pipeline.journal import folder_digest
-from decode.pipeline.members import EnsembleSpec, MemberSpec, encode_pair, open_members
+from decode.pipeline.members import EnsembleSpec, MemberSpec, encode_pair
 from decode.pipeline.output import check_writable
-from decode.pipeline.placement import listed, per_member, placements
+from decode.pipeline.placement import listed
 from decode.pipeline.report import finite, versions
 from decode.pipeline.weights_file import combination, write_weights
 from minillama.errors import InputError
 from minillama.machine import device_name
-
-
-_log = partial(print, file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -56,7 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     options = Options(arguments.source, arguments.target, batch_size=arguments.batch_size, too_long=arguments.too_long)
     if not 0 <= arguments.l2 < float("inf"):
         raise InputError(f"--l2 {arguments.l2:g}: expected a number of 0 or more")
-    files = [arguments.input, arguments.reference, *(arguments.held_out or ())]
+    texts = [(arguments.input, arguments.reference), *([arguments.held_out] if arguments.held_out else [])]
+    files = [file for pair in texts for file in pair]
     if files.count("-") > 1:
         raise InputError("standard input is given more than once; only one text can be read from it")
     if arguments.output == "-":
@@ -67,28 +64,26 @@ def run(arguments: argparse.Namespace) -> int:
     names = list(folders)
     prior_N = _vector(combination(arguments, names), names)
     bounds, against = _bounds(arguments.bounds), _against(arguments.against, names, prior_N)
-    where = placements(arguments.device, arguments.dtype, names, options.batch_size)
-    prompts, chats = per_member(arguments.prompt, names, "--prompt"), per_member(arguments.chat, names, "--chat")
-    members = open_members(folders, prompts, chats)
-    pairs = read_pairs(arguments.input, arguments.reference, members, options)
-    others = read_pairs(*arguments.held_out, members, options) if arguments.held_out else None
-    models = EnsembleSpec(folders, dict.fromkeys(names, 1.0), where, members)
+    models = EnsembleSpec.from_arguments(arguments, options.batch_size, weights=dict.fromkeys(names, 1.0))
+    members, where = models.members, models.placements
+    pairs, *others = [read_pairs(source, reference, members, options) for source, reference in texts]
     sum_of_models, devices = models.describe()
-    texts = f"{pairs} of {display_name(arguments.input)}, {options.source} to {options.target}"
-    _log(f"weights of {sum_of_models}: {texts}, {devices}")
+    read = f"{pairs} of {display_name(arguments.input)}, {options.source} to {options.target}"
+    _log(f"weights of {sum_of_models}: {read}, {devices}")
 
     ensemble, seconds = models.load()
     _log(f"loaded in {seconds:.1f} s")
     started = time.perf_counter()
     data, end = hidden_states(ensemble, pairs.prompts, pairs.targets, options.batch_size).with_end(prior_N)
     held_out = None
-    if others is not None:
-        held_out = hidden_states(ensemble, others.prompts, others.targets, options.batch_size, data.output)
-        held_out, _ = held_out.with_end(prior_N)
+    for other in others:
+        states = hidden_states(ensemble, other.prompts, other.targets, options.batch_size, data.output)
+        held_out, _ = states.with_end(prior_N)
     del ensemble
-    read = time.perf_counter()
-    _log(f"{data.tokens:,} tokens with ends read in {read - started:.1f} s")
+    read_seconds = time.perf_counter() - started
+    _log(f"{data.tokens:,} tokens with ends read in {read_seconds:.1f} s")
 
+    started = time.perf_counter()
     scale, nats = best_scale(data, prior_N)
     _log(f"start: {format_sum(prior_N, names)} times {scale:.4g}")
     fit = fit_weights(data, scale * prior_N, prior_N, arguments.l2, bounds, _log)
@@ -98,8 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
         "bounds": [bounds.low, bounds.high] if arguments.bounds else None,
         "centre": format_sum(prior_N, names),
         "end_token": end,
-        "seconds": round(time.perf_counter() - read, 3),
-        "read_seconds": round(read - started, 3),
+        "seconds": round(time.perf_counter() - started, 3),
+        "read_seconds": round(read_seconds, 3),
     }
     report["temperature"] = {"scale": scale, "temperature": 1 / scale if scale else float("inf"), "nats": nats}
     report["against"] = compare(fit, data, against, held_out)
@@ -171,3 +166,7 @@ def _against(expressions: Sequence[str] | None, names: Sequence[str], prior_N: A
         halves = " + 0.5*".join(names)
         expressions = [format_sum(prior_N, names), " + ".join(names), halves, *names]
     return {text: _vector(parse(text, names, all_used=False), names) for text in dict.fromkeys(expressions)}
+
+
+def _log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
