@@ -1,6 +1,6 @@
 """Damped Newton for a convex function of a few weights, within bounds, with a certificate of the minimum.
 
-A step goes to the minimum of the quadratic model within the bounds and is halved until the function falls enough
+A step goes to the minimum of the quadratic model within the bounds and is shortened until the function falls enough
 (Armijo). The certificate: the norm of the projected gradient, zero at the minimum and nowhere else (Karush, Kuhn,
 Tucker), the smallest eigenvalue of the Hessian, and the Newton decrement, the decrease that the model still predicts.
 
@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 GRADIENT_NORM = 1e-6
-MAX_STEPS, MAX_HALVINGS = 100, 30
+MAX_STEPS = 100
+MIN_STEP_LENGTH, MAX_CUT = 2.0**-30, 1 / 64
 # Decreases below this are lost in the rounding of the value.
 MIN_DECREMENT = 1e-15
 # The error of a mean of float32 terms of about one nat.
@@ -108,10 +109,10 @@ def minimise(
     prior_N = start_N if prior_N is None else prior_N
     l2_NN, steps = l2 * np.eye(len(start_N)), 0
     at = function(start_N.clip(bounds.low, bounds.high))
+    null_penalty = max(NULL_PENALTY * float(np.linalg.eigvalsh(at.hessian_NN)[-1]), GRADIENT_NORM)
     while True:
         null_KN = null_directions(at.hessian_NN + l2_NN)
-        largest = float(np.linalg.eigvalsh(at.hessian_NN)[-1])
-        penalty_NN = l2_NN + max(NULL_PENALTY * largest, GRADIENT_NORM) * null_KN.T @ null_KN
+        penalty_NN = l2_NN + null_penalty * null_KN.T @ null_KN
         point = at.with_penalty(prior_N, penalty_NN)
         weights_N = point.weights_N
         step_N = box_step(point.gradient_N, point.hessian_NN, bounds.low - weights_N, bounds.high - weights_N)
@@ -121,11 +122,15 @@ def minimise(
         reached = Minimum(point, at, free_N, null_KN, steps, norm, decrement)
         if norm <= gradient_norm or decrement <= MIN_DECREMENT or steps == MAX_STEPS:
             return reached
-        for length in 0.5 ** np.arange(MAX_HALVINGS):
+        length = 1.0
+        while length >= MIN_STEP_LENGTH:
             at = function((weights_N + length * step_N).clip(bounds.low, bounds.high))
             trial = at.with_penalty(prior_N, penalty_NN)
             if trial.value <= point.value + SUFFICIENT_DECREASE * length * slope + VALUE_NOISE:
                 break
+            # Cut to where the slope along the step vanishes: exact for a quadratic.
+            trial_slope = float(trial.gradient_N @ step_N)
+            length *= float(np.clip(slope / (slope - trial_slope), MAX_CUT, 0.5)) if trial_slope > slope else 0.5
         else:
             return reached
         steps += 1
