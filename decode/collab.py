@@ -32,11 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explanation_writer(run: "TranslationRun") -> "OrderedWriter":
     """Where `--explain` asks for them: a page, or text on standard output."""
-    from decode.explain.page import Explained, PageWriter
+    from decode.explain.page import ExplainedRun, PageWriter
     from decode.explain.text import TextWriter
 
     pieces = run.models.members[0].tokenizer.pieces()
-    explained = Explained(run.models.weights, run.options, pieces, run.references or ())
+    explained = ExplainedRun(run.models.weights, run.options, pieces, run.references or ())
     return TextWriter(explained) if run.arguments.explain == "-" else PageWriter(run.arguments.explain, explained)
 
 

@@ -34,22 +34,14 @@ def parser() -> argparse.ArgumentParser:
     )
     add_model_options(result)
     add = result.add_argument
-    add(
-        "--input",
-        required=True,
-        metavar="FILE",
-        help="a sentence a line, or without --translation sentence, tab, translation; -: standard input, streamed",
-    )
+    text = "a sentence a line, or without --translation sentence, tab, translation; -: standard input, streamed"
+    add("--input", required=True, metavar="FILE", help=text)
     add("--translation", metavar="FILE", help="the translations to be scored, line by line; -: standard input")
     add("--output", default="-", metavar="FILE", help="figures, a line each (default -: standard output)")
     add("--json", action="store_true", help="JSON lines, with every token's log-probability (default: columns)")
     add("--batch-size", type=int, default=16, metavar="N", help="texts that are read together (default 16)")
-    add(
-        "--too-long",
-        default="error",
-        choices=("error", "skip"),
-        help="what to do with a text that does not fit a context after its prompt (default error)",
-    )
+    text = "what to do with a text that does not fit a context after its prompt (default error)"
+    add("--too-long", default="error", choices=("error", "skip"), help=text)
     return result
 
 

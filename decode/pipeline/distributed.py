@@ -107,27 +107,28 @@ class Distributed:
         try:
             yield
         except InputError as error:
-            if self.is_main:
-                self._publish(b"")
-                raise
-            self.receive_done()
-            raise InputError(f"rank {self.process}: {error}") from None
+            self.share_done(None)
+            raise error if self.is_main else InputError(f"rank {self.process}: {error}") from None
 
-    def share_done(self, done: set[int]) -> None:
-        """The main process's: tell all others which lines an earlier run finished."""
-        self._publish(zlib.compress(json.dumps(sorted(done)).encode()))
+    def share_done(self, done: set[int] | None) -> set[int]:
+        """The lines that an earlier run finished: the main process gives them, or None for a run that it refuses.
 
-    def receive_done(self) -> set[int]:
-        """What the main process shares. Exits with code 2 where it refused the run instead."""
+        All other processes get them, and exit with code 2 where the run is refused.
+        """
+        if self.is_main:
+            if self.processes > 1:
+                data = zlib.compress(json.dumps(None if done is None else sorted(done)).encode())
+                _ask(lambda: self.store.set("done", data))
+            return done or set()
         while not _ask(lambda: self.store.check(["done"])):
             time.sleep(POLL_SECONDS)
-        done = _ask(lambda: self.store.get("done"))
-        if not done:
+        found = json.loads(zlib.decompress(_ask(lambda: self.store.get("done"))))
+        if found is None:
             raise SystemExit(2)
-        return set(json.loads(zlib.decompress(done)))
+        return set(found)
 
     def take_chunks(self, costs: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-        """Indices of sentences for this rank, a chunk at a time, each taken by one rank only. See `chunks`."""
+        """Indices of sentences for this rank, a chunk at a time, each for one rank only. See `chunks`."""
         work = chunks(costs, self.world, batch_size)
         if self.processes == 1:
             yield from work
@@ -137,7 +138,7 @@ class Distributed:
 
     def _next_chunk(self) -> int:
         """The number of the next chunk; the leader asks for its group."""
-        number = _ask(lambda: self.store.add("taken", 1)) - 1 if self.is_leader else 0
+        number = _ask(lambda: self.store.add("chunks", 1)) - 1 if self.is_leader else 0
         return number if self.tp is None else int(self.tp.broadcast(torch.tensor(number)))
 
     def report_finished(self) -> None:
@@ -152,10 +153,6 @@ class Distributed:
             yield
         yield
 
-    def _publish(self, done: bytes) -> None:
-        if self.processes > 1:
-            _ask(lambda: self.store.set("done", done))
-
 
 def _ask(question: Callable[[], T]) -> T:
     try:
@@ -166,7 +163,7 @@ def _ask(question: Callable[[], T]) -> T:
 
 
 def chunks(costs: Sequence[int], ranks: int, batch_size: int) -> list[list[int]]:
-    """Indices in chunks to be taken one by one, the longest sentences first, each chunk a share of what remains.
+    """Indices in chunks for ranks to take one by one, the longest sentences first, each chunk a share of what remains.
 
     costs: of each sentence, in any unit. A chunk is three quarters of an even share of the rest (guided
     self-scheduling, Polychronopoulos & Kuck 1987): a few large chunks keep the slots full, and the last are one batch

@@ -5,6 +5,7 @@ beside the two sums and are not counted.
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,19 +28,14 @@ class MemoryBudget:
     def __init__(self, models: EnsembleSpec, memory: str | None = None, processes: int = 1) -> None:
         """memory: the user's limit per device, such as 24G.   processes: those that share this machine's memory."""
         self.members, self.placements, self.memory = models.members, models.placements, memory
-        self.weight_bytes: dict[torch.device, dict[str, int]] = {}  # by member
-        loaded = set()
-        for member in self.members:
-            placement = self.placements[member.name]
-            on_device = self.weight_bytes.setdefault(placement.device, {})
-            if (member.folder, placement) in loaded:  # a folder named twice is held once
-                continue
-            loaded.add((member.folder, placement))
+        self.weight_bytes: Counter[torch.device] = Counter()
+        distinct = {(member.folder, self.placements[member.name]): member for member in self.members}
+        for (_, placement), member in distinct.items():  # a folder named twice is held once
             config = member.checkpoint.config
             count = member.checkpoint.parameters * placement.weight_bytes
             if config.tie_word_embeddings and placement.device.type == "cpu":  # the output layer's packed copy
                 count += config.vocab_size * config.hidden_size * placement.dtype.itemsize
-            on_device[member.name] = count // placement.tp_size
+            self.weight_bytes[placement.device] += count // placement.tp_size
         self.limits = {d: parse_size(memory) if memory else available(d, processes) for d in self.weight_bytes}
 
     def reduce_min(self, tp: TPGroup) -> None:
@@ -59,21 +55,18 @@ class MemoryBudget:
         required = 1 if may_lower else batch_size
         for device, weights in self.weight_bytes.items():
             slot = self.slot_bytes(device, positions)
-            slots = max(0, (self.limits[device] - sum(weights.values())) // slot - PREFIX_SLOTS)
+            slots = max(0, (self.limits[device] - weights) // slot - PREFIX_SLOTS)
             if slots < required:
-                by_member = ", ".join(
-                    f"{n} {format_size(b)} {self.placements[n].weight_dtype}" for n, b in weights.items()
-                )
                 limit = f"--memory {self.memory}" if self.memory else f"the {format_size(self.limits[device])} free"
                 hint = f"; --batch-size {slots} fits" if slots else ""
                 needed = self._describe([device], positions, required)
-                raise InputError(f"{device}: {needed} do not fit {limit} ({by_member}){hint}")
+                raise InputError(f"{device}: {needed} do not fit {limit}{hint}")
             fitting = min(fitting, slots)
         return fitting, self._describe(list(self.weight_bytes), positions, fitting)
 
     def _describe(self, devices: Sequence[torch.device], positions: Sequence[int], slots: int) -> str:
         """`weights 36.88 MB + caches 63.96 MB (16 slots of …)`, summed over devices."""
-        weights = sum(sum(self.weight_bytes[device].values()) for device in devices)
+        weights = sum(self.weight_bytes[device] for device in devices)
         slot = sum(self.slot_bytes(device, positions) for device in devices)
         return (
             f"weights {format_size(weights)} + caches {format_size((slots + PREFIX_SLOTS) * slot)} ({slots} slots of "

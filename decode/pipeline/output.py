@@ -227,7 +227,7 @@ class Outputs:
         """After an interruption: write what is finished after unfinished lines too; says in words what was written."""
         gaps, *_ = [writer.write_finished() for writer in self.writers]
         of = f" of {self.total:,}" if self.total is not None else ""
-        empty = f"; {gaps:,} empty lines between them stand for unfinished sentences" if gaps else ""
+        empty = f"; {gaps:,} empty lines between them are for unfinished sentences" if gaps else ""
         return f"{self.writer.count:,}{of} sentences were finished and are {self.where}{empty}"
 
     def _write(self, line: int, source: str, record: Record | None) -> None:

@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from corpora.metrics import text_metrics
 from decode.engine.expression import format_weights
 from decode.pipeline.members import EncodedInput
@@ -85,7 +83,9 @@ def describe_plan(run: "TranslationRun") -> str:
         run.memory,
         where,
         f"{processes} processes" + (f" in groups of {tp_size}" if tp_size > 1 else "") if processes > 1 else "",
-        "no journal: this run cannot be resumed" if run.file and run.distributed.is_main and not run.journal else "",
+        "no journal: this run cannot be resumed"
+        if run.file and not run.journal and run.arguments.output != "-"
+        else "",
     ]
     return ", ".join(filter(None, parts))
 
@@ -134,8 +134,7 @@ def scores(hypotheses: Sequence[str], references: Sequence[str], target: str) ->
 
 def versions() -> dict[str, str]:
     """Python and the packages that decide a translation or its score."""
-    others = machine.versions("collab-mt", "safetensors", "tokenizers", "sacrebleu", "triton")
-    return {"python": others.pop("python"), "torch": torch.__version__, **others}
+    return machine.versions("torch", "collab-mt", "safetensors", "tokenizers", "sacrebleu", "triton")
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:

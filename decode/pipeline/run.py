@@ -109,14 +109,11 @@ class TranslationRun:
             # torchrun starts all processes again after one died (--max-restarts): they continue their own run.
             restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
             self.journal, self.done = journal.open_journal(path, identity, True if restarted else arguments.resume)
-            distributed.share_done(self.done)
-        else:
-            self.done = distributed.receive_done()
-            if distributed.is_leader:
-                self.journal = journal.Journal(journal.rank_path(path, distributed.rank))
-                self.journal.start(identity)
-        if self.journal is not None:
             stack.enter_context(self.journal)
+        self.done = distributed.share_done(self.done)
+        if distributed.is_leader and not distributed.is_main:
+            self.journal = stack.enter_context(journal.Journal(journal.rank_path(path, distributed.rank)))
+            self.journal.start(identity)
 
     def load(self) -> None:
         """Load the weights. Processes that share a member agree on the batch size."""

@@ -93,6 +93,7 @@ class Scorer:
         self, ensemble: Ensemble, members: Sequence[MemberSpec], options: Options, name: str, as_json: bool
     ) -> None:
         self.ensemble, self.members, self.options, self.name, self.as_json = ensemble, members, options, name, as_json
+        self.columns = [*COLUMNS, *ensemble.names]
         self.lines = self.scored = self.tokens = 0
         self.totals = [0.0] * (1 + len(members))  # log-probabilities in nats: combined, then of each member
 
@@ -100,7 +101,7 @@ class Scorer:
         progress = DecodeProgress(None)
         with OrderedWriter(output) as writer:
             if not self.as_json:
-                writer.stream.write("\t".join([*COLUMNS, *self.ensemble.names]) + "\n")
+                writer.stream.write("\t".join(self.columns) + "\n")
             try:
                 for group in groups:
                     for line, completion in self.score(group):
@@ -141,39 +142,39 @@ class Scorer:
 
     def row(self, line: int, completion: Completion | None) -> str:
         """A line of the output."""
-        names = self.ensemble.names
-        if completion is None or not completion.logprobs:
-            if self.as_json:
-                return json.dumps({"line": line + 1, "tokens": 0})
-            return "\t".join([str(line + 1), "0", *[""] * (3 + len(names))])
-        figures = _figures(completion.logprobs)
+        entry: dict[str, Any] = {"line": line + 1, "tokens": 0}
+        members = {}
+        if completion and completion.logprobs:
+            entry |= _figures(completion.logprobs)
+            members = dict(zip(self.ensemble.names, completion.member_logprobs))
         if not self.as_json:
-            floats = [*list(figures.values())[1:], *map(math.fsum, completion.member_logprobs)]
-            return "\t".join([str(line + 1), str(figures["tokens"]), *(f"{value:.6g}" for value in floats)])
-        by_member = dict(zip(names, completion.member_logprobs))
-        members = {name: _figures(logprobs) | {"logprobs": logprobs} for name, logprobs in by_member.items()}
-        return json.dumps(finite({"line": line + 1, **figures, "logprobs": completion.logprobs, "members": members}))
+            cells = entry | {name: math.fsum(logprobs) for name, logprobs in members.items()}
+            return "\t".join(_cell(cells.get(column, "")) for column in self.columns)
+        if completion and members:
+            by_member = {name: _figures(logprobs) | {"logprobs": logprobs} for name, logprobs in members.items()}
+            entry |= {"logprobs": completion.logprobs, "members": by_member}
+        return json.dumps(finite(entry))
 
     def summary(self) -> str:
         if not self.tokens:
             return f"{self.lines:,} lines, nothing to score"
+        per_token = [total / self.tokens for total in self.totals]
         listed = "; ".join(
-            f"{name} {total / self.tokens:.4f} nats per token, perplexity {_perplexity(total / self.tokens):.3f}"
-            for name, total in zip(["combined", *self.ensemble.names], self.totals)
+            f"{name} {nats:.4f} nats per token, perplexity {_perplexity(nats):.3f}"
+            for name, nats in zip(["combined", *self.ensemble.names], per_token)
         )
         return f"{self.scored:,} of {self.lines:,} lines, {self.tokens:,} tokens with ends: {listed}"
 
 
 def _figures(logprobs: Sequence[float]) -> dict[str, Any]:
-    """COLUMNS after the line, in their order."""
     total, tokens = math.fsum(logprobs), len(logprobs)
-    return {
-        "tokens": tokens,
-        "logprob": total,
-        "per_token": total / tokens,
-        "perplexity": _perplexity(total / tokens),
-    }
+    per_token = total / tokens
+    return {"tokens": tokens, "logprob": total, "per_token": per_token, "perplexity": _perplexity(per_token)}
 
 
 def _perplexity(per_token: float) -> float:
     return math.exp(-per_token) if per_token > -700 else math.inf
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

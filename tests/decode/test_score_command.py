@@ -36,7 +36,7 @@ def tokens_of(seed, lengths):
 
 @torch.no_grad()
 def in_float64(models, weights, prompts, target, stops):
-    """(combined, by member): log-probabilities of the target's tokens and of any stop token behind it."""
+    """(combined, by member): log-probabilities of the target's tokens and of any stop token after it."""
     logits = {}
     for name in weights:
         model = copy.deepcopy(models[name]).double()

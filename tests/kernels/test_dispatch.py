@@ -28,6 +28,17 @@ def test_a_machine_without_triton_can_use_the_cpu_path():
     assert done.stdout.split() == ["1", "0", "False"], done.stderr
 
 
+def test_the_import_is_light():
+    code = (
+        "import sys, torch\n"
+        "torch.backends.mkldnn.is_available = torch.backends.cpu.get_cpu_capability = None  # calling them would fail\n"
+        "import kernels\n"
+        "print([name for name in ('triton', 'minillama', 'kernels.reference') if name in sys.modules])"
+    )
+    done = in_a_fresh_process(code)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 def test_the_package_has_no_version_for_transformers_to_mistake():
     assert not hasattr(kernels, "__version__")
     code = (

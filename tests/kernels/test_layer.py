@@ -1,4 +1,4 @@
-"""What stands between a layer's products on a GPU, and the products of one row, against float64."""
+"""The kernels between the matmuls of a layer on a GPU, and the matmuls of one row, against float64."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ RAN = "GPU" if WHERE == "cuda" else "interpreter"
 pytestmark = [pytest.mark.gpu] if WHERE == "cuda" else []
 DTYPES = st.sampled_from((torch.float32, torch.bfloat16))
 HEADS = st.sampled_from(((4, 2), (9, 3), (1, 1)))  # of queries, of keys
-QUICK = settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
 
 
 def normal(seed, *shape, dtype=torch.float32):
@@ -31,7 +31,7 @@ def close(found, expected, dtype):
 
 @QUICK
 @given(st.integers(1, 5), st.sampled_from((1, 16, 33, 576)), DTYPES, st.booleans(), st.integers(0, 10**6))
-def test_a_norm_takes_the_addition_before_it_along(rows, width, dtype, adds, seed):
+def test_a_norm_includes_the_addition_before_it(rows, width, dtype, adds, seed):
     stream_RE, scale_D = normal(seed, rows, width + 16), normal(seed + 1, width)
     delta_RD = normal(seed + 2, rows, width, dtype=dtype) if adds else None
     expected_RD = stream_RE[:, :width].double() + (delta_RD.double() if adds else 0.0)
@@ -47,18 +47,18 @@ def test_a_norm_takes_the_addition_before_it_along(rows, width, dtype, adds, see
 
 @QUICK
 @given(st.integers(1, 5), HEADS, st.sampled_from((2, 10, 64)), DTYPES, st.integers(0, 10**6))
-def test_queries_and_keys_turn_and_keys_and_values_are_stored(rows, heads, width, dtype, seed):
+def test_queries_and_keys_are_rotated_and_cached(rows, heads, width, dtype, seed):
     queries, keys = heads
     qkv_RO = normal(seed, rows, (queries + 2 * keys) * width, dtype=dtype)
     angle_RC = normal(seed + 1, rows, width // 2) * 30
-    turn_RHC = torch.polar(torch.ones_like(angle_RC), angle_RC)[:, None].expand(-1, queries + keys, -1).contiguous()
+    rope_RHC = torch.polar(torch.ones_like(angle_RC), angle_RC)[:, None].expand(-1, queries + keys, -1).contiguous()
     slot_R = torch.randperm(9, generator=torch.Generator().manual_seed(seed))[:rows].to(WHERE)
     entries_PJ = normal(seed + 2, 9, 2 * keys * width, dtype=dtype)
     before_PJ = entries_PJ.clone()
-    query_RQ = layer.rope_and_cache(qkv_RO, turn_RHC, slot_R, entries_PJ, queries, keys)
+    query_RQ = layer.rope_and_cache(qkv_RO, rope_RHC, slot_R, entries_PJ, queries, keys)
     pairs_RHC = torch.view_as_complex(qkv_RO.double().view(rows, -1, width // 2, 2))
-    turned_RHC = pairs_RHC[:, : queries + keys] * turn_RHC.to(torch.complex128)
-    whole_RHC = torch.cat((turned_RHC, pairs_RHC[:, queries + keys :]), dim=1)
+    rotated_RHC = pairs_RHC[:, : queries + keys] * rope_RHC.to(torch.complex128)
+    whole_RHC = torch.cat((rotated_RHC, pairs_RHC[:, queries + keys :]), dim=1)
     expected_RO = torch.view_as_real(whole_RHC).flatten(1)
     assert query_RQ.dtype == dtype
     close(query_RQ, expected_RO[:, : queries * width], dtype)
@@ -119,7 +119,7 @@ def test_one_row_is_normed_and_gated(inputs, width, dtype, bias, seed):
 
 @QUICK
 @given(HEADS, st.sampled_from((2, 10, 64)), DTYPES, st.integers(0, 10**6))
-def test_one_rows_queries_and_keys_turn_and_keys_and_values_are_stored(heads, width, dtype, seed):
+def test_one_rows_queries_and_keys_are_rotated_and_cached(heads, width, dtype, seed):
     queries, keys = heads
     x_1D, scale_D = normal(seed, 1, 96), normal(seed + 1, 96)
     weight_OD = normal(seed + 2, (queries + 2 * keys) * width, 96, dtype=dtype) * 0.1
@@ -131,8 +131,8 @@ def test_one_rows_queries_and_keys_turn_and_keys_and_values_are_stored(heads, wi
     query_1Q = row.gemv(x_1D, weight_OD, norm=row.NormBefore(scale_D, 1e-5), rope=rope)
     h_1D = x_1D.double() / (x_1D.double().square().mean() + 1e-5).sqrt() * scale_D.double()
     pairs_HC = torch.view_as_complex((h_1D @ weight_OD.double().T).view(-1, width // 2, 2))
-    turn_C = torch.polar(torch.ones_like(angle_C), angle_C).to(torch.complex128)
-    pairs_HC = torch.cat((pairs_HC[: queries + keys] * turn_C, pairs_HC[queries + keys :]))
+    rope_C = torch.polar(torch.ones_like(angle_C), angle_C).to(torch.complex128)
+    pairs_HC = torch.cat((pairs_HC[: queries + keys] * rope_C, pairs_HC[queries + keys :]))
     expected_O = torch.view_as_real(pairs_HC).flatten()
     near(query_1Q[0], expected_O[: queries * width], dtype)
     near(entries_PJ[slot_1[0]], expected_O[queries * width :], dtype)
@@ -145,12 +145,12 @@ def test_a_rows_bits_do_not_depend_on_the_others():
     stream_RD, scale_D = normal(0, 7, 576), normal(1, 576)
     qkv_RO, gate_RF = normal(2, 7, 5 * 64), normal(3, 7, 300)
     angle_RC = normal(4, 7, 32)
-    turn_RHC = torch.polar(torch.ones_like(angle_RC), angle_RC)[:, None].expand(-1, 4, -1).contiguous()
+    rope_RHC = torch.polar(torch.ones_like(angle_RC), angle_RC)[:, None].expand(-1, 4, -1).contiguous()
     slot_R = torch.arange(7, device=WHERE)
 
     def results(rows):
         entries_PJ = torch.zeros(7, 2 * 64, device=WHERE)
-        query_RQ = layer.rope_and_cache(qkv_RO[rows], turn_RHC[rows], slot_R[rows], entries_PJ, 3, 1)
+        query_RQ = layer.rope_and_cache(qkv_RO[rows], rope_RHC[rows], slot_R[rows], entries_PJ, 3, 1)
         silu_RF = layer.silu_and_mul(gate_RF[rows])
         return layer.add_rms_norm(stream_RD[rows], scale_D, 1e-6, torch.float32), query_RQ, entries_PJ[rows], silu_RF
 

@@ -94,7 +94,7 @@ def test_killed_runs_resume_to_the_bytes_of_an_unbroken_one(tmp_path):
         elif process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         code = process.wait(120)
-        if code == 0:  # it was whole already: no kill, draw again
+        if code == 0:  # it had ended already: no kill, again
             missed += 1
             assert missed < 2 * count + 20
             continue
