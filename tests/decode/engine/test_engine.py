@@ -68,7 +68,18 @@ def mixed(seed, count):
 
 def again(sequence):
     """The same request, not yet decoded."""
-    names = "prompts params max_new_tokens stop_tokens weights key explain top_logprobs targets keep_hidden".split()
+    names = [
+        "prompts",
+        "params",
+        "max_new_tokens",
+        "stop_tokens",
+        "weights",
+        "key",
+        "explain",
+        "top_logprobs",
+        "targets",
+        "keep_hidden",
+    ]
     return Sequence(**{name: getattr(sequence, name) for name in names})
 
 
@@ -343,7 +354,9 @@ def test_caches_of_members_that_are_left_out_are_not_read(ensemble):
         only = Ensemble({"L": models["L"]})
         found = dict(engine.generate(sequences))
         for number, kind in enumerate(kinds):
-            expected = alone(only, Sequence(([5, 6],), max_new_tokens=8, key=3, stop_tokens=ensemble.stop_tokens, **kind))
+            expected = alone(
+                only, Sequence(([5, 6],), max_new_tokens=8, key=3, stop_tokens=ensemble.stop_tokens, **kind)
+            )
             assert (found[number].tokens, found[number].logprobs) == (expected.tokens, expected.logprobs)
             assert found[number].finish_reason == expected.finish_reason
 
