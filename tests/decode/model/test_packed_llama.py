@@ -53,7 +53,7 @@ def one_at_a_time(packed, tokens):
 
 @torch.inference_mode()
 def ragged(packed, a, b, c, d):
-    """Four texts of 30, 41, 17 and 40 tokens in three forward passes with every kind of segment; logits of each text."""
+    """Logits of four texts of 30, 41, 17 and 40 tokens, in three forward passes with every kind of segment."""
     cache = packed.cache(4, 41)
     first = read(
         packed, cache, [Segment(0, 1, 10), Segment(2, 1, 7), Segment(3, 1, 1)], [0, 0, 0], [a[:10], c[:7], d[:1]]
