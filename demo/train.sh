@@ -4,7 +4,7 @@
 #   demo/train.sh DATA [WORK]
 #
 # DATA has train.ja.gz and train.en.gz, line-aligned (50,000 pairs of the Tanaka corpus). WORK (default runs/demo) keeps
-# every step's folder: a finished step is not done again, a killed one goes on from its last checkpoint. The finished
+# every step's folder: a finished step is not run again, a killed one resumes from its last checkpoint. The finished
 # models are copied to demo/.
 set -euo pipefail
 data=${1:?usage: demo/train.sh DATA [WORK]}

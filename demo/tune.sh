@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What docs/tuning.md reports: weights of the demo's models fitted to one text, and every sum judged on another.
+# What docs/tuning.md reports: weights of the demo's models fitted to one text, and all sums scored on another.
 #
 #   demo/tune.sh FIT.ja FIT.en TEST.ja TEST.en OUTPUT
 #
-# The text to fit on also chooses the best of the sums that are tried by hand. Everything ends in OUTPUT/tune-demo.json
-# (the committed one: decode/results/tune-demo.json); what OUTPUT already has is not done again.
+# The text to fit on also selects the best of the sums with weights set by hand. The result is OUTPUT/tune-demo.json
+# (the committed one: benchmarks/results/decode/tune-demo.json); what OUTPUT already has is not done again.
 set -euo pipefail
 [ $# = 5 ] || { echo "usage: demo/tune.sh FIT.ja FIT.en TEST.ja TEST.en OUTPUT" >&2; exit 2; }
 fit=$1 fit_reference=$2 test=$3 test_reference=$4 output=$5
@@ -30,7 +30,7 @@ fixed=(
     "S_tgt        S_tgt"
     "experts      S_src + S_tgt"
 )
-fitted=(likelihood-3 likelihood-5 bleu-3 bleu-5)
+fitted=(likelihood-3 likelihood-5)
 
 models() { # the --model options of the names in an expression
     for model in L S_mt S_src S_tgt S_base; do
@@ -39,7 +39,7 @@ models() { # the --model options of the names in an expression
     return 0
 }
 
-tune() { # NAME EXPRESSION OPTION…
+tune() { # NAME EXPRESSION
     [ -s "$output/$1.tune.json" ] && return
     local name=$1 against=() members
     mapfile -t members < <(models "$2")
@@ -49,7 +49,7 @@ tune() { # NAME EXPRESSION OPTION…
         [[ $2 = *S_mt* || ! $expression =~ S_mt|S_base ]] && against+=(--against "$expression")
     done
     "$python" -m decode.tune "${members[@]}" --combine "$2" "${languages[@]}" --input "$fit" \
-        --reference "$fit_reference" --held-out "$test" "$test_reference" "${against[@]}" "${@:3}" \
+        --reference "$fit_reference" --held-out "$test" "$test_reference" "${against[@]}" \
         --output "$output/$name.toml" --json >"$output/.part"
     mv "$output/.part" "$output/$name.tune.json"
 }
@@ -61,12 +61,10 @@ translate() { # NAME KIND BEAMS SOURCE REFERENCE OPTION…: OUTPUT/NAME.KIND.txt
 }
 
 three="L + S_src + S_tgt" five="L + 0*S_mt + S_src + S_tgt + 0*S_base"
-tune likelihood-3 "$three" --starts 10 --curve 10,20,50,100,200,500
+tune likelihood-3 "$three"
 [ -s "$output/scipy.json" ] || "$python" "$here/tune_check.py" "$fit" "$fit_reference" \
     "$output/likelihood-3.tune.json" "$output/scipy.json"
-tune likelihood-5 "$five" --curve 10,20,50,100,200,500
-tune bleu-3 "$three" --objective bleu
-tune bleu-5 "$five" --objective bleu
+tune likelihood-5 "$five"
 
 names=()
 for system in "${fixed[@]}"; do
@@ -86,7 +84,7 @@ done
 
 # Each of these against every other: p-values of the paired bootstrap.
 for kind in greedy beam; do
-    for first in collab likelihood-3 likelihood-5 bleu-3; do
+    for first in collab likelihood-3 likelihood-5; do
         [ -s "$output/$first.$kind.scores.json" ] && continue
         baselines=()
         for name in "${names[@]}"; do

@@ -1,1 +1,1 @@
-"""Scores, significance and reports of translations (`eval.score.score`). It does not know how they were made."""
+"""Scores, significance and the paper's study. How translations are made is unknown here; `eval.study` runs commands."""

@@ -2,7 +2,7 @@
 
 bert-score 0.3.13 was written for transformers 4. With transformers 5 it fails on an empty sentence and on a tokenizer
 without a length limit, and it silently leaves out the space before the first word that RoBERTa's published scores have.
-Here the tokenizer is made right before bert-score gets it, and an empty side scores 0, as bert-score defines.
+Here the tokenizer is corrected before bert-score gets it, and an empty side scores 0, as bert-score defines.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minillama.errors import InputError
+from minillama.machine import pick_device
 
 INSTALL = "BERTScore needs the package bert-score: pip install 'collab-mt[bertscore]'"
 BATCH_SIZE = 64  # bert-score's default
@@ -36,26 +37,25 @@ class BertScorer:
         """F1 of each sentence, 0 where a side is blank."""
         from bert_score.utils import bert_cos_score_idf
 
-        places = [
-            place for place, pair in enumerate(zip(hypotheses, references)) if pair[0].strip() and pair[1].strip()
-        ]
         scores = [0.0] * len(hypotheses)
-        if not places:
+        pairs = enumerate(zip(hypotheses, references))
+        filled = [index for index, (hypothesis, reference) in pairs if hypothesis.strip() and reference.strip()]
+        if not filled:
             return scores
         weights: defaultdict[int, float] = defaultdict(lambda: 1.0)
         weights[self.tokenizer.sep_token_id] = 0
         weights[self.tokenizer.cls_token_id] = 0
         values = bert_cos_score_idf(
             self.model,
-            [references[place] for place in places],
-            [hypotheses[place] for place in places],
+            [references[index] for index in filled],
+            [hypotheses[index] for index in filled],
             self.tokenizer,
             weights,
             device=self.device,
             batch_size=self.batch_size,
         )
-        for place, value in zip(places, values[..., 2].tolist()):
-            scores[place] = value
+        for index, value in zip(filled, values[..., 2].tolist()):
+            scores[index] = value
         return scores
 
 
@@ -67,13 +67,13 @@ def load_bertscorer(
     device: str = "auto",
     batch_size: int = BATCH_SIZE,
 ) -> BertScorer:
-    """The encoder by name or folder, cut after `layers` layers.
+    """Load an encoder by name or folder, cut after `layers` layers.
 
-    Without a name it is bert-score's own for the target language (roberta-large for English, multilingual BERT for
-    Japanese and German); without `layers` bert-score's own for that name. A folder needs `layers`.
-    Padding in a batch raises negative similarities to 0 in bert-score, so its usual batch size belongs to the score;
-    another one is named in the signature.
-    Raises InputError where bert-score or the model is missing, or a number does not fit.
+    Without a name it is bert-score's default for the target language (roberta-large for English, multilingual BERT for
+    Japanese and German), without `layers` bert-score's default for that name. A folder needs `layers`.
+    In bert-score, padding raises negative similarities to 0, so a score depends on the batch size: the signature names
+    one that is not bert-score's default.
+    Raises InputError if bert-score or the model is missing, or a number does not fit.
     """
     try:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -96,12 +96,16 @@ def load_bertscorer(
             raise InputError(f"{model}: bert-score knows no best layer for it, give --bertscore-layers N")
     if batch_size < 1:
         raise InputError(f"batch size {batch_size}, expected at least 1")
-    device = _device(device)
+    device = str(pick_device(device))
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
     if not sys.stderr.isatty():
-        _quiet_progress()
+        logging.disable_progress_bar()
     try:
-        tokenizer = _load_tokenizer(model)
-        depth = _depth(model)
+        config = AutoConfig.from_pretrained(model)
+        tokenizer = _load_tokenizer(model, config)
+        depth = getattr(config, "num_hidden_layers", None) or getattr(config, "n_layers", None) or 0
         if not 1 <= layers <= depth:
             raise InputError(
                 f"{model}: has {depth} layers, expected --bertscore-layers from 1 to {depth}, found {layers}"
@@ -120,49 +124,21 @@ def load_bertscorer(
     return BertScorer(encoder, tokenizer, signature, device, batch_size)
 
 
-def _load_tokenizer(model: str) -> Any:
-    from transformers import AutoConfig, AutoTokenizer, GPT2Tokenizer, RobertaTokenizer
+def _load_tokenizer(model: str, config: Any) -> Any:
+    from transformers import AutoTokenizer, GPT2Tokenizer, RobertaTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     if isinstance(tokenizer, (GPT2Tokenizer, RobertaTokenizer)):
-        # bert-score asks for the space when it encodes; transformers 5 takes it only here.
+        # bert-score requests the space when it encodes; transformers 5 accepts it only here.
         tokenizer = AutoTokenizer.from_pretrained(model, add_prefix_space=True)
-    config = AutoConfig.from_pretrained(model)
     positions = getattr(config, "max_position_embeddings", None)
     if positions and tokenizer.model_max_length > positions:
-        # RoBERTa's positions begin after its padding index.
+        # RoBERTa's positions start after its padding index.
         reserved = tokenizer.pad_token_id + 1 if isinstance(tokenizer, RobertaTokenizer) else 0
         tokenizer.model_max_length = positions - reserved
     if tokenizer.model_max_length > 1_000_000:  # no limit known: transformers' own marker overflows in the tokenizer
         tokenizer.model_max_length = 1_000_000
     return tokenizer
-
-
-def _depth(model: str) -> int:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model)
-    return getattr(config, "num_hidden_layers", None) or getattr(config, "n_layers", None) or 0
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device {name}: no CUDA device here, expected cpu or auto")
-    try:
-        torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"unknown device {name!r}, expected auto, cpu or cuda") from error
-    return name
-
-
-def _quiet_progress() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def _digest(folder: Path) -> str:

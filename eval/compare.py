@@ -1,4 +1,4 @@
-"""Scores of several translations of one text, with p-values of each against some of them, as one JSON file.
+"""Scores of several translations of one text, with p-values against some of them, as one JSON file.
 
     python -m eval.compare --reference ref.txt --target en --system collab=a.txt --system proxy=b.txt \\
         --against proxy --output scores.json
@@ -25,8 +25,10 @@ def compare_all(
     against: Sequence[str],
     **options: Any,
 ) -> dict[str, Any]:
-    """`systems`: for each name `metrics` (rows of key, label, score, signature) and `p`, by the name it is compared
-    with and the metric's key. Options are those of `eval.score.score`. Raises InputError as that does.
+    """Score all systems, and compare each with those named in `against`; `options` are those of `eval.score.score`.
+
+    Returns `sentences` and `systems`: for each name `metrics` (rows of key, label, score, signature) and `p`, p-values
+    by the other's name and the metric's key. Raises InputError as `score` does.
     """
     found: dict[str, Any] = {}
     rounds = list(against) or [next(iter(systems))]
@@ -45,10 +47,10 @@ def compare_all(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m eval.compare", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--system", action="append", required=True, metavar="NAME=FILE", help="translations, a line each; repeatable")
+    add("--system", action="append", required=True, metavar="NAME=FILE", help="translations, one per line; repeatable")
     add("--reference", required=True, metavar="FILE")
     add("--target", metavar="CODE", help="target language")
-    add("--against", action="append", default=[], metavar="NAME", help="compare every other one with this; repeatable")
+    add("--against", action="append", default=[], metavar="NAME", help="compare all others with it; repeatable")
     add("--metrics", default="bleu,chrf", metavar="LIST", help=f"some of {','.join(METRICS)} (default: bleu,chrf)")
     add("--samples", type=int, default=SAMPLES, help=f"resamples of the paired bootstrap (default: {SAMPLES})")
     add("--seed", type=int, default=SEED, help=f"seed of the resampling (default: {SEED}, sacrebleu's)")
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         files[name] = path
     for name in arguments.against:
         if name not in files:
-            raise InputError(f"--against {name}: is no system; known are {', '.join(files)}")
+            raise InputError(f"--against {name}: no such system; known are {', '.join(files)}")
     result = compare_all(
         {name: read_lines(path) for name, path in files.items()},
         read_lines(arguments.reference),

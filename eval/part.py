@@ -14,7 +14,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m eval.part", description="Write one part of a corpus as text.")
     parser.add_argument("--languages", nargs=2, required=True, metavar="LANG", help="codes; also the files' names")
     parser.add_argument("--pairs", nargs="+", required=True, metavar="FILE", help="two files, or a named split")
-    parser.add_argument("--lines", nargs=2, type=int, metavar="N", help="the first and the last that count, from 1")
+    parser.add_argument(
+        "--lines", nargs=2, type=int, metavar="N", help="the first and the last line to use, counted from 1"
+    )
     parser.add_argument("--output", required=True, metavar="DIR")
     arguments = parser.parse_args(argv)
     pairs = read_pairs(arguments.pairs, *arguments.languages)
@@ -31,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def between(pairs: Pairs, first: int, last: int) -> Pairs:
     """The pairs of these numbers, from 1; raises InputError where there are fewer."""
     if last > len(pairs):
-        raise InputError(f"{pairs.origin}: {len(pairs):,} pairs; lines {first:,} to {last:,} are wanted")
+        raise InputError(f"{pairs.origin}: {len(pairs):,} pairs; lines {first:,} to {last:,} are requested")
     here = slice(first - 1, last)
     return Pairs(
         pairs.source[here], pairs.target[here], 0, f"{pairs.origin}, lines {first:,} to {last:,}", pairs.details

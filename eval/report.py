@@ -1,19 +1,15 @@
-"""A study's report: `python -m eval.report results.json --output FOLDER [--format md,tex,html]`.
+"""A study's report: `python -m eval.report results.json --output FOLDER [--format md,tex]`.
 
-Tables 2, 3, 4 and 6 in the paper's arrangement, everything else that was measured, and plots, from the results.json of
-`eval.paper` and the texts beside it: Markdown, LaTeX and one HTML page with everything in it. `write` is the same from
-Python. The tables are data (eval.report_tables), rendered by eval.render and eval.render_html.
+Tables 2, 3, 4 and 6 in the paper's arrangement, everything else that was measured, and a plot, from the results.json of
+`eval.paper` and the texts beside it, as Markdown and as LaTeX.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from eval.document import Document, Inline, Paragraph, Picture, code
-from eval.render import latex, markdown
-from eval.render_html import html
-from eval.report_input import Study, load
-from eval.report_plots import Plot, draw_plots
+from eval.report_data import Results, load
+from eval.report_plots import bleu_by_expression
 from eval.report_sentences import differing_sentences, table_3
 from eval.report_tables import (
     direction_table,
@@ -26,39 +22,43 @@ from eval.report_tables import (
     speed_table,
     step_table,
 )
+from eval.tables import Inline, Latex, Markdown, Table, code
 from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
 from minillama.files import atomic_write
 
-FORMATS: dict[str, Callable[[Document], str]] = {"md": markdown, "tex": latex, "html": html}
-PLOTS = "plots"
+WRITERS: dict[str, Markdown | Latex] = {"md": Markdown(), "tex": Latex()}
+PLOT = Path("plots", "bleu-by-expression.png")
 EXAMPLES = """examples:
   python -m eval.report runs/small/results.json --output runs/small/report
   python -m eval.report runs/paper/results.json --output tables --format tex
 """
 
 
-def write(results: Path | str, folder: Path | str, formats: Sequence[str] = tuple(FORMATS)) -> list[Path]:
-    """Write report.md, report.tex, report.html and the plots into `folder`; returns the files.
+def write(results_file: Path | str, folder: Path | str, formats: Sequence[str] = tuple(WRITERS)) -> list[Path]:
+    """Write report.md, report.tex and the plot into `folder`; returns the files.
 
-    results: the results.json of a study; texts are read from the folder it lies in, and parts whose texts are not there
-    are left out. Plots need matplotlib; without it the report says so and has none.
+    Texts are read from the folder of results.json; a part whose texts are not there is left out. The plot needs
+    matplotlib; without it the report names the package to install.
     Raises InputError for an unknown format, a file that is no results.json, a folder that cannot be written.
     """
-    unknown = [name for name in formats if name not in FORMATS]
+    unknown = [name for name in formats if name not in WRITERS]
     if unknown or not formats:
-        raise InputError(f"unknown format {unknown[0] if unknown else ''!r}, expected some of {','.join(FORMATS)}")
-    study = load(Path(results))
-    plots, folder = _plots(study), Path(folder)
-    document = build(study, plots)
-    texts = {folder / f"report.{name}": FORMATS[name](document) for name in formats}
-    if plots:
-        texts |= {folder / PLOTS / f"{plot.name}.svg": plot.svg for plot in plots}
-    pictures = {folder / PLOTS / f"{plot.name}.png": plot.png for plot in plots or []}
+        raise InputError(f"unknown format {unknown[0] if unknown else ''!r}, expected some of {','.join(WRITERS)}")
+    results, folder = load(Path(results_file)), Path(folder)
+    plots: dict[Path, bytes] | None
     try:
-        (folder / PLOTS if plots else folder).mkdir(parents=True, exist_ok=True)
-        for path, content in pictures.items():
-            path.write_bytes(content)
+        png = bleu_by_expression(results)
+        plots = {PLOT: png} if png else {}
+    except ImportError:
+        plots = None
+    texts = {folder / f"report.{name}": render(results, WRITERS[name], plots) for name in formats}
+    pictures = {folder / path: png for path, png in (plots or {}).items()}
+    try:
+        for path in (*texts, *pictures):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        for path, png in pictures.items():
+            path.write_bytes(png)
         for path, text in texts.items():
             atomic_write(path, text)
     except OSError as error:
@@ -66,27 +66,36 @@ def write(results: Path | str, folder: Path | str, formats: Sequence[str] = tupl
     return [*texts, *pictures]
 
 
-def build(study: Study, plots: Sequence[Plot] | None = ()) -> Document:
-    """The report as data. plots: None where matplotlib is missing."""
-    document = Document(study.data["title"])
-    document.add(*(Paragraph(text) for text in origin(study)), direction_table(study))
-    document.section("The paper's tables", [*paper_tables(study), table_3(study)])
-    pictures = [Picture(Path(PLOTS, f"{plot.name}.png"), plot.svg, plot.description) for plot in plots or []]
-    document.section("Plots", pictures)
+def render(results: Results, writer: Markdown | Latex, plots: Iterable[Path] | None) -> str:
+    """The whole report. plots: paths below the report's folder, None where matplotlib is missing."""
+
+    def tables(*found: Table | None) -> list[str]:
+        return [writer.table(table) for table in found if table is not None and table.rows]
+
     if plots is None:
-        document.add(Paragraph(("There are no plots: they need ", code("pip install 'collab-mt[plot]'"), ".")))
-    document.section("Fitted weights", [fit_table(study), likelihood_table(study)])
-    scores = [score_table(study, direction) for direction in study.directions]
-    document.section("Every row and measure", [*scores, signature_table(study)])
-    document.section("Speed and memory", [speed_table(study)])
-    document.section("Where the systems differ most", differing_sentences(study))
-    document.section("How it was made", [settings_table(study), step_table(study)])
-    return document
+        pictures = [writer.text(("There is no plot: it needs ", code("pip install 'collab-mt[plot]'"), "."))]
+    else:
+        description = "BLEU by expression, directions side by side"
+        pictures = [writer.picture(path.as_posix(), description) for path in plots]
+    scores = [score_table(results, direction) for direction in results.directions]
+    sections = {
+        "The paper's tables": tables(*paper_tables(results), table_3(results)),
+        "Plots": pictures,
+        "Fitted weights": tables(fit_table(results), likelihood_table(results)),
+        "Every row and measure": tables(*scores, signature_table(results)),
+        "Speed and memory": tables(speed_table(results)),
+        "Where the systems differ most": tables(*differing_sentences(results)),
+        "How it was made": tables(settings_table(results), step_table(results)),
+    }
+    blocks = [*map(writer.text, origin(results)), *tables(direction_table(results))]
+    for title, parts in sections.items():
+        blocks += [writer.heading(title), *parts] if parts else []
+    return writer.document(results.data["title"], blocks)
 
 
-def origin(study: Study) -> list[Inline]:
+def origin(results: Results) -> list[Inline]:
     """Where and how the study ran, in a few sentences."""
-    data = study.data
+    data = results.data
     where: list[str] = []
     if data.get("machine"):
         where.append(f"Measured on {data['machine']}")
@@ -108,24 +117,17 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{seconds / 3600:.1f} h"
 
 
-def _plots(study: Study) -> list[Plot] | None:
-    try:
-        return draw_plots(study)
-    except ImportError:
-        return None
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m eval.report",
-        description="A study's tables and plots as Markdown, LaTeX and one HTML page.",
+        description="A study's tables and plot as Markdown and LaTeX.",
         epilog=EXAMPLES,
     )
     parser.add_argument("results", type=Path, metavar="RESULTS.json", help="what eval.paper wrote")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the report goes")
-    parser.add_argument("--format", default=",".join(FORMATS), metavar="LIST", help=f"of {','.join(FORMATS)}")
+    parser.add_argument("--format", default=",".join(WRITERS), metavar="LIST", help=f"of {','.join(WRITERS)}")
     arguments = parser.parse_args(argv)
-    for path in write(arguments.results, arguments.output, [part.strip() for part in arguments.format.split(",")]):
+    for path in write(arguments.results, arguments.output, [name.strip() for name in arguments.format.split(",")]):
         print(path)
     return 0
 

@@ -3,81 +3,73 @@
 from collections.abc import Mapping, Sequence
 
 from corpora.metrics import text_metrics
-from eval.document import MISSING, Column, Inline, Row, Span, Table, number
 from eval.paper_figures import shown_sentence
-from eval.report_input import Study
-from eval.report_tables import row_label
+from eval.report_data import Results
+from eval.tables import MISSING, Column, Inline, Row, Table, number
 
 SHOWN = 10  # sentences on which systems differ most, over all directions
 SYSTEMS = ("original", "finetuning", "proxy", "collab", "fitted")
-LEAST_MENTIONS = 3  # of what Table 3's reference mentions, for a sentence to be the paper's
+LEAST_MENTIONS = 3  # of the words of Table 3's reference, for a sentence to be the paper's
 
 
-def table_3(study: Study) -> Table | None:
-    """The paper's own sentence through its five systems, found by its reference; None where the text has it not."""
+def table_3(results: Results) -> Table | None:
+    """The paper's own sentence through its five systems; None where the test text does not contain it."""
     sentence = shown_sentence()
-    entry = study.data["directions"].get(sentence.direction)
-    references = study.lines(entry.get("reference_file")) if entry else None
-    if not entry or not references:
+    direction = sentence["direction"]
+    references = results.lines(results.data["directions"].get(direction, {}).get("reference_file"))
+    if not references:
         return None
-    mentions = [sum(part.lower() in line.lower() for part in sentence.reference_mentions) for line in references]
-    if max(mentions) < LEAST_MENTIONS:
+    mentions = [sum(word.lower() in line.lower() for word in sentence["reference_mentions"]) for line in references]
+    index = mentions.index(max(mentions))
+    if mentions[index] < LEAST_MENTIONS:
         return None
-    place = mentions.index(max(mentions))
-    columns = [Column("system"), Column("text", "long")]
-    rows = _given(study, sentence.direction, place)
-    if study.compares:
-        columns.append(Column("in the paper", "long"))
-        rows = [Row((*row.cells, "")) for row in rows]
-    for name, fact in _shown_rows(study, sentence.shown):
-        lines = study.lines(study.cell(name, sentence.direction).get("hypothesis_file"))
-        cells = (_system(study, name), _text(study, sentence.direction, lines[place] if lines else None))
-        rows.append(Row((*cells, fact) if study.compares else cells))
-    title = f"Table 3: one {sentence.direction} sentence (line {place + 1:,} of the test text)"
-    notes = ("in the paper: what its Table 3 shows of each system.",) if study.compares else ()
-    return Table("table3", title, tuple(columns), tuple(rows), notes)
+    # The paper's small model is this study's, and its 3B is the first large one.
+    models = {"1B": results.data.get("small") or "", "3B": results.larges[0] if results.larges else ""}
+    names = {}
+    for paper_name, fact in sentence["shown"].items():
+        model, _, suffix = paper_name.rpartition(".")
+        names[f"{models[model]}.{suffix}"] = fact
+    systems = {name: results.translations(name, direction) for name in names}
+    facts = ["", "", *names.values()]
+    rows = _texts(results, direction, index, systems)
+    if results.compares:
+        rows = [{**row, Column("in the paper", "long"): fact} for row, fact in zip(rows, facts[-len(rows) :])]
+    notes = ["in the paper: what its Table 3 shows of each system."] if results.compares else []
+    return Table("table3", f"Table 3: one {direction} sentence (line {index + 1:,} of the test text)", [rows], notes)
 
 
-def _shown_rows(study: Study, shown: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The paper's rows by this study's names: its small model, and its first large one for the paper's 3B."""
-    large = study.larges[0] if study.larges else ""
-    names = {"1B": study.data.get("small") or "", "3B": large}
-    return [(f"{names[name.rpartition('.')[0]]}.{name.rpartition('.')[2]}", fact) for name, fact in shown.items()]
+def differing_sentences(results: Results, count: int = SHOWN) -> list[Table]:
+    """A table for each sentence with the largest spread of sentence-level chrF over the first large model's systems.
 
-
-def differing_sentences(study: Study, count: int = SHOWN) -> list[Table]:
-    """A table a sentence: the largest spreads of sentence-level chrF over the first large model's systems.
-
-    Every direction has its share of `count`; directions whose texts are not there have none.
+    `count` sentences in all, shared by the directions whose texts are there.
     """
-    if not study.larges:
-        return []
+    translated = {}
+    for direction in results.directions:
+        names = [f"{large}.{suffix}" for large in results.larges[:1] for suffix in SYSTEMS]
+        systems = {name: lines for name in names if (lines := results.translations(name, direction))}
+        if len(systems) > 1:
+            translated[direction] = systems
     tables = []
-    directions = [direction for direction in study.directions if len(_systems(study, direction)) > 1]
-    for place, direction in enumerate(directions):
-        share = count // len(directions) + (place < count % len(directions))
-        tables += _most_different(study, direction, share)
+    for index, (direction, systems) in enumerate(translated.items()):
+        share = count // len(translated) + (index < count % len(translated))
+        tables += _most_different(results, direction, systems, share)
     return tables
 
 
-def _most_different(study: Study, direction: str, count: int) -> list[Table]:
-    entry = study.data["directions"][direction]
-    references = study.lines(entry.get("reference_file"))
+def _most_different(results: Results, direction: str, systems: dict[str, list[str]], count: int) -> list[Table]:
+    references = results.lines(results.data["directions"][direction].get("reference_file"))
     if references is None:
         return []
-    systems = _systems(study, direction)
-    scores = {name: sentence_chrf(lines, references) for name, lines in systems.items()}
-    spreads = [max(row) - min(row) for row in zip(*scores.values())]
-    order = sorted(range(len(spreads)), key=lambda place: (-spreads[place], place))[:count]
-    columns = (Column("system"), Column("text", "long"), Column("chrF2", "number"))
+    scores = list(zip(*(sentence_chrf(lines, references) for lines in systems.values())))  # by sentence, then system
+    spreads = [max(values) - min(values) for values in scores]
     tables = []
-    for place in order:
-        rows = [Row((*row.cells, ""), row.rule) for row in _given(study, direction, place)]
-        for name, lines in systems.items():
-            text = _text(study, direction, lines[place])
-            rows.append(Row((_system(study, name), text, number(scores[name][place], 1))))
-        title = f"{direction}, line {place + 1:,}: chrF2 from {_range(scores, place)}"
-        tables.append(Table(f"sentence-{direction}-{place + 1}", title, columns, tuple(rows)))
+    for index in sorted(range(len(spreads)), key=lambda index: (-spreads[index], index))[:count]:
+        values = scores[index]
+        rows = _texts(results, direction, index, systems)
+        cells = [*[""] * (len(rows) - len(values)), *(number(value, 1) for value in values)]
+        rows = [{**row, Column("chrF2", "number"): cell} for row, cell in zip(rows, cells)]
+        title = f"{direction}, line {index + 1:,}: chrF2 from {min(values):.1f} to {max(values):.1f}"
+        tables.append(Table(f"sentence-{direction}-{index + 1}", title, [rows]))
     return tables
 
 
@@ -87,37 +79,17 @@ def sentence_chrf(lines: Sequence[str], references: Sequence[str]) -> list[float
     return [chrf.metric.sentence_score(line, [reference]).score for line, reference in zip(lines, references)]
 
 
-def _systems(study: Study, direction: str) -> dict[str, list[str]]:
-    """Translations of the first large model's systems that are compared, those whose texts are there."""
-    found = {}
-    for suffix in SYSTEMS:
-        name = f"{study.larges[0]}.{suffix}"
-        lines = study.lines(study.cell(name, direction).get("hypothesis_file"))
-        if lines:
-            found[name] = lines
-    return found
-
-
-def _given(study: Study, direction: str, place: int) -> list[Row]:
-    """Source and reference, above the systems."""
-    entry = study.data["directions"][direction]
-    rows = []
-    for label, key, side in (("source", "source_file", 0), ("reference", "reference_file", 1)):
-        lines = study.lines(entry.get(key))
-        if lines:
-            rows.append(Row((label, Span(lines[place], lang=direction.split("-")[side]))))
-    return rows
-
-
-def _system(study: Study, name: str) -> Inline:
-    label = row_label(study, name, by_method=True)
-    return f"{study.large_of(name)} {label}" if isinstance(label, str) else label
-
-
-def _text(study: Study, direction: str, text: str | None) -> Inline:
-    return Span(text, lang=direction.split("-")[1]) if text else MISSING if text is None else "(empty)"
-
-
-def _range(scores: dict[str, list[float]], place: int) -> str:
-    values = [row[place] for row in scores.values()]
-    return f"{min(values):.1f} to {max(values):.1f}"
+def _texts(results: Results, direction: str, index: int, systems: Mapping[str, list[str] | None]) -> list[Row]:
+    """A sentence's source and reference, where they are there, and its translations."""
+    entry = results.data["directions"][direction]
+    texts: list[tuple[Inline, list[str] | None]] = []
+    for name in ("source", "reference"):
+        lines = results.lines(entry.get(f"{name}_file"))
+        texts += [(name, lines)] if lines else []
+    for name, lines in systems.items():
+        label = results.label(name, by_method=True)
+        texts.append((f"{results.large_of(name)} {label}" if isinstance(label, str) else label, lines))
+    return [
+        {Column("system"): label, Column("text", "long"): MISSING if lines is None else lines[index] or "(empty)"}
+        for label, lines in texts
+    ]

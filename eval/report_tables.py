@@ -1,314 +1,251 @@
-"""A study's tables as data (eval.document.Table): the paper's arrangement, then everything that was measured.
+"""The report's tables: the paper's arrangement, and everything that was measured. A table may have no rows.
 
-The paper's figures and the difference to ours stand beside them where the study repeats the paper.
+If the study repeats the paper, the paper's figures and the difference to ours stand beside ours.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from eval.document import MISSING, Column, Inline, Row, Table, code, number, strong
-from eval.expressions import EXPRESSIONS, FITTED
-from eval.paper_figures import paper_rows
-from eval.report_input import KNOWN, Study
+from eval.paper_figures import paper_score
+from eval.report_data import BASELINES, FITTED_PREFIX, KNOWN, Results
+from eval.study.expressions import FITTED
+from eval.tables import MISSING, Column, Inline, Row, Table, code, number, strong
 
-LEVEL = 0.05  # p-values below it are marked
-OURS = "fitted: "
-FIT_NAMES = {kind: name for kind, (_, name, _) in FITTED.items()}
-BASELINES = [name for name in KNOWN if name not in EXPRESSIONS]
+P_LEVEL = 0.05  # p-values below it are marked
 GIB = 2**30
-MARKS = f"† differs from Proxy-tuning, ‡ from Original with the same L (paired bootstrap, p < {LEVEL})."
+MARKS = f"† differs from Proxy-tuning, ‡ from Original with the same L (paired bootstrap, p < {P_LEVEL})."
 
 
-def paper_tables(study: Study) -> list[Table]:
+def _figure(label: str, group: str = "") -> Column:
+    return Column(label, "number", group)
+
+
+def paper_tables(results: Results) -> list[Table]:
     """Tables 2, 4 and 6; of Table 4 the first large model, as in the paper, and only with a Japanese direction."""
-    japanese = [direction for direction in study.directions if "ja" in direction.split("-")]
-    tables = [_arranged(study, 2, "Original, Fine-tuning, Proxy-tuning, Collab-MT", study.directions)]
-    if japanese and study.larges:
-        tables.append(_arranged(study, 4, "the rows of Table 6 for Japanese", japanese, study.larges[:1]))
-    tables.append(_arranged(study, 6, "which sum of logits", study.directions))
-    return tables
+    japanese = [direction for direction in results.directions if "ja" in direction.split("-")]
+    title = "Table 2: Original, Fine-tuning, Proxy-tuning, Collab-MT"
+    tables = [_paper_table(results, 2, title, results.directions, results.larges)]
+    if japanese and results.larges:
+        title = "Table 4: the rows of Table 6 for Japanese"
+        tables.append(_paper_table(results, 4, title, japanese, results.larges[:1]))
+    return [*tables, _paper_table(results, 6, "Table 6: which sum of logits", results.directions, results.larges)]
 
 
-def _arranged(
-    study: Study,
-    table: int,
-    title: str,
-    directions: Sequence[str],
-    larges: Sequence[str] | None = None,
-) -> Table:
-    larges = study.larges if larges is None else larges
-    suffixes = [suffix for suffix, expression in KNOWN.items() if table in expression.tables]
-    blocks = [[f"{study.data['small']}.{suffix}" for suffix in BASELINES]] if study.data.get("small") else []
+def _paper_table(results: Results, table: int, title: str, directions: Sequence[str], larges: Sequence[str]) -> Table:
+    blocks = [[f"{small}.{suffix}" for suffix in BASELINES] for small in results.smalls]
     for large in larges:
-        blocks.append([f"{large}.{suffix}" for suffix in suffixes] + study.fitted(large))
-    with_bert = table == 2 and any(
-        study.score(name, direction, "bertscore") is not None for name in study.rows for direction in directions
+        suffixes = [suffix for suffix, expression in KNOWN.items() if table in expression.tables]
+        blocks.append([f"{large}.{suffix}" for suffix in suffixes] + results.fitted(large))
+    with_bertscore = table == 2 and any(
+        results.score(name, direction, "bertscore") is not None for name in results.rows for direction in directions
     )
-    measure = "BLEU/BERTScore" if with_bert else "BLEU"
-    columns = [Column("L"), Column("method" if table == 2 else "expression")]
-    for direction in directions:
-        columns.append(Column("ours" if study.compares else measure, "number", direction))
-        if study.compares:
-            columns += [Column("paper", "number", direction), Column("difference", "number", direction)]
-        if own := study.own_bleu(direction):
-            columns.append(Column(f"BLEU {own[1]}", "number", direction))
-    rows = []
-    for block in blocks:
-        best = {direction: _best(study, block, direction) for direction in directions}
-        for place, name in enumerate(block):
-            cells: list[Inline] = [study.large_of(name), row_label(study, name, by_method=table == 2)]
-            for direction in directions:
-                cells += _scores(study, name, direction, with_bert, table, best[direction])
-                if own := study.own_bleu(direction):
-                    cells.append(number(study.score(name, direction, own[0])))
-            rows.append(Row(tuple(cells), rule=place == 0))
-    notes: list[Inline] = [f"{measure}; bold: the best of an L's rows. {MARKS}"]
-    if study.compares:
+    measure = "BLEU/BERTScore" if with_bertscore else "BLEU"
+
+    def row(name: str, block: Sequence[str]) -> Row:
+        cells = _labels(results, name, by_method=table == 2)
+        for direction in directions:
+            bertscore = results.score(name, direction, "bertscore") if with_bertscore else None
+            ours = _marked(results, name, direction, block, _pair(results.score(name, direction, "bleu"), bertscore))
+            cells[_figure("ours" if results.compares else measure, direction)] = ours
+            if results.compares:
+                bertscore = paper_score(name, "bertscore", direction) if table == 2 else None
+                cells[_figure("paper", direction)] = _pair(paper_score(name, "bleu", direction), bertscore)
+                cells[_figure("difference", direction)] = _difference(results, name, direction)
+            if own := results.own_bleu(direction):
+                cells[_figure(f"BLEU {own[1]}", direction)] = number(results.score(name, direction, own[0]))
+        return cells
+
+    notes = [f"{measure}; bold: the best of an L's rows. {MARKS}"]
+    if results.compares:
         notes.append("paper: the figure that the paper reports; difference: our BLEU less the paper's.")
-    return Table(f"table{table}", f"Table {table}: {title}", tuple(columns), tuple(rows), tuple(notes))
+    return Table(f"table{table}", title, [[row(name, block) for name in block] for block in blocks], notes)
 
 
-def row_label(study: Study, name: str, by_method: bool = False) -> Inline:
-    """A row's method or expression; a fitted row is named by what it was fitted to."""
-    method, expression = study.row_name(name)
-    fitted = study.rows.get(name, {}).get("fitted")
-    if fitted:
-        return f"{OURS}{fitted}"
-    if by_method or name.rpartition(".")[2] in BASELINES or not expression:
-        return method
-    return code(expression)
+def _labels(results: Results, name: str, by_method: bool = False) -> dict[Column, Inline]:
+    """The first cells of a row: its L, and its expression or method."""
+    label = results.label(name, by_method)
+    return {Column("L"): results.large_of(name), Column("method" if by_method else "expression"): label}
 
 
-def _best(study: Study, block: Sequence[str], direction: str) -> str | None:
-    """The best BLEU of a block as it is printed; None where all are printed alike."""
-    scores = [score for name in block if (score := study.score(name, direction, "bleu")) is not None]
-    return number(max(scores)) if len({number(score) for score in scores}) > 1 else None
-
-
-def _marks(study: Study, name: str, direction: str) -> str:
+def _marked(results: Results, name: str, direction: str, block: Sequence[str], text: str) -> Inline:
+    """A score with marks of significance, bold if it is the best BLEU of its block and not all are printed alike."""
+    scores = {other: score for other in block if (score := results.score(other, direction, "bleu")) is not None}
     marks = ""
     for against, mark in (("proxy", "†"), ("large", "‡")):
-        p_value = study.p_value(name, direction, against, "bleu")
-        if p_value is not None and p_value < LEVEL:
-            marks += mark
-    return marks
-
-
-def _scores(study: Study, name: str, direction: str, with_bert: bool, table: int, best: str | None) -> list[Inline]:
-    """Ours, and with a comparison the paper's and the difference."""
-    bleu = study.score(name, direction, "bleu")
-    text = _pair(bleu, study.score(name, direction, "bertscore") if with_bert else None)
-    marks = _marks(study, name, direction)
-    shown: Inline = text if bleu is None else (strong(text), marks) if number(bleu) == best else text + marks
-    if not study.compares:
-        return [shown]
-    paper = paper_rows().get(name)
-    bert = paper.score("bertscore", direction) if paper and table == 2 else None
-    difference = number(_difference(study, name, direction), signed=True)
-    return [shown, _pair(_reported(name, "bleu", direction), bert), difference]
+        p_value = results.p_value(name, direction, against, "bleu")
+        marks += mark if p_value is not None and p_value < P_LEVEL else ""
+    printed = set(map(number, scores.values()))
+    best = name in scores and len(printed) > 1 and number(scores[name]) == number(max(scores.values()))
+    return (strong(text), marks) if best else text + marks
 
 
 def _pair(bleu: float | None, bertscore: float | None) -> str:
     return number(bleu) if bertscore is None else f"{number(bleu)}/{number(bertscore)}"
 
 
-def all_rows(study: Study) -> list[list[str]]:
-    """Every row that the study has or the paper would, a block for each model, then what stands in no table."""
-    blocks = []
-    for model in study.models():
-        suffixes = KNOWN if model in study.larges else BASELINES
-        block = [f"{model}.{suffix}" for suffix in suffixes]
-        blocks.append([name for name in [*block, *study.fitted(model)] if name in study.rows])
-    return [block for block in [*blocks, study.others()] if block]
+def _difference(results: Results, name: str, direction: str) -> str:
+    ours, reported = results.score(name, direction, "bleu"), paper_score(name, "bleu", direction)
+    return number(None if ours is None or reported is None else ours - reported, signed=True)
 
 
-def score_table(study: Study, direction: str) -> Table | None:
-    """Every row's scores for one direction: all metrics, p-values, and the paper's figures where they compare."""
-    blocks = [[name for name in block if study.metrics(name, direction)] for block in all_rows(study)]
-    names = [name for block in blocks for name in block]
-    if not names:
-        return None
-    labels = {key: metric["label"] for name in names for key, metric in study.metrics(name, direction).items()}
-    columns, figures = [Column("L"), Column("expression")], []
-    for key, label in labels.items():
-        for heading, figure in _measures(study, direction, key):
-            shown = {name: figure(name) for name in names}
-            if any(text != MISSING for text in shown.values()):
-                columns.append(Column(heading, "number", label))
-                figures.append(shown)
-    rows = tuple(
-        Row((study.large_of(name), row_label(study, name), *(shown[name] for shown in figures)), rule=place == 0)
+def score_table(results: Results, direction: str) -> Table:
+    """Every row's scores for one direction: all metrics, p-values, and the paper's figures if the study compares."""
+    blocks = [[name for name in block if results.metrics(name, direction)] for block in results.blocks()]
+    metrics = {
+        key: metric["label"]
         for block in blocks
-        for place, name in enumerate(block)
-    )
-    notes = ("p Proxy, p L: paired bootstrap against Proxy-tuning and against Original, with the same L.",)
-    return Table(f"scores-{direction}", f"{direction}: every row and measure", tuple(columns), rows, notes)
+        for name in block
+        for key, metric in results.metrics(name, direction).items()
+    }
+
+    def row(name: str) -> Row:
+        cells = _labels(results, name)
+        for key, label in metrics.items():
+            score = results.score(name, direction, key)
+            cells[_figure("score", label)] = number(score, 4 if key == "bertscore" else 2)
+            if results.compares:
+                cells[_figure("paper", label)] = number(paper_score(name, key, direction))
+            if results.compares and key == "bleu":
+                cells[_figure("difference", label)] = _difference(results, name, direction)
+            cells[_figure("p Proxy", label)] = number(results.p_value(name, direction, "proxy", key), 3)
+            cells[_figure("p L", label)] = number(results.p_value(name, direction, "large", key), 3)
+        return cells
+
+    notes = ["p Proxy, p L: paired bootstrap against Proxy-tuning and against Original, with the same L."]
+    rows = [[row(name) for name in block] for block in blocks if block]
+    return Table(f"scores-{direction}", f"{direction}: every row and measure", rows, notes).without_empty_columns()
 
 
-def _measures(study: Study, direction: str, key: str) -> list[tuple[str, Callable[[str], str]]]:
-    """(heading, a row's text) of all that is shown of one metric."""
-    decimals = 4 if key == "bertscore" else 2
-
-    def p_value(against: str) -> Callable[[str], str]:
-        return lambda name: number(study.p_value(name, direction, against, key), 3)
-
-    measures: list[tuple[str, Callable[[str], str]]] = [
-        ("score", lambda name: number(study.score(name, direction, key), decimals))
-    ]
-    if study.compares:
-        measures.append(("paper", lambda name: number(_reported(name, key, direction))))
-        if key == "bleu":
-            measures.append(("difference", lambda name: number(_difference(study, name, direction), signed=True)))
-    return [*measures, ("p Proxy", p_value("proxy")), ("p L", p_value("large"))]
-
-
-def _reported(name: str, key: str, direction: str) -> float | None:
-    row = paper_rows().get(name)
-    return row.score(key, direction) if row else None
-
-
-def _difference(study: Study, name: str, direction: str) -> float | None:
-    ours, reported = study.score(name, direction, "bleu"), _reported(name, "bleu", direction)
-    return None if ours is None or reported is None else ours - reported
-
-
-def signature_table(study: Study) -> Table | None:
+def signature_table(results: Results) -> Table:
     """Each signature once, with the directions that it was used for."""
-    used: dict[tuple[str, str], list[str]] = {}
-    for name in study.rows:
-        for direction in study.directions:
-            for metric in study.metrics(name, direction).values():
+    used: dict[tuple[str, str], dict[str, None]] = {}
+    for name in results.rows:
+        for direction in results.directions:
+            for metric in results.metrics(name, direction).values():
                 if metric.get("signature"):
-                    directions = used.setdefault((metric["label"], metric["signature"]), [])
-                    directions += [direction] * (direction not in directions)
-    rows = tuple(Row((label, code(mark), ", ".join(directions))) for (label, mark), directions in used.items())
-    columns = (Column("measure"), Column("signature"), Column("directions"))
-    return Table("signatures", "Signatures", columns, rows) if rows else None
-
-
-def speed_table(study: Study) -> Table | None:
-    """Speed and memory of decoding, by row and direction."""
-    parts: tuple[tuple[str, str, float, int], ...] = (
-        ("tokens/s", "tokens_per_second", 1, 1),
-        ("seconds", "seconds", 1, 1),
-        ("output tokens", "output_tokens", 1, 0),
-        ("peak GiB", "peak_memory_bytes", GIB, 2),
-    )
-    blocks = all_rows(study)
-    measured = [
-        (direction, label, key, unit, decimals)
-        for direction in study.directions
-        for label, key, unit, decimals in parts
-        if any(study.cell(name, direction).get(key) is not None for block in blocks for name in block)
+                    used.setdefault((metric["label"], metric["signature"]), {})[direction] = None
+    rows: list[Row] = [
+        {Column("measure"): label, Column("signature"): code(signature), Column("directions"): ", ".join(directions)}
+        for (label, signature), directions in used.items()
     ]
-    if not measured:
-        return None
-    columns = [Column("L"), Column("expression")]
-    columns += [Column(label, "number", direction) for direction, label, *_ in measured]
-    rows = []
-    for block in blocks:
-        for place, name in enumerate(block):
-            values = [(study.cell(name, direction).get(key), unit, d) for direction, _, key, unit, d in measured]
-            shown = [number(None if value is None else value / unit, d) for value, unit, d in values]
-            rows.append(Row((study.large_of(name), row_label(study, name), *shown), rule=place == 0))
-    return Table("speed", "Speed and memory of decoding", tuple(columns), tuple(rows))
+    return Table("signatures", "Signatures", [rows])
 
 
-def fit_table(study: Study) -> Table | None:
+def speed_table(results: Results) -> Table:
+    """Speed and memory of decoding, by row and direction."""
+    figures = {
+        "tokens/s": ("tokens_per_second", 1, 1),
+        "seconds": ("seconds", 1, 1),
+        "output tokens": ("output_tokens", 1, 0),
+        "peak GiB": ("peak_memory_bytes", GIB, 2),
+    }
+
+    def row(name: str) -> Row:
+        cells = _labels(results, name)
+        for direction in results.directions:
+            for label, (key, unit, decimals) in figures.items():
+                value = results.cell(name, direction).get(key)
+                cells[_figure(label, direction)] = number(None if value is None else value / unit, decimals)
+        return cells
+
+    measured = any(results.cell(name, d).get("tokens_per_second") for name in results.rows for d in results.directions)
+    blocks = [[row(name) for name in block] for block in results.blocks()] if measured else []
+    return Table("speed", "Speed and memory of decoding", blocks).without_empty_columns()
+
+
+def fit_table(results: Results) -> Table:
     """Fitted weights with standard errors, their likelihood, and the certificate that they are the optimum."""
     fits = [
-        (large, direction, kind, fit)
-        for large, by_direction in study.data.get("fits", {}).items()
+        (large, direction, kinds)
+        for large, by_direction in results.data.get("fits", {}).items()
         for direction, kinds in by_direction.items()
-        for kind, fit in kinds.items()
     ]
-    if not fits:
-        return None
-    members = list(dict.fromkeys(member for *_, fit in fits for member in fit.get("weights", {})))
-    columns = [Column("L"), Column("direction"), Column("fit")]
-    columns += [Column(member, "number", "weights") for member in members]
-    columns += [
-        Column("nats a token", "number"),
-        Column("gradient norm", "number"),
-        Column("least eigenvalue", "number"),
-    ]
-    rows = []
-    for place, (large, direction, kind, fit) in enumerate(fits):
-        new = place == 0 or fits[place - 1][:2] != (large, direction)
-        weights = [_weight(fit, member) for member in members]
-        certificate = [_exponent(fit.get("gradient_norm")), _exponent(fit.get("smallest_eigenvalue"))]
-        nats = number(fit.get("nats_per_token"), 3)
-        rows.append(Row((large, direction, FIT_NAMES.get(kind, kind), *weights, nats, *certificate), rule=new))
+    members = list(dict.fromkeys(name for *_, kinds in fits for fit in kinds.values() for name in fit["weights"]))
+
+    def row(large: str, direction: str, kind: str, fit: dict[str, Any]) -> Row:
+        cells: dict[Column, Inline] = {Column("L"): large, Column("direction"): direction}
+        cells[Column("fit")] = _fit_name(kind)
+        for member in members:
+            error = fit.get("standard_errors", {}).get(member)
+            weight = number(fit["weights"].get(member), 3)
+            cells[_figure(member, "weights")] = weight if error is None else f"{weight} ± {number(error, 3)}"
+        cells[_figure("nats per token")] = number(fit.get("nats_per_token"), 3)
+        for label, key in (("gradient norm", "gradient_norm"), ("least eigenvalue", "smallest_eigenvalue")):
+            cells[_figure(label)] = MISSING if fit.get(key) is None else f"{fit[key]:.1e}"
+        return cells
+
     note = (
         "weights ± standard errors. The likelihood is convex in the weights: a gradient of zero under a positive least "
-        "eigenvalue is its one optimum. BLEU has no such certificate."
+        "eigenvalue is its one optimum."
     )
-    return Table("fits", "Fitted weights", tuple(columns), tuple(rows), (note,))
+    blocks = [[row(large, direction, *kind) for kind in kinds.items()] for large, direction, kinds in fits]
+    return Table("fits", "Fitted weights", blocks, [note])
 
 
-def _weight(fit: dict[str, Any], member: str) -> str:
-    weight, error = fit.get("weights", {}).get(member), fit.get("standard_errors", {}).get(member)
-    return number(weight, 3) if error is None else f"{number(weight, 3)} ± {number(error, 3)}"
+def _fit_name(kind: str) -> str:
+    return FITTED[kind][1] if kind in FITTED else kind
 
 
-def _exponent(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.1e}"
-
-
-def likelihood_table(study: Study) -> Table | None:
-    """Nats a token of every expression on the text that weights were fitted on, fixed and fitted side by side."""
-    fits = study.data.get("fits", {})
+def likelihood_table(results: Results) -> Table:
+    """NLL per token of every expression on the text that weights were fitted on: a block of fixed, one of fitted."""
+    fits = results.data.get("fits", {})
     pairs = [(large, direction) for large in fits for direction in fits[large]]
-    values: dict[str, dict[tuple[str, str], float]] = {}
-    for pair in pairs:
-        for kind, fit in fits[pair[0]][pair[1]].items():
+    fixed: dict[str, dict[tuple[str, str], float]] = {}
+    fitted: dict[str, dict[tuple[str, str], float]] = {}
+    for large, direction in pairs:
+        for kind, fit in fits[large][direction].items():
             for expression, nats in (fit.get("fixed") or {}).items():
-                values.setdefault(expression, {}).setdefault(pair, nats)
+                fixed.setdefault(expression, {}).setdefault((large, direction), nats)
             if fit.get("nats_per_token") is not None:
-                values.setdefault(f"{OURS}{FIT_NAMES.get(kind, kind)}", {})[pair] = fit["nats_per_token"]
-    if not values:
-        return None
-    ordered = sorted(values, key=lambda name: name.startswith(OURS))
-    columns = [Column("expression"), *(Column(direction, "number", large) for large, direction in pairs)]
-    rows = []
-    for place, name in enumerate(ordered):
-        own = name.startswith(OURS)
-        rule = place == 0 or own != ordered[place - 1].startswith(OURS)
-        cells = [number(values[name].get(pair), 3) for pair in pairs]
-        rows.append(Row((name if own else code(name), *cells), rule=rule))
-    title = "Nats a token on the text that the weights were fitted on"
-    return Table("likelihood", title, tuple(columns), tuple(rows))
+                fitted.setdefault(f"{FITTED_PREFIX}{_fit_name(kind)}", {})[large, direction] = fit["nats_per_token"]
+
+    def block(values: dict[str, dict[tuple[str, str], float]], label: Callable[[str], Inline]) -> list[Row]:
+        return [
+            {
+                Column("expression"): label(name),
+                **{_figure(pair[1], pair[0]): number(nats.get(pair), 3) for pair in pairs},
+            }
+            for name, nats in values.items()
+        ]
+
+    blocks = [rows for rows in (block(fixed, code), block(fitted, str)) if rows]
+    return Table("likelihood", "Nats per token on the text that the weights were fitted on", blocks)
 
 
-def direction_table(study: Study) -> Table:
-    """What was tested and what weights were fitted on."""
-    columns = (
-        Column("direction"),
-        Column("corpus"),
-        Column("test text"),
-        Column("sentences", "number"),
-        Column("weights fitted on"),
-        Column("sentences", "number"),
-    )
-    rows = []
-    for name, entry in study.data["directions"].items():
-        counts = [number(entry.get(key), 0) for key in ("sentences", "dev_sentences")]
-        texts = [str(entry.get(key) or MISSING) for key in ("corpus", "test", "dev")]
-        rows.append(Row((name, texts[0], texts[1], counts[0], texts[2], counts[1])))
-    return Table("texts", "Texts", columns, tuple(rows))
+def direction_table(results: Results) -> Table:
+    """The test text of each direction, and the text that weights were fitted on."""
+    rows: list[Row] = [
+        {
+            Column("direction"): name,
+            Column("corpus"): str(entry.get("corpus") or MISSING),
+            Column("test text"): str(entry.get("test") or MISSING),
+            _figure("sentences"): number(entry.get("sentences"), 0),
+            Column("weights fitted on"): str(entry.get("dev") or MISSING),
+            _figure("sentences"): number(entry.get("dev_sentences"), 0),
+        }
+        for name, entry in results.data["directions"].items()
+    ]
+    return Table("texts", "Texts", [rows])
 
 
-def settings_table(study: Study) -> Table | None:
-    rows = tuple(Row((code(name), _setting(value))) for name, value in study.data.get("settings", {}).items())
-    return Table("settings", "Settings", (Column("setting"), Column("value", "long")), rows) if rows else None
+def settings_table(results: Results) -> Table:
+    def text(value: Any) -> str:
+        return ("no", "yes")[value] if isinstance(value, bool) else MISSING if value is None else str(value)
+
+    settings = results.data.get("settings", {})
+    rows: list[Row] = [
+        {Column("setting"): code(name), Column("value", "long"): text(value)} for name, value in settings.items()
+    ]
+    return Table("settings", "Settings", [rows])
 
 
-def _setting(value: Any) -> str:
-    return ("no", "yes")[value] if isinstance(value, bool) else MISSING if value is None else str(value)
-
-
-def step_table(study: Study) -> Table | None:
-    steps = study.data.get("steps") or []
-    rows = tuple(Row((step["name"], number(step.get("seconds"), 1), code(str(step.get("key", ""))))) for step in steps)
-    columns = (Column("step"), Column("seconds", "number"), Column("key"))
-    return Table("steps", "Steps of the study", columns, rows) if rows else None
+def step_table(results: Results) -> Table:
+    rows: list[Row] = [
+        {
+            Column("step"): step["name"],
+            _figure("seconds"): number(step.get("seconds"), 1),
+            Column("key"): code(str(step.get("key", ""))),
+        }
+        for step in results.data.get("steps") or []
+    ]
+    return Table("steps", "Steps of the study", [rows])

@@ -1,8 +1,8 @@
 """Score translations: `python -m eval.score --hypothesis hyp.txt --reference ref.txt`.
 
-BLEU and chrF of sacrebleu with their signatures, BERTScore, and against baseline files the p-values of the paired
-bootstrap. Reads line-aligned text (gzip and '-' too), writes a table, or JSON with `--json`
-(`--report FILE` keeps it in a file).
+BLEU, chrF and TER of sacrebleu with their signatures, BERTScore, and the p-values of the paired bootstrap against
+baseline files. Reads line-aligned text (also gzip and '-'), prints a table, or JSON with `--json`; `--report FILE`
+writes the JSON to a file.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 from corpora.languages import language_name
 from corpora.metrics import bleu_tokenizers, text_metrics
 from corpora.text import display_name, read_lines
-from eval.significance import SAMPLES, SEED, compare, compare_means
+from eval.significance import SAMPLES, SEED, compare_means, compare_scores
 from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
 from minillama.files import atomic_write
@@ -43,13 +43,13 @@ def score(
     bertscore_batch_size: int = 64,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Scores of line-aligned translations, BLEU, chrF and TER on 0..100, BERTScore's mean F1 on about 0..1.
+    """Score line-aligned translations: BLEU, chrF and TER on 0..100, BERTScore's mean F1 on about 0..1.
 
     target: language code; it adds BLEU with the language's own tokenizer (key `bleu_ja_mecab`).
     baselines: other translations by name, each compared with `hypotheses` by the paired bootstrap.
-    Returns `sentences`, `target`, `metrics` (rows of `key`, `label`, `score`, `signature`), every score again under its
-    key and its signature under `KEY_signature`; with baselines `bootstrap` (samples, seed) and `baselines`, a list of
-    `name` and `metrics` (rows of `key`, `score`, `difference` of the hypothesis to it, `p_value`).
+    Returns `sentences`, `target`, `metrics` (rows of `key`, `label`, `score`, `signature`), and every score under its
+    key and its signature under `KEY_signature`. With baselines also `bootstrap` (samples, seed) and `baselines`, a list
+    of `name` and `metrics` (rows of `key`, `score`, `difference` of the hypothesis to it, `p_value`).
     Raises InputError on unequal lengths, no sentences, an unknown metric or a missing model.
     """
     names = _check_metrics(metrics)
@@ -71,12 +71,11 @@ def score(
 
     def add(key: str, label: str, scores: Sequence[float], signature: str, p_values: Sequence[float]) -> None:
         rows.append({"key": key, "label": label, "score": scores[0], "signature": signature})
-        for place, p_value in enumerate(p_values):
-            other = scores[place + 1]
-            compared[place].append({"key": key, "score": other, "difference": scores[0] - other, "p_value": p_value})
+        for baseline, other, p_value in zip(compared, scores[1:], p_values):
+            baseline.append({"key": key, "score": other, "difference": scores[0] - other, "p_value": p_value})
 
     for metric in text_metrics(names, references, target):
-        result = compare(metric, systems, samples, seed)
+        result = compare_scores(metric, systems, samples, seed)
         add(metric.key, metric.label, result.scores, result.signature, result.p_values)
     if "bertscore" in names:
         from eval.bertscore import load_bertscorer
@@ -94,7 +93,7 @@ def score(
         report[f"{row['key']}_signature"] = row["signature"]
     if others:
         report["bootstrap"] = {"samples": samples, "seed": seed}
-        report["baselines"] = [{"name": name, "metrics": compared[place]} for place, name in enumerate(others)]
+        report["baselines"] = [{"name": name, "metrics": metrics} for name, metrics in zip(others, compared)]
     return report
 
 
@@ -160,14 +159,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _announce(arguments: argparse.Namespace, names: Sequence[str], sentences: int) -> None:
-    """What will be done, on standard error, so that standard output holds the result alone."""
-    parts = []
-    for name in names:
-        parts.append(f"bleu ({', '.join(bleu_tokenizers(arguments.target))})" if name == "bleu" else name)
+    """Print what will be done on standard error; standard output has the result alone."""
+    tokenizers = ", ".join(bleu_tokenizers(arguments.target))
+    metrics = ", ".join(f"bleu ({tokenizers})" if name == "bleu" else name for name in names)
     against = f", bootstrap of {arguments.samples} against {len(arguments.baseline)} baseline(s)"
+    hypothesis = display_name(arguments.hypothesis)
     print(
-        f"scoring {sentences:,} sentences of {display_name(arguments.hypothesis)}: {', '.join(parts)}"
-        f"{against if arguments.baseline else ''}",
+        f"scoring {sentences:,} sentences of {hypothesis}: {metrics}{against if arguments.baseline else ''}",
         file=sys.stderr,
     )
 
@@ -179,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
     )
     add = parser.add_argument
-    add("--hypothesis", required=True, metavar="FILE", help="translations, one a line ('-' is standard input)")
+    add("--hypothesis", required=True, metavar="FILE", help="translations, one per line ('-' is standard input)")
     add("--reference", required=True, metavar="FILE", help="reference translations, line-aligned")
     add("--metrics", default="bleu,chrf", metavar="LIST", help=f"some of {','.join(METRICS)} (default: bleu,chrf)")
     add("--target", metavar="CODE", help="target language; adds BLEU with its own tokenizer (ja, zh, ko)")
@@ -187,11 +185,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--samples", type=int, default=SAMPLES, help=f"resamples of the paired bootstrap (default: {SAMPLES})")
     add("--seed", type=int, default=SEED, help=f"seed of the resampling (default: {SEED}, sacrebleu's)")
     add("--bertscore-model", metavar="NAME|DIR", help="encoder (default: bert-score's for the target language)")
-    add("--bertscore-layers", type=int, metavar="N", help="layer to read (default: bert-score's; required for a DIR)")
-    add("--batch-size", type=int, default=64, help="sentences at once through the encoder (default: 64)")
+    add("--bertscore-layers", type=int, metavar="N", help="layer to use (default: bert-score's; required for a DIR)")
+    add("--batch-size", type=int, default=64, help="sentences in a batch of the encoder (default: 64)")
     add("--device", default="auto", help="device of the encoder: auto, cpu, cuda (default: auto)")
     add("--json", action="store_true", help="print JSON")
-    add("--report", metavar="FILE", help="write the JSON to a file, whatever is printed")
+    add("--report", metavar="FILE", help="also write the JSON to a file")
     return parser
 
 

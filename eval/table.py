@@ -22,7 +22,7 @@ def print_report(report: Mapping[str, Any]) -> None:
 
 
 def table_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells. BERTScore has four decimals, the scores out of 100 have two."""
+    """Header and cells. BERTScore has four decimals, scores out of 100 have two."""
     header = ["system", *(row["label"] for row in report["metrics"])]
     rows = [[report["hypothesis"], *(_number(row["key"], row["score"]) for row in report["metrics"])]]
     for baseline in report.get("baselines", []):

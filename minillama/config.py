@@ -63,25 +63,16 @@ class LlamaConfig:
         missing = [name for name in REQUIRED if config.get(name) is None]
         if missing:
             raise InputError(f"{where}: no {', '.join(missing)}; is this a Llama's configuration?")
-        heads = config["num_attention_heads"]
         theta, scaling = _read_rope(config, where)
+        heads, width = config["num_attention_heads"], config["hidden_size"]
+        given = {field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None}
+        given |= {"rope_theta": theta, "rope_scaling": scaling, "eos_token_id": token_ids(config.get("eos_token_id"))}
         try:
             for name in ("hidden_size", "num_attention_heads"):  # divided below
                 _check_positive(name, config[name])
-            return cls(
-                **{name: config[name] for name in REQUIRED},
-                num_key_value_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-                max_position_embeddings=config.get("max_position_embeddings", 2048),
-                rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-                rope_theta=theta,
-                rope_scaling=scaling,
-                tie_word_embeddings=config.get("tie_word_embeddings", False),
-                attention_bias=config.get("attention_bias", False),
-                mlp_bias=config.get("mlp_bias", False),
-                bos_token_id=config.get("bos_token_id"),
-                eos_token_id=token_ids(config.get("eos_token_id")),
-            )
+            # Hugging Face's defaults, where they are not this class's.
+            defaults = {"num_key_value_heads": heads, "head_dim": width // heads, "rms_norm_eps": 1e-6}
+            return cls(**(defaults | given))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
 

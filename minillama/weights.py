@@ -112,11 +112,7 @@ def _is_ignored(name: str, config: LlamaConfig) -> bool:
 
 
 def write_checkpoint(
-    folder: Path,
-    config: LlamaConfig,
-    stop_tokens: tuple[int, ...],
-    state: Mapping[str, Tensor],
-    dtype: torch.dtype,
+    folder: Path, config: LlamaConfig, stop_tokens: tuple[int, ...], state: Mapping[str, Tensor], dtype: torch.dtype
 ) -> None:
     """Write config.json, generation_config.json and safetensors (sharded above 5 GB) into an existing folder."""
     from huggingface_hub import save_torch_state_dict

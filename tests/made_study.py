@@ -1,10 +1,10 @@
-"""A made-up study for tests of reports: results.json as eval.paper writes it, texts beside it. No figure is real."""
+"""A made-up study for tests of reports: results.json as eval.paper writes it, and its texts. No figure is real."""
 
 import json
 import random
 from pathlib import Path
 
-from eval.expressions import EXPRESSIONS
+from eval.study.expressions import EXPRESSIONS
 
 JA = [
     "彼は走る。",
@@ -25,7 +25,7 @@ def made_study(
     folder: Path, directions=("ja-en", "en-ja"), larges=("3B", "8B"), compare=True, texts=True, missing=()
 ) -> Path:
     """Writes results.json into `folder`; rows named in `missing` are left out."""
-    draw = random.Random(1)
+    generator = random.Random(1)
     data = {
         "title": "A made-up study",
         "config": "eval/made.toml",
@@ -73,7 +73,7 @@ def made_study(
             row = {"id": name, "large": model, "method": method, "expression": expression, "tables": [2, 4, 6]}
             row |= {"fitted": "likelihood" if suffix == "fitted" else None, "cells": {}}
             for direction in directions:
-                row["cells"][direction] = _cell(folder, name, direction, draw, texts)
+                row["cells"][direction] = _cell(folder, name, direction, generator, texts)
             data["rows"].append(row)
     fit = {
         "weights": {"L": 0.34, "S_srcMT": 0.31, "S_tgtMT": 0.43},
@@ -85,16 +85,16 @@ def made_study(
     }
     for large in larges:
         data["fits"][large] = {
-            direction: {"likelihood": fit, "bleu": {"weights": {"L": 0.5}}} for direction in directions
+            direction: {"likelihood": fit, "all": {"weights": {"L": 0.5}}} for direction in directions
         }
     path = folder / "results.json"
     path.write_text(json.dumps(data), encoding="utf-8")
     return path
 
 
-def _cell(folder, name, direction, draw, texts):
+def _cell(folder, name, direction, generator, texts):
     target = direction.split("-")[1]
-    bleu = draw.uniform(5, 40)
+    bleu = generator.uniform(5, 40)
     metrics = [{"key": "bleu", "label": "BLEU 13a", "score": bleu, "signature": "nrefs:1|tok:13a"}]
     if target == "ja":
         metrics.append(
@@ -102,10 +102,10 @@ def _cell(folder, name, direction, draw, texts):
         )
     metrics.append({"key": "chrf", "label": "chrF2", "score": bleu + 20, "signature": "nrefs:1|nc:6"})
     metrics.append(
-        {"key": "bertscore", "label": "BERTScore F1", "score": 0.9 + draw.random() / 20, "signature": "r_L17"}
+        {"key": "bertscore", "label": "BERTScore F1", "score": 0.9 + generator.random() / 20, "signature": "r_L17"}
     )
     p = {} if name.startswith("1B") else {"proxy": {"bleu": 0.001, "chrf": 0.2}, "large": {"bleu": 0.3, "chrf": 0.01}}
-    lines = [" ".join(part for part in line.split() if draw.random() > 0.3) for line in SIDES[target]]
+    lines = [" ".join(part for part in line.split() if generator.random() > 0.3) for line in SIDES[target]]
     weights = {"L": 0.34, "S_srcMT": 0.31, "S_tgtMT": 0.43} if name.endswith("fitted") else {"L": 1.0}
     return {
         "metrics": metrics,

@@ -16,6 +16,7 @@ import torch
 from decode.engine.attribution import Explanation, explain
 from decode.engine.beam import BeamSearch
 from decode.engine.ensemble import Ensemble
+from decode.engine.expression import weight_fault
 from decode.engine.likelihood import score_targets
 from decode.engine.model_runner import ModelRunner, SamplerOutput, SlotInput
 from decode.engine.scheduler import Scheduler
@@ -201,7 +202,8 @@ class Engine:
         if proposed:
             assert draft is not None
             assert self.speculation is not None
-            self.runner.slots.truncate(entry.slot, len(proposed) - accepted)
+            failed = any(output.flags[row + accepted + 1 : row + len(proposed) + 1])
+            self.runner.slots.truncate(entry.slot, len(proposed) - accepted, clear=failed)
             self.stats.add_draft(self.speculation.name(draft), len(proposed), accepted)
         chosen: list[Chosen] = []
         for at in range(row, row + accepted + 1):
@@ -251,6 +253,12 @@ def _prepare(ensemble: Ensemble, sequence: Sequence, name: str) -> None:
     """Set what follows from the ensemble, the stop tokens and the limit; raises InputError for what does not fit."""
     if len(sequence.prompts) != len(ensemble.members):
         raise InputError(f"{name}: {len(sequence.prompts)} prompts for {len(ensemble.members)} members")
+    if sequence.weights is not None:
+        if len(sequence.weights) != len(ensemble.members):
+            raise InputError(f"{name}: {len(sequence.weights)} weights for {len(ensemble.members)} members")
+        for member, weight in zip(ensemble.names, sequence.weights):
+            if weight and (fault := weight_fault(member, weight)):
+                raise InputError(f"{name}: {fault}")
     used = [n for n in range(len(ensemble.members)) if sequence.uses(n)]
     if not used:
         raise InputError(f"{name}: every weight is zero; at least one member must have another")

@@ -73,16 +73,21 @@ class KVSlots:
     def release(self, sequence: Sequence) -> None:
         """Free a sequence's slots; the last ones in use move into the gaps."""
         for slot in sorted(sequence.slots, key=lambda slot: -slot.index):
+            self._clear(slot)
             last = self.used.pop()
             if last is not slot:
                 for cache, length in zip(self.caches, last.lengths):
                     cache.copy_row(last.index, slot.index, length)
+                self._clear(last)
                 last.index = slot.index
                 self.used[last.index] = last
         sequence.slots = []
 
-    def truncate(self, slot: Slot, count: int) -> None:
-        """Drop the last `count` positions of every member that reads the sequence."""
+    def truncate(self, slot: Slot, count: int, clear: bool = False) -> None:
+        """Drop the last `count` positions of every member that reads the sequence; clear: they may hold NaN."""
+        if clear:
+            for cache, length in zip(self.caches, slot.lengths):
+                cache.entries_LBSEKC[:, slot.index, max(0, length - count) : length] = 0
         slot.lengths = [length - count if length else 0 for length in slot.lengths]
 
     def copy(self, source: Slot, target: Slot, common: SequenceOf[int]) -> None:
@@ -93,6 +98,12 @@ class KVSlots:
             entries_LBSEKC = cache.entries_LBSEKC
             entries_LBSEKC[:, target.index, first:length] = entries_LBSEKC[:, source.index, first:length]
         target.lengths = list(source.lengths)
+
+    def _clear(self, slot: Slot) -> None:
+        """Zero what is left behind if it may hold NaN: attention multiplies masked values by 0, which keeps NaN."""
+        if slot.sequence.reads_prompt or slot.sequence.finish_reason in ("error", "cancelled"):
+            for cache, length in zip(self.caches, slot.lengths):
+                cache.entries_LBSEKC[:, slot.index, :length] = 0
 
     def check_room(self, sequence: Sequence) -> str:
         """Why a sequence does not fit a slot; empty if it does."""

@@ -7,17 +7,17 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
-from minillama import InputError
+from minillama.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from decode.engine.attribution import Explanation
     from decode.engine.beam import BeamSearch
     from decode.engine.kv_slots import Slot
 
 MAX_BEAMS = 8
+MAX_DRAFT = 7  # tokens drafted at a time
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -47,6 +47,8 @@ class SamplingParams:
             raise InputError(
                 f"top_k {self.top_k} and top_p {self.top_p}: top_k must be 0 or more, top_p above 0 up to 1"
             )
+        if not math.isfinite(self.length_penalty):
+            raise InputError(f"length_penalty {self.length_penalty} must be a finite number")
         if not 1 <= self.beams <= MAX_BEAMS:
             raise InputError(f"{self.beams} beams: 1 to {MAX_BEAMS} can be searched")
         if not 0 <= self.nbest <= self.beams:
@@ -191,7 +193,7 @@ class Sequence:
 
     def completion(self) -> Completion:
         assert self.finish_reason is not None
-        if self.search is not None and self.search.finished:
+        if self.search is not None and self.search.over and self.search.finished:
             best = self.search.finished[0]
             return Completion(
                 best.tokens,
@@ -200,6 +202,8 @@ class Sequence:
                 hypotheses=self.search.finished[: self.params.nbest or self.params.beams],
                 explanations=best.explanations,
             )
+        import torch  # here, so that a command line is checked without it
+
         return Completion(
             self.tokens if self.targets is None else self.targets,
             self.logprobs,
@@ -208,7 +212,7 @@ class Sequence:
             explanations=self.explanations[: len(self.tokens) + (self.finish_reason == "stop")],
             top_logprobs=self.top,
             member_logprobs=self.member_logprobs,
-            hidden=[torch.cat(parts) for parts in self.hidden],
+            hidden=[torch.cat(parts) if parts else torch.empty(0, 0) for parts in self.hidden],
         )
 
 

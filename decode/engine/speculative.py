@@ -27,17 +27,16 @@ import torch
 from torch import Tensor
 
 from decode.engine.model_runner import ModelRunner, SamplerOutput, SlotInput
-from decode.engine.sequence import Sequence
+from decode.engine.sequence import MAX_DRAFT, Sequence
 from minillama import InputError
 
-MAX_DRAFT = 7
 # `auto` considers drafts of these lengths, for at most so many sequences: beyond, weights are not what a pass costs.
 LENGTHS = (1, 3, MAX_DRAFT)
 MAX_SEQUENCES = 4
-MIN_SPEEDUP = 1.1
+MIN_SPEEDUP = 1.15
 MIN_CONFIDENCE = 0.4
 # The cost of one more position in a pass of all members, as a part of a pass of one position.
-POSITION_COST = 0.04
+POSITION_COST = 0.08
 # Comparisons before an acceptance rate is used, the weight of older ones, and steps between comparisons in plain steps.
 ENOUGH, DECAY, OBSERVE_EVERY = 12, 0.99, 16
 # Lengths of the n-grams of prompt lookup, the longest first.

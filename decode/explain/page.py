@@ -1,10 +1,9 @@
-"""`--explain report.html`: one page that needs no other file, with every token's explanation.
+"""`--explain report.html`: one self-contained page with the explanation of every token.
 
-The page is page.html with page.css, page.js and three blocks of JSON in it: what was run, a line for each
-sentence, and the texts of the tokens that occur. Sentences are written as they end and in input order, so what is held
-does not grow with their number; figures have four decimals. Everything from outside stands inside JSON, in which `<` is
-escaped, and the page's script shows it as text only. The file takes its name when it is whole; a run that is
-interrupted leaves the page of what was finished, which says so.
+The page is page.html with page.css, page.js and three blocks of JSON: the run, one line for each sentence, and the
+texts of all tokens that occur. Sentences are written in input order as they finish, so memory does not grow with their
+number. All outside text is JSON, in which `<` is escaped, and the script shows it as text only. The file is written
+atomically; an interrupted run leaves the page of the finished sentences, which says so.
 """
 
 import json
@@ -18,20 +17,19 @@ from types import TracebackType
 from typing import Any
 
 from decode.engine.attribution import Explanation
-from decode.engine.expression import spell
-from decode.pipeline.journal import Record
-from decode.pipeline.members import Options
+from decode.engine.expression import format_weights
+from decode.pipeline.config import Options
 from decode.pipeline.output import OrderedWriter
+from decode.pipeline.record import Record
 from minillama import InputError
 from minillama.files import atomic_open
 
 DECIMALS = 4
-PARTS = ("html", "css", "js")
 
 
 @dataclass(frozen=True)
-class Explained:
-    """What is the same for all sentences. pieces: see `Tokenizer.pieces`.   references: by line, where there are."""
+class ExplainedRun:
+    """What is the same for all sentences. pieces: see `Tokenizer.pieces`.   references: by line, may be fewer."""
 
     weights: Mapping[str, float]
     options: Options
@@ -40,19 +38,20 @@ class Explained:
 
     @property
     def search(self) -> str:
+        """How tokens were chosen, for a reader."""
         options = self.options
         if options.sample:
-            kept = f", top {options.top_k}" if options.top_k else ""
-            kept += f", mass {options.top_p:g}" if options.top_p < 1 else ""
-            return f"sampling at temperature {options.temperature:g}{kept}, seed {options.seed}"
+            top_k = f", top-k {options.top_k}" if options.top_k else ""
+            top_p = f", top-p {options.top_p:g}" if options.top_p < 1 else ""
+            return f"sampling at temperature {options.temperature:g}{top_k}{top_p}, seed {options.seed}"
         return f"beam search, {options.beam} beams" if options.beam > 1 else "greedy"
 
     @property
     def other_decider(self) -> str:
-        """Who decided where no member did."""
+        """What decided a token that no member decided."""
         if self.options.sample:
-            return "the draw"
-        return "the search" if self.options.beam > 1 else "nobody"
+            return "sampling"
+        return "the search" if self.options.beam > 1 else "no member"
 
     def piece(self, token: int) -> str:
         """The token's text; bytes that are no whole characters as `\\xe3`."""
@@ -63,21 +62,21 @@ class Explained:
 
 
 class PageWriter(OrderedWriter):
-    """A context; `put_sentence` takes each line once, in any order."""
+    """A context manager; `put_sentence` once for each line, in any order."""
 
-    def __init__(self, path: str, explained: Explained) -> None:
+    def __init__(self, path: str, run: ExplainedRun) -> None:
         super().__init__(path)
-        self.explained = explained
+        self.run = run
         self.used: set[int] = set()
         self.file = ExitStack()
-        self.head, self.between, self.tail = _template(explained)
+        self.before_sentences, self.before_end, self.after_end = _template(run)
 
     def __enter__(self) -> "PageWriter":
         try:
             self.stream = self.file.enter_context(atomic_open(Path(self.path)))
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written ({error.strerror})") from None
-        self.stream.write(self.head)
+        self.stream.write(self.before_sentences)
         return self
 
     def put_sentence(self, line: int, source: str, record: Record | None) -> None:
@@ -87,12 +86,12 @@ class PageWriter(OrderedWriter):
     def _row(self, line: int, source: str, record: Record) -> str:
         explanations = [Explanation(*fields) for fields in record.explanations]
         for explanation in explanations:
-            self.used |= {explanation.token, *explanation.bests}
-            self.used |= set() if explanation.runner_up is None else {explanation.runner_up}
+            tokens = (explanation.token, explanation.runner_up, *explanation.bests)
+            self.used |= {token for token in tokens if token is not None}
         row = {
             "line": line + 1,
             "source": source,
-            "reference": self.explained.reference(line),
+            "reference": self.run.reference(line),
             "text": record.text,
             "finished": record.finished,
             "tokens": [_figures(explanation) for explanation in explanations],
@@ -105,33 +104,34 @@ class PageWriter(OrderedWriter):
         if kind is not None and not self.count:
             self.file.__exit__(kind, error, trace)
             return
-        pieces = {token: self.explained.piece(token) for token in sorted(self.used)}
-        self.stream.write(self.between + _json({"whole": kind is None, "pieces": pieces}) + self.tail)
+        pieces = {token: self.run.piece(token) for token in sorted(self.used)}
+        self.stream.write(self.before_end + _json({"whole": kind is None, "pieces": pieces}) + self.after_end)
         self.file.close()
 
 
-def _template(explained: Explained) -> tuple[str, str, str]:
+def _template(run: ExplainedRun) -> tuple[str, str, str]:
     """The page up to its sentences, from there to the tokens' texts, and the rest."""
-    weights, options = dict(explained.weights), explained.options
-    run = {
-        "members": [[name, weight] for name, weight in weights.items()],
-        "expression": spell(weights),
+    expression, options = format_weights(dict(run.weights)), run.options
+    description = {
+        "members": list(run.weights.items()),
+        "expression": expression,
         "source": options.source,
         "target": options.target,
-        "search": explained.search,
-        "other": explained.other_decider,
+        "search": run.search,
+        "other": run.other_decider,
     }
-    page, style, script = (files("decode.explain").joinpath(f"page.{kind}").read_text("utf-8") for kind in PARTS)
+    page, style, script = (
+        files("decode.explain").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js")
+    )
     page = page.replace("@@style@@", style).replace("@@script@@", script)
-    title = f"{spell(weights)}, {options.source} to {options.target}"
-    page = page.replace("@@title@@", escape(title)).replace("@@run@@", _json(run))
-    head, rest = page.split("@@sentences@@")
-    between, tail = rest.split("@@end@@")
-    return head, between, tail
+    page = page.replace("@@title@@", escape(f"{expression}, {options.source} to {options.target}"))
+    before_sentences, rest = page.replace("@@run@@", _json(description)).split("@@sentences@@")
+    before_end, after_end = rest.split("@@end@@")
+    return before_sentences, before_end, after_end
 
 
 def _figures(explanation: Explanation) -> list[Any]:
-    """The explanation's fields in their order, with the decider behind them, -1 for none."""
+    """The explanation's fields in their order, then the deciding member, -1 for none."""
     decider = explanation.decider
     return [*map(_rounded, explanation), -1 if decider is None else decider]
 
@@ -143,6 +143,6 @@ def _rounded(value: Any) -> Any:
 
 
 def _json(value: Any) -> str:
-    """JSON that may stand inside a script element: nothing in it can end the element or begin a comment."""
+    """JSON for a script element: nothing in it can end the element or begin a comment."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")

@@ -1,18 +1,18 @@
-"""`--explain -`: every token's explanation for a terminal, or as plain aligned text where standard output is none.
+"""`--explain -`: the explanation of every token for a terminal, or as plain aligned text where output is not one.
 
-A sentence is its line number, source, translation and reference, and under them a table with a row for each token:
+A sentence is its line number, source, translation and reference, and below them a table with a row for each token:
 
-    token    p     by     L              S_src          S_tgt          ahead  runner-up
-    went     0.55  S_src  0.12 #3 -1.20  0.80 #1 +2.10  0.61 #1 +0.90  1.80   goes 0.09
+    token    p     decider  L              S_src          S_tgt          margin  runner-up
+    went     0.55  S_src    0.12 #3 -1.20  0.80 #1 +2.10  0.61 #1 +0.90  1.80    goes 0.09
 
-Under a member stand its own probability of the token, the token's rank with it, and its push (decode/explain.py).
+Under a member stand its own probability of the token, the token's rank by it, and its contribution to the margin
+(decode/engine/attribution.py).
 """
 
 import io
 import math
 import shutil
 import sys
-from collections.abc import Sequence
 from unicodedata import category
 
 from rich.cells import cell_len
@@ -21,55 +21,55 @@ from rich.table import Table
 from rich.text import Text
 
 from decode.engine.attribution import Explanation
-from decode.explain.page import Explained
-from decode.pipeline.journal import Record
+from decode.explain.page import ExplainedRun
 from decode.pipeline.output import OrderedWriter
+from decode.pipeline.record import Record
 
-# Kinds of characters that would not be seen, or would move the cursor: shown as escapes.
-UNSEEN = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"}
-# Of the members in their order, as terminals have them.
+# Unicode categories of characters that are invisible or move the cursor: shown as escapes.
+INVISIBLE = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"}
+# Of the members, in order.
 COLOURS = ("blue", "yellow", "green", "magenta", "red", "cyan", "bright_blue", "bright_green")
 
 
 class TextWriter(OrderedWriter):
-    """A context; `put_sentence` takes each line once, in any order. Where standard output is a terminal, in colours."""
+    """A context manager; `put_sentence` once for each line, in any order. In colours where output is a terminal."""
 
-    def __init__(self, explained: Explained) -> None:
+    def __init__(self, run: ExplainedRun) -> None:
         super().__init__("-")
-        self.explained = explained
+        self.run = run
 
     def put_sentence(self, line: int, source: str, record: Record | None) -> None:
         """record: None for a line that is blank or was skipped."""
         if record is None:
             self.put(line, "", translated=False)
-        elif sys.stdout.isatty():
-            self.put(line, in_colours(self.explained, line, source, record))
         else:
-            self.put(line, plain(self.explained, line, source, record))
+            write = in_colours if sys.stdout.isatty() else plain
+            self.put(line, write(self.run, line, source, record))
 
 
-def plain(explained: Explained, line: int, source: str, record: Record) -> str:
+def plain(run: ExplainedRun, line: int, source: str, record: Record) -> str:
     """The sentence as lines of text, columns aligned; ends with an empty line."""
-    rows = [_columns(explained), *(_cells(explained, explanation) for explanation in _explanations(record))]
+    rows = [_columns(run), *(_cells(run, Explanation(*fields)) for fields in record.explanations)]
     widths = [max(map(cell_len, column)) for column in zip(*rows)]
     table = ["  ".join(cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths)) for row in rows]
-    return "\n".join([*_head(explained, line, source, record), *(f"    {row}".rstrip() for row in table), ""])
+    return "\n".join([*_head(run, line, source, record), *(f"    {row}".rstrip() for row in table), ""])
 
 
-def in_colours(explained: Explained, line: int, source: str, record: Record) -> str:
-    """The same for a terminal: the decider's colour on the token, the runner-up dimmed."""
-    names = list(explained.weights)
+def in_colours(run: ExplainedRun, line: int, source: str, record: Record) -> str:
+    """The same for a terminal: the token in the colour of the deciding member, the runner-up dimmed."""
+    names, weights = list(run.weights), list(run.weights.values())
     colour = dict(zip(names, COLOURS))
-    number, *others = _head(explained, line, source, record)
+    number, *others = _head(run, line, source, record)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in _columns(explained):
+    for column in _columns(run):
         table.add_column(column, header_style=f"bold {colour.get(column, 'default')}", overflow="fold")
-    for explanation in _explanations(record):
-        cells = [Text(cell) for cell in _cells(explained, explanation)]
+    for fields in record.explanations:
+        explanation = Explanation(*fields)
+        cells = [Text(cell) for cell in _cells(run, explanation)]
         decider = "default" if explanation.decider is None else colour[names[explanation.decider]]
         cells[0].stylize(f"bold {decider}")
         cells[2].stylize(decider)
-        for member in explanation.overruled(list(explained.weights.values())):
+        for member in explanation.overruled(weights):
             cells[3 + member].stylize("bold")
         cells[-1].stylize("dim")
         table.add_row(*cells)
@@ -82,48 +82,39 @@ def in_colours(explained: Explained, line: int, source: str, record: Record) -> 
     return text.getvalue()
 
 
-def _explanations(record: Record) -> list[Explanation]:
-    return [Explanation(*fields) for fields in record.explanations]
-
-
-def _head(explained: Explained, line: int, source: str, record: Record) -> list[str]:
-    number = str(line + 1)
-    reference = explained.reference(line)
+def _head(run: ExplainedRun, line: int, source: str, record: Record) -> list[str]:
+    number, reference = str(line + 1), run.reference(line)
     indent = " " * (len(number) + 2)
-    return [
-        f"{number}  {_safe(source)}",
-        f"{indent}{_safe(record.text)}",
-        *([] if reference is None else [f"{indent}reference: {_safe(reference)}"]),
-    ]
+    lines = [f"{number}  {_safe(source)}", f"{indent}{_safe(record.text)}"]
+    return lines if reference is None else [*lines, f"{indent}reference: {_safe(reference)}"]
 
 
-def _columns(explained: Explained) -> list[str]:
-    return ["token", "p", "by", *explained.weights, "ahead", "runner-up"]
+def _columns(run: ExplainedRun) -> list[str]:
+    return ["token", "p", "decider", *run.weights, "margin", "runner-up"]
 
 
-def _cells(explained: Explained, explanation: Explanation) -> list[str]:
-    names = list(explained.weights)
-    decider = explained.other_decider if explanation.decider is None else names[explanation.decider]
-    pushes: Sequence[float | None] = explanation.pushes or [None] * len(names)
-    members = [
-        f"{_probability(logprob)} #{rank}" + ("" if push is None else f" {push:+.2f}")
-        for logprob, rank, push in zip(explanation.logprobs, explanation.ranks, pushes)
-    ]
-    ahead = runner_up = ""
+def _cells(run: ExplainedRun, explanation: Explanation) -> list[str]:
+    names = list(run.weights)
+    decider = run.other_decider if explanation.decider is None else names[explanation.decider]
+    members = []
+    for n, (logprob, rank) in enumerate(zip(explanation.logprobs, explanation.ranks)):
+        contribution = f" {explanation.pushes[n]:+.2f}" if explanation.pushes else ""
+        members.append("–" if logprob is None else f"{_probability(logprob)} #{rank}{contribution}")
+    margin = runner_up = ""
     if explanation.runner_up is not None and explanation.runner_up_logprob is not None:
-        ahead = f"{explanation.margin:.2f}"
-        runner_up = f"{_visible(explained, explanation.runner_up)} {_probability(explanation.runner_up_logprob)}"
-    token = _visible(explained, explanation.token)
-    return [token, _probability(explanation.logprob), decider, *members, ahead, runner_up]
+        margin = f"{explanation.margin:.2f}"
+        runner_up = f"{_visible(run, explanation.runner_up)} {_probability(explanation.runner_up_logprob)}"
+    token = _visible(run, explanation.token)
+    return [token, _probability(explanation.logprob), decider, *members, margin, runner_up]
 
 
-def _visible(explained: Explained, token: int) -> str:
+def _visible(run: ExplainedRun, token: int) -> str:
     """Without the space before a word."""
-    return _safe(explained.piece(token).removeprefix(" ")) or "␣"
+    return _safe(run.piece(token).removeprefix(" ")) or "␣"
 
 
 def _safe(text: str) -> str:
-    return "".join(c.encode("unicode_escape").decode() if category(c) in UNSEEN else c for c in text)
+    return "".join(c.encode("unicode_escape").decode() if category(c) in INVISIBLE else c for c in text)
 
 
 def _probability(logprob: float) -> str:

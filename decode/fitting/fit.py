@@ -1,25 +1,30 @@
-"""Weights fitted to texts by likelihood, and what is to be said about them. Nothing here reads files."""
+"""Maximum-likelihood weights and the report on them: a dictionary for files, lines for a reader.
 
+This file knows neither models nor files.
+"""
+
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from decode.engine.expression import spell
-from decode.fitting.newton import Bounds, Minimum, Point, minimise, standard_errors
-from decode.fitting.hidden_states import Array, TeacherForced
+from decode.engine.expression import format_weights
+from decode.fitting.hidden_states import HiddenStates
+from decode.fitting.newton import Array, Bounds, Function, Minimum, Point, minimise, standard_errors
 
-# The way to the minimum is looked for on about so many places, and gone to its end on all.
+# A first fit on about so many positions gives the start of the fit on all.
 COARSE_TOKENS = 1024
 COARSE_NORM = 1e-3
-# Random starts are drawn this far around zero: plain sums have ones.
-START_SPREAD = 1.0
 
 
 @dataclass(frozen=True)
 class Fit:
-    """weights_N: those of the minimum in the fewest decimal digits that are the same float32 numbers."""
+    """weights_N: those of the minimum in the fewest decimal digits that are the same float32 numbers.
+
+    error_N: standard errors, NaN for a weight at its bound.
+    """
 
     minimum: Minimum
     weights_N: Array
@@ -31,105 +36,66 @@ def rounded(weight: float) -> float:
     return float(str(np.float32(weight)))
 
 
-def spell_weights(weights_N: Array, names: Sequence[str]) -> str:
-    return spell({name: float(weight) for name, weight in zip(names, weights_N) if weight})
+def format_sum(weights_N: Array, names: Sequence[str]) -> str:
+    """The weights as a combination expression; zeros are left out."""
+    return format_weights({name: float(weight) for name, weight in zip(names, weights_N) if weight})
 
 
-def mean_nats(data: TeacherForced) -> Callable[[Array], Point]:
-    """The function that is minimised: negative log-likelihood, nats a token."""
-
-    def function(weights_N: Array) -> Point:
-        found = data.likelihood(weights_N)
-        parts = found.nats_S.sum(), found.gradient_SN.sum(axis=0), found.hessian_SNN.sum(axis=0)
-        value, gradient_N, hessian_NN = (part / found.tokens for part in parts)
-        return Point(found.weights_N, float(value), gradient_N, hessian_NN)
-
-    return function
+def _coarse(data: HiddenStates) -> HiddenStates | None:
+    return data.every(data.tokens // COARSE_TOKENS) if data.tokens >= 4 * COARSE_TOKENS else None
 
 
 def fit_weights(
-    data: TeacherForced,
+    data: HiddenStates,
     start_N: Array,
-    centre_N: Array,
+    prior_N: Array,
     l2: float = 0.0,
     bounds: Bounds | None = None,
-    tell: Callable[[str], None] | None = None,
-    coarse: bool = True,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Fit:
-    """The likeliest weights, from any start, with the pull of `l2` towards the centre; `tell` gets a line a step.
+    """The maximum-likelihood weights, from any start, with an L2 penalty towards the prior weights.
 
-    coarse: begin with a fit on a part of the places, which costs a part of the time.
+    log: called with a line for each evaluation.
     """
-    function = mean_nats(data)
-    if coarse and data.tokens >= 4 * COARSE_TOKENS:
-        part = mean_nats(data.thinned(COARSE_TOKENS))
-        start_N = minimise(part, start_N, centre_N, l2, bounds, COARSE_NORM).function.weights_N
+    if (part := _coarse(data)) is not None:
+        start_N = minimise(part.objective, start_N, prior_N, l2, bounds, COARSE_NORM).function.weights_N
 
-    def told(weights_N: Array) -> Point:
-        point = function(weights_N)
-        if tell is not None:
-            tell(f"{point.value:.6f} nats a token, gradient {np.linalg.norm(point.gradient_N):.1e}")
+    def logged(weights_N: Array) -> Point:
+        point = data.objective(weights_N)
+        log(f"{point.value:.6f} nats per token, gradient {np.linalg.norm(point.gradient_N):.1e}")
         return point
 
-    minimum = minimise(told, start_N, centre_N, l2, bounds)
+    minimum = minimise(logged, start_N, prior_N, l2, bounds)
     weights_N = np.array([rounded(weight) for weight in minimum.function.weights_N])
-    gradient_SN = data.likelihood(weights_N).gradient_SN
-    return Fit(minimum, weights_N, standard_errors(minimum, data.tokens, gradient_SN))
+    return Fit(minimum, weights_N, standard_errors(minimum, data.tokens, data.likelihood(weights_N).gradient_SN))
 
 
-def describe(fit: Fit, data: TeacherForced, names: Sequence[str]) -> dict[str, Any]:
-    """Weights, standard errors and the certificate."""
-    minimum = fit.minimum
-    weights = dict(zip(names, map(float, fit.weights_N)))
-    return {
-        "objective": "likelihood",
-        "combine": spell_weights(fit.weights_N, names),
-        "weights": weights,
-        "standard_errors": dict(zip(names, map(float, fit.error_N))),
-        "fit": {
-            "texts": data.texts,
-            "tokens": data.tokens,
-            "nats": minimum.function.value,
-            "steps": minimum.steps,
-            "converged": minimum.converged,
-            "gradient_norm": minimum.gradient_norm,
-            "smallest_eigenvalue": minimum.smallest_eigenvalue,
-            "largest_eigenvalue": float(np.linalg.eigvalsh(minimum.function.hessian_NN)[-1]),
-            "left_to_gain": max(minimum.decrement, 0.0),
-            "at_bounds": [name for name, free in zip(names, minimum.bounds.free(minimum.point)) if not free],
-            "flat": [spell(_direction(flat_N, names)) for flat_N in minimum.flat_KN],
-        },
-    }
+def best_scale(data: HiddenStates, prior_N: Array) -> tuple[float, float]:
+    """The factor of a sum (one over its temperature) with the highest likelihood, and its nats per token.
 
-
-def _direction(flat_N: Array, names: Sequence[str]) -> dict[str, float]:
-    largest = np.abs(flat_N).max()
-    return {name: round(float(x / largest), 3) for name, x in zip(names, flat_N) if abs(x) > 1e-3 * largest}
-
-
-def best_scale(data: TeacherForced, centre_N: Array, coarse: bool = True) -> tuple[float, float]:
-    """The factor that makes a sum likeliest, one over its temperature, and the nats a token it then has.
-
-    How much too sure of itself the sum is; greedy translations are the same at every temperature.
+    A factor below 1 means that the sum is over-confident. Greedy translations are the same at every temperature.
     """
-    function, start_1 = mean_nats(data), np.ones(1)
-    if coarse and data.tokens >= 4 * COARSE_TOKENS:
-        start_1[0] = best_scale(data.thinned(COARSE_TOKENS), centre_N, coarse=False)[0]
 
-    def along(scale_1: Array) -> Point:
-        point = function(scale_1[0] * centre_N)
-        scale_1 = np.array([point.weights_N @ centre_N / (centre_N @ centre_N)])
-        slope_1 = np.array([point.gradient_N @ centre_N])
-        return Point(scale_1, point.value, slope_1, (centre_N @ point.hessian_NN @ centre_N)[None, None])
+    def along(function: Function) -> Function:
+        def scaled(scale_1: Array) -> Point:
+            point = function(scale_1[0] * prior_N)
+            scale_1 = np.array([point.weights_N @ prior_N / (prior_N @ prior_N)])
+            slope_1 = np.array([point.gradient_N @ prior_N])
+            return Point(scale_1, point.value, slope_1, (prior_N @ point.hessian_NN @ prior_N)[None, None])
 
-    found = minimise(along, start_1)
+        return scaled
+
+    start_1 = np.ones(1)
+    if (part := _coarse(data)) is not None:
+        start_1 = minimise(along(part.objective), start_1).point.weights_N
+    found = minimise(along(data.objective), start_1)
     return float(found.point.weights_N[0]), found.function.value
 
 
 def compare(
-    fit: Fit, data: TeacherForced, against: Mapping[str, Array], held_out: TeacherForced | None = None
+    fit: Fit, data: HiddenStates, against: Mapping[str, Array], held_out: HiddenStates | None = None
 ) -> list[dict[str, Any]]:
-    """The likelihood of fixed weights, and what the fitted ones gain, with its standard error (texts are the units)."""
+    """Nats per token of fixed weights, and the gain of the fitted ones with its standard error."""
     rows: list[dict[str, Any]] = []
     texts = {"": data} if held_out is None else {"": data, "held_out_": held_out}
     fitted = {kind: part.nats(fit.weights_N) for kind, part in texts.items()}
@@ -137,14 +103,14 @@ def compare(
         row: dict[str, Any] = {"expression": expression}
         for kind, part in texts.items():
             nats_S = part.nats(weights_N)
-            gain, error = gain_of(nats_S - fitted[kind], part)
+            gain, error = _gain(nats_S - fitted[kind], part)
             row |= {f"{kind}nats": float(nats_S.sum()) / part.tokens, f"{kind}gain": gain, f"{kind}gain_error": error}
         rows.append(row)
     return rows
 
 
-def gain_of(gain_S: Array, data: TeacherForced) -> tuple[float, float]:
-    """Mean a token of what differs text by text, and its standard error (of a ratio of sums; NaN for one text)."""
+def _gain(gain_S: Array, data: HiddenStates) -> tuple[float, float]:
+    """Mean per token, and its standard error: of a ratio of sums, texts are the units; NaN for one text."""
     mean = float(gain_S.sum()) / data.tokens
     length_S = np.bincount(data.text_T.cpu().numpy(), minlength=data.texts)
     if data.texts < 2:
@@ -153,22 +119,80 @@ def gain_of(gain_S: Array, data: TeacherForced) -> tuple[float, float]:
     return mean, float(np.sqrt(data.texts / (data.texts - 1) * (about_S**2).sum()) / data.tokens)
 
 
-def same_from_other_starts(
-    fit: Fit, data: TeacherForced, centre_N: Array, l2: float, bounds: Bounds, count: int, seed: int
-) -> dict[str, Any]:
-    """Fits from random starts; how far from the first fit the farthest of them ends."""
-    generator = np.random.default_rng(seed)
-    away, nats, norms = [], [], []
-    for _ in range(count):
-        start_N = generator.normal(0.0, START_SPREAD, len(centre_N))
-        other = fit_weights(data, start_N, centre_N, l2, bounds, coarse=False)
-        away.append(float(np.abs(other.weights_N - fit.weights_N).max()))
-        nats.append(abs(other.minimum.function.value - fit.minimum.function.value))
-        norms.append(other.minimum.gradient_norm)
+def describe_fit(fit: Fit, data: HiddenStates, names: Sequence[str]) -> dict[str, Any]:
+    """Weights, standard errors and the certificate."""
+    minimum = fit.minimum
+
+    def direction(null_N: Array) -> dict[str, float]:
+        shares_N = null_N / np.abs(null_N).max()
+        return {name: round(float(share), 3) for name, share in zip(names, shares_N) if abs(share) > 1e-3}
+
     return {
-        "count": count,
-        "seed": seed,
-        "largest_weight_difference": max(away),
-        "largest_nats_difference": max(nats),
-        "largest_gradient_norm": max(norms),
+        "objective": "likelihood",
+        "combine": format_sum(fit.weights_N, names),
+        "weights": dict(zip(names, map(float, fit.weights_N))),
+        "standard_errors": dict(zip(names, map(float, fit.error_N))),
+        "fit": {
+            "texts": data.texts,
+            "tokens": data.tokens,
+            "nats": minimum.function.value,
+            "steps": minimum.steps,
+            "converged": minimum.converged,
+            "gradient_norm": minimum.gradient_norm,
+            "smallest_eigenvalue": minimum.eigenvalues[0],
+            "largest_eigenvalue": minimum.eigenvalues[-1],
+            "left_to_gain": max(minimum.decrement, 0.0),
+            "at_bounds": [name for name, free in zip(names, minimum.bounds.free(minimum.point)) if not free],
+            "flat": [format_weights(direction(null_N)) for null_N in minimum.null_KN],
+        },
     }
+
+
+def report_lines(report: Mapping[str, Any]) -> list[str]:
+    """What decode.tune prints: weights, likelihoods beside those of fixed expressions, certificate, expression."""
+    fit, scale = report["fit"], report["temperature"]
+    weights, nats = [["", "weight", "s.e."]], [["nats per token", "on the text", "gain of the fit"]]
+    for name, weight in report["weights"].items():
+        error = report["standard_errors"][name]
+        shown = "at its bound" if name in fit["at_bounds"] else "–" if math.isnan(error) else f"{error:.4f}"
+        weights.append([name, f"{weight:.4f}", shown])
+    nats.append(["fitted", f"{fit['nats']:.4f}", ""])
+    kinds = [""]
+    if "held_out" in report:
+        nats[0] += ["held out", "gain of the fit"]
+        nats[1] += [f"{report['held_out']['nats']:.4f}", ""]
+        kinds.append("held_out_")
+    for row in report["against"]:
+        nats.append([row["expression"]])
+        for kind in kinds:
+            gain, error = row[f"{kind}gain"], row[f"{kind}gain_error"]
+            nats[-1] += [f"{row[f'{kind}nats']:.4f}", f"{gain:.4f} ± {error:.4f}"]
+    certificate = [
+        f"{fit['texts']:,} texts, {fit['tokens']:,} tokens, {fit['steps']} Newton steps in {fit['seconds']:.1f} s: "
+        f"gradient {fit['gradient_norm']:.1e}, smallest eigenvalue of the Hessian {fit['smallest_eigenvalue']:.4g}, "
+        f"Newton decrement {fit['left_to_gain']:.1e} nats per token"
+    ]
+    if not fit["converged"]:
+        hint = "check the scale of the logits, or give --l2 or --bounds"
+        certificate.append(f"not converged: the gradient is not zero; {hint}")
+    certificate += [
+        f"the Hessian is singular along {direction}: the text does not determine the weights in this direction; they "
+        "keep the values of --combine there"
+        for direction in fit["flat"]
+    ]
+    confidence = "over-confident" if scale["scale"] < 1 else "under-confident"
+    temperature = (
+        f"{fit['centre']} is {confidence}: it fits best at temperature {scale['temperature']:.3g} "
+        f"({scale['nats']:.4f} nats per token); greedy decoding is the same at every temperature"
+    )
+    combine = f'--combine "{report["combine"]}"'
+    return [*_table(weights), "", *_table(nats), "", *certificate, temperature, "", combine]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned columns, the first to the left."""
+    first, *others = (max(map(len, column)) for column in zip(*rows))
+    return [
+        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others))]).rstrip()
+        for row in rows
+    ]

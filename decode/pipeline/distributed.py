@@ -1,19 +1,18 @@
-"""The processes of one `torchrun`: who takes which sentences, and what happens when one of them dies.
+"""The processes of one `torchrun`: which translates which sentences, and how they agree.
 
-Results never travel between processes: each rank writes its own part of the journal, and rank 0 reads the parts. What
-they share is torchrun's key/value store, for three small things: rank 0's plan (the lines that are still to do), a
-counter from which shares of the work are claimed, and a heartbeat by which a dead rank is noticed. No collectives, so
-nothing hangs in one.
+Results never travel between processes: each rank writes its own journal, and the main process reads them. They share
+torchrun's key/value store for small things: the lines that are done, a counter that makes the chunks of sentences a
+work queue, and who is finished. torchrun ends the other processes when one dies; `--resume` does the rest.
 
-With --tensor-parallel a rank is a group of processes that hold a model together (minillama/parallel.py). The first of
-them leads: it claims for all, and it alone writes. Only inside a group there are collectives, made when weights are
-about to be loaded.
+With --tensor-parallel a rank is a group of processes that hold a model together (minillama/tensor_parallel.py). The
+first of a group is its leader: it takes chunks for all and it alone writes. Collectives exist only inside a group.
 """
 
+import json
 import os
 import sys
-import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,222 +20,154 @@ from typing import TypeVar
 
 import torch
 
-from minillama import InputError
+from minillama.errors import InputError
 from minillama.tensor_parallel import PeerLost, TPGroup
 
 T = TypeVar("T")
-BEAT_SECONDS = 1.0
-# A rank whose heart has not beaten for so long is dead: its thread beats while models load and while kernels run.
-LOST_SECONDS = 60.0
-HEARD_SECONDS = 5.0
-# A store whose machine is gone may not answer: then the process ends without its heart.
-LAST_BEAT_SECONDS = 20.0
 JOIN_TIMEOUT = timedelta(minutes=10)
+POLL_SECONDS = 0.05
 
 
-class RankLost(PeerLost):
-    """Another process of this run died, or the machine that holds the store did; the text says what that means."""
-
-
-class Ranks:
+class Distributed:
     """This process among `processes`; a plain run is process 0 of 1 and shares nothing.
 
-    rank of world: its group of `size` processes, this one at place `index`; without a split model each is its own.
+    Its group of `tp_size` processes is `rank` of `world`; in it this process is `tp_rank`. `tp` has the collectives.
     """
 
     def __init__(self) -> None:
         alone = os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ
-        found = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-        self.process, self.processes = found
-        self.rank, self.world = found
-        self.index, self.size = 0, 1
-        self.part: TPGroup | None = None
+        self.process, self.processes = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        self.rank, self.world = self.process, self.processes
+        self.tp_rank, self.tp_size = 0, 1
+        self.tp: TPGroup | None = None
         # Processes on this machine, which share its memory.
         self.local_world = 1 if alone else int(os.environ.get("LOCAL_WORLD_SIZE", self.processes))
-        self.stopped = threading.Event()
-        self.heart: threading.Thread | None = None
         if not alone:
-            self._join()
+            from torch.distributed import rendezvous
+
+            self.store, _, _ = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
+        """Whether this process writes the output and talks to the user."""
         return self.process == 0
 
     @property
-    def leads(self) -> bool:
-        """Whether this process claims and writes for its group."""
-        return self.index == 0
+    def is_leader(self) -> bool:
+        """Whether this process takes chunks and writes a journal for its group."""
+        return self.tp_rank == 0
 
-    def group_by(self, size: int) -> None:
-        """Processes 0..size-1 are rank 0, and so on; raises InputError where that leaves some over."""
-        if self.processes % size:
-            started = "1 process is" if self.processes == 1 else f"{self.processes} processes are"
-            raise InputError(
-                f"--tensor-parallel {size}: {started} running; start a multiple of {size} with torchrun "
-                f"(--nproc-per-node {size})"
-            )
-        self.size = size
-        self.rank, self.index = divmod(self.process, size)
-        self.world = self.processes // size
-
-    def join_group(self, on_gpu: bool) -> TPGroup | None:
-        """Open the collectives of this process's group; None where it is alone in it."""
-        if self.size > 1 and self.part is None:
-            import torch.distributed as dist
-
-            # A connection of its own: waiting for the others in it does not stop the heart.
-            store = dist.PrefixStore(f"group{self.rank}", self.store.clone())
-            backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-            self._ask(
-                lambda: dist.init_process_group(
-                    backend, store=store, rank=self.index, world_size=self.size, timeout=JOIN_TIMEOUT
-                )
-            )
-            self.part = TPGroup(self.index, self.size)
-        return self.part
-
-    def leave_group(self) -> None:
-        """Together, at the end of the work."""
-        if self.part is not None:
-            import torch.distributed as dist
-
-            self._ask(dist.barrier)
-            dist.destroy_process_group()
-            self.part = None
-
-    def tell(self, text: str) -> None:
-        """A line on standard error, from rank 0 alone."""
-        if self.first:
+    def log(self, text: str) -> None:
+        """A line on standard error, from the main process alone."""
+        if self.is_main:
             print(text, file=sys.stderr, flush=True)
 
+    def form_groups(self, tp_size: int) -> None:
+        """Processes 0 to tp_size - 1 are rank 0, and so on; raises InputError where some are left over."""
+        if self.processes % tp_size:
+            running = "1 process is" if self.processes == 1 else f"{self.processes} processes are"
+            raise InputError(
+                f"--tensor-parallel {tp_size}: {running} running; start a multiple of {tp_size} with torchrun "
+                f"(--nproc-per-node {tp_size})"
+            )
+        self.tp_size = tp_size
+        self.rank, self.tp_rank = divmod(self.process, tp_size)
+        self.world = self.processes // tp_size
+
+    def join_group(self, on_gpu: bool) -> TPGroup | None:
+        """Open the collectives of this process's group; None where it has no other process."""
+        if self.tp_size > 1 and self.tp is None:
+            import torch.distributed as dist
+
+            store = dist.PrefixStore(f"group{self.rank}", self.store)
+            _ask(
+                lambda: dist.init_process_group(
+                    "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                    store=store,
+                    rank=self.tp_rank,
+                    world_size=self.tp_size,
+                    timeout=JOIN_TIMEOUT,
+                )
+            )
+            self.tp = TPGroup(self.tp_rank, self.tp_size)
+        return self.tp
+
+    def leave_group(self) -> None:
+        """Close the collectives, all processes of the group together."""
+        if self.tp is not None:
+            import torch.distributed as dist
+
+            _ask(dist.barrier)
+            dist.destroy_process_group()
+            self.tp = None
+
     @contextmanager
-    def refusing_together(self) -> Iterator[None]:
-        """Around the checks: what rank 0 refuses is said once; what another rank alone refuses, with its number."""
+    def checking(self) -> Iterator[None]:
+        """Around the checks of a run: what the main process refuses is reported once, by the main process."""
         try:
             yield
         except InputError as error:
-            if self.first:
-                self._refuse()
-                raise
-            self.plan()
-            raise InputError(f"rank {self.process}: {error}") from None
+            self.share_done(None)
+            raise error if self.is_main else InputError(f"rank {self.process}: {error}") from None
 
-    def publish_plan(self, plan: bytes) -> None:
-        self._set("plan", plan)
+    def share_done(self, done: set[int] | None) -> set[int]:
+        """The lines that an earlier run finished: the main process gives them, or None for a run that it refuses.
 
-    def plan(self) -> bytes:
-        """What rank 0 published; exits quietly with 2 when it refused instead."""
-        hearing = _Hearing()
-        while not (self._has("plan") or self._has("refused")):
-            self._hear(0, hearing)
-            time.sleep(0.05)
-        if not self._has("plan"):
-            self._set(f"heard{self.process}", b"1")
+        All other processes get them, and exit with code 2 where the run is refused.
+        """
+        if self.is_main:
+            if self.processes > 1:
+                data = zlib.compress(json.dumps(None if done is None else sorted(done)).encode())
+                _ask(lambda: self.store.set("done", data))
+            return done or set()
+        while not _ask(lambda: self.store.check(["done"])):
+            time.sleep(POLL_SECONDS)
+        found = json.loads(zlib.decompress(_ask(lambda: self.store.get("done"))))
+        if found is None:
             raise SystemExit(2)
-        return self._ask(lambda: self.store.get("plan"))
+        return set(found)
 
-    def claims(self, shares: Sequence[list[int]]) -> Iterator[list[int]]:
-        """The shares of this rank, one at a time, each taken by one rank only."""
-        if self.world == 1:
-            yield from shares
+    def take_chunks(self, costs: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+        """Indices of sentences for this rank, a chunk at a time, each for one rank only. See `chunks`."""
+        work = chunks(costs, self.world, batch_size)
+        if self.processes == 1:
+            yield from work
             return
-        while (number := self._claimed()) < len(shares):
-            yield shares[number]
+        while (number := self._next_chunk()) < len(work):
+            yield work[number]
 
-    def _claimed(self) -> int:
-        """The next share that nobody has; the first of a group takes it for all."""
-        number = self._ask(lambda: self.store.add("claimed", 1)) - 1 if self.leads else 0
-        return number if self.part is None else int(self.part.broadcast(torch.tensor(number)))
+    def _next_chunk(self) -> int:
+        """The number of the next chunk; the leader asks for its group."""
+        number = _ask(lambda: self.store.add("chunks", 1)) - 1 if self.is_leader else 0
+        return number if self.tp is None else int(self.tp.broadcast(torch.tensor(number)))
 
-    def say_done(self) -> None:
-        if self.world > 1:
-            self._set(f"done{self.rank}", b"1")
+    def report_finished(self) -> None:
+        if self.world > 1 and self.is_leader:
+            _ask(lambda: self.store.set(f"finished{self.rank}", b"1"))
 
     def wait_for_others(self) -> Iterator[None]:
-        """Rank 0's: yields now and then until every other rank has said that it is done; raises RankLost.
-
-        Of a group its first process is listened to: it does not survive the others.
-        """
-        for rank in range(1, self.world):
-            hearing = _Hearing()
-            key = f"done{rank}"
-            while not self._has(key):
-                self._hear(rank * self.size, hearing)
-                time.sleep(0.05)
-                yield
+        """Yield now and then until every other rank has finished."""
+        keys = [f"finished{rank}" for rank in range(1, self.world)]
+        while keys and not _ask(lambda: self.store.check(keys)):
+            time.sleep(POLL_SECONDS)
+            yield
         yield
 
-    def leave(self) -> None:
-        """Stop the heart and wait for a beat that is under way: a thread that comes back from the store while Python
-        shuts down ends the process by SIGABRT.
-        """
-        self.stopped.set()
-        if self.heart is not None:
-            self.heart.join(LAST_BEAT_SECONDS)
 
-    def _join(self) -> None:
-        from torch.distributed import rendezvous
-
-        self.store, _, _ = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
-        self.heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        self.heart.start()
-
-    def _beat(self) -> None:
-        while True:
-            try:
-                self.store.add(f"beat{self.process}", 1)
-            except RuntimeError:  # the store is gone: the main thread hears of it when it asks
-                return
-            if self.stopped.wait(BEAT_SECONDS):
-                return
-
-    def _hear(self, process: int, hearing: "_Hearing") -> None:
-        beat = self._ask(lambda: self.store.add(f"beat{process}", 0))
-        if hearing.silence(beat) > LOST_SECONDS:
-            raise RankLost(f"rank {process} has not been heard of for {LOST_SECONDS:.0f} s")
-
-    def _refuse(self) -> None:
-        """Where rank 0 itself keeps the store, it stays until the others have heard."""
-        self._set("refused", b"1")
-        until = time.monotonic() + HEARD_SECONDS
-        for process in range(1, self.processes):
-            while not self._has(f"heard{process}") and time.monotonic() < until:
-                time.sleep(0.05)
-
-    def _set(self, key: str, value: bytes) -> None:
-        if self.processes > 1:
-            self._ask(lambda: self.store.set(key, value))
-
-    def _has(self, key: str) -> bool:
-        return self._ask(lambda: self.store.check([key]))
-
-    def _ask(self, question: Callable[[], T]) -> T:
-        try:
-            return question()
-        except RuntimeError as error:  # torch.distributed's network errors
-            reason = str(error).split("\n")[0]
-            raise RankLost(f"torchrun's store does not answer ({reason})") from None
+def _ask(question: Callable[[], T]) -> T:
+    try:
+        return question()
+    except RuntimeError as error:  # torch.distributed's network errors
+        reason = str(error).split("\n")[0]
+        raise PeerLost(f"torchrun's store does not answer ({reason})") from None
 
 
-class _Hearing:
-    """The last beat that was heard, and when."""
+def chunks(costs: Sequence[int], ranks: int, batch_size: int) -> list[list[int]]:
+    """Indices in chunks for ranks to take one by one, the longest sentences first, each chunk a share of what remains.
 
-    def __init__(self) -> None:
-        self.beat, self.at = -1, time.monotonic()
-
-    def silence(self, beat: int) -> float:
-        """Seconds since the count last changed."""
-        if beat != self.beat:
-            self.beat, self.at = beat, time.monotonic()
-        return time.monotonic() - self.at
-
-
-def shares(costs: Sequence[int], ranks: int, rows: int) -> list[list[int]]:
-    """Indices in shares to be claimed one by one, the longest sentences first, every share a part of what remains.
-
-    costs: of each sentence, in any unit. Three quarters of an even part of the rest are taken at a time (guided
-    self-scheduling, Polychronopoulos & Kuck 1987): a few large shares keep the rows full, the last are one batch of the
-    shortest sentences, so that no rank waits long for another. One rank takes everything at once.
+    costs: of each sentence, in any unit. A chunk is three quarters of an even share of the rest (guided
+    self-scheduling, Polychronopoulos & Kuck 1987): a few large chunks keep the slots full, and the last are one batch
+    of the shortest sentences, so that no rank waits long for another. One rank takes everything at once.
     """
     order = sorted(range(len(costs)), key=lambda index: -costs[index])
     if ranks == 1:
@@ -244,11 +175,11 @@ def shares(costs: Sequence[int], ranks: int, rows: int) -> list[list[int]]:
     found = []
     rest = sum(costs)
     while order:
-        goal, taken, count = 0.75 * rest / ranks, 0, 0
-        while count < len(order) and (count < rows or taken < goal):
-            taken += costs[order[count]]
+        goal, cost, count = 0.75 * rest / ranks, 0, 0
+        while count < len(order) and (count < batch_size or cost < goal):
+            cost += costs[order[count]]
             count += 1
         found.append(order[:count])
         order = order[count:]
-        rest -= taken
+        rest -= cost
     return found

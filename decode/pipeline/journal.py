@@ -1,134 +1,101 @@
-"""Finished sentences, safe beside the output until the output is whole: `hyp.txt.journal`, `hyp.txt.journal.rank1` …
+"""The journal: finished sentences, kept beside the output until it is complete: `hyp.txt.journal`, `….rank1` …
 
-Lines of JSON, a file for each process that translates. The head says which run this is (decode/fingerprint.py), a
-record is a sentence: line number from 1, text, tokens, log-probabilities in nats, why it ended. The last entry of a
-rank that came to its end is a summary.
+Lines of JSON, one file per process that translates. The head has the run's fingerprint, a record is a sentence (see
+record.py), and the last entry of a rank that came to its end is its statistics.
 
-A record is one write at the end of the file, made when its sentence ends: a killed process loses nothing that was
-finished. The file is synced every two seconds, so a machine that stops loses two seconds. Whatever follows the last
-whole line (torn by a full disk, or zeros after a power cut) counts as not written. The writer holds a lock on its file,
-so that two runs never write one output. Nothing here is held in memory: records are read as they are used.
+A record is one write, made when its sentence ends, so a killed process loses nothing that was finished. The file is
+synced every two seconds, so a machine that stops loses two seconds. Anything after the last complete line (torn by a
+full disk, or zeros after a power cut) counts as not written. The writer locks its file, so two runs never write one
+output. Records are read as they are used, not held in memory.
 """
 
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from decode.pipeline.fingerprint import differences
-from minillama import InputError
+from decode.pipeline.config import Options
+from decode.pipeline.record import Record
+from minillama.errors import InputError
 from minillama.files import sync
+
+if TYPE_CHECKING:
+    from decode.pipeline.members import EnsembleSpec
 
 FORMAT = 1
 SYNC_SECONDS = 2.0
-
-
-@dataclass(frozen=True)
-class Record:
-    """One finished sentence; `line` counts from 0. `finished`: "stop" or "length".
-
-    nbest: what was listed for it, best first: text, log-probability in nats, score.   explanations: the fields of each
-    token's `decode.engine.attribution.Explanation`, that of the stop token behind them.
-    """
-
-    line: int
-    text: str
-    tokens: list[int]
-    logprobs: list[float]
-    finished: str
-    nbest: Sequence[Sequence[Any]] = ()
-    explanations: Sequence[Sequence[Any]] = ()
-
-    def entry(self) -> dict[str, Any]:
-        """The record as a JSON object. Python writes floats so that they read back as the same bits."""
-        entry = {**vars(self), "line": self.line + 1}
-        return {name: value for name, value in entry.items() if value or name not in ("nbest", "explanations")}
-
-    @classmethod
-    def of(cls, entry: Mapping[str, Any]) -> "Record":
-        return cls(**{**entry, "line": entry["line"] - 1})
+# Options that do not change a translation: a run may be resumed with another batch size or number of processes.
+WITHOUT_EFFECT = {"batch_size", "speculate"}
+# A weight file is identified by its size and this many blocks spread over it: training changes every weight, and
+# reading all of a large model twice would double the time to start.
+BLOCKS, BLOCK_BYTES = 256, 4096
 
 
 def journal_path(output: str) -> Path | None:
-    """Where the journal of an output stands; None for what is no regular file, or where no file can be made."""
+    """The path of an output's journal; None for what is no regular file, or in a folder that takes no new file."""
     path = Path(output)
     if output == "-" or (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK):
         return None
     return path.with_name(path.name + ".journal")
 
 
-def part_path(path: Path, rank: int) -> Path:
+def rank_path(path: Path, rank: int) -> Path:
     return path if rank == 0 else path.with_name(f"{path.name}.rank{rank}")
 
 
-class Part:
-    """A journal file open for appending, locked. Raises InputError where it cannot be written or another run has it."""
+def rank_files(path: Path) -> list[Path]:
+    """The files of ranks other than 0 that are there, of this run or an earlier one."""
+    return [Path(name) for name in sorted(glob.glob(f"{glob.escape(str(path))}.rank*"))]
+
+
+class Journal:
+    """A journal file open for appending, and locked: a context.
+
+    Raises InputError where it cannot be written or another run has it open.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.descriptor = _open_locked(path)
         self.synced = time.monotonic()
-        self._open()
-        self.empty = os.fstat(self.descriptor).st_size == 0
 
-    def __enter__(self) -> "Part":
+    def __enter__(self) -> "Journal":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        """Sync and unlock. A journal without a record has nothing to resume and is removed."""
+        if next(read_records(self.path), None) is None:
+            self.path.unlink(missing_ok=True)
+        self._sync()
+        os.close(self.descriptor)
 
-    def restart(self, run: Mapping[str, Any], keep: int = 0) -> None:
-        """Cut the file to its first `keep` bytes; an empty one gets a head."""
-        os.ftruncate(self.descriptor, keep)
-        self.empty = keep == 0
-        if keep == 0:
+    def start(self, run: Mapping[str, Any]) -> None:
+        """Drop a damaged end, and the head of a file without records; write the head of an empty file."""
+        _, complete_bytes, lines = _scan(self.path)
+        os.ftruncate(self.descriptor, complete_bytes if lines else 0)
+        if not lines:
             self._append({"journal": FORMAT, "run": dict(run)})
             sync(self.path.parent)
 
     def write(self, record: Record) -> None:
-        self._append(record.entry())
-        self.empty = False
+        self._append(record.to_json())
         if time.monotonic() - self.synced >= SYNC_SECONDS:
-            self.sync()
+            self._sync()
 
-    def end(self, summary: Mapping[str, Any]) -> None:
+    def end(self, stats: Mapping[str, Any]) -> None:
         """The last entry: this process has nothing more to write."""
-        self._append({"end": dict(summary)})
-        self.empty = False
-        self.sync()
+        self._append({"end": dict(stats)})
+        self._sync()
 
-    def sync(self) -> None:
+    def _sync(self) -> None:
         os.fsync(self.descriptor)
         self.synced = time.monotonic()
-
-    def close(self) -> None:
-        """Sync and unlock. A journal without a single record has nothing to resume and is removed."""
-        if self.empty:
-            self.path.unlink(missing_ok=True)
-        self.sync()
-        os.close(self.descriptor)
-
-    def _open(self) -> None:
-        path = self.path
-        while True:
-            try:
-                self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            except OSError as error:
-                raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-            try:
-                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(self.descriptor)
-                raise InputError(f"{path}: another run is writing this output now; wait for it or end it") from None
-            except OSError:  # a file system without locks
-                return
-            if path.exists() and os.path.samestat(os.fstat(self.descriptor), os.stat(path)):
-                return
-            os.close(self.descriptor)  # its last owner removed it while we waited for the lock
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         data = json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
@@ -136,77 +103,144 @@ class Part:
             while data:
                 data = data[os.write(self.descriptor, data) :]
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror}); --resume goes on from it") from None
+            raise InputError(f"{self.path}: cannot be written ({error.strerror}); --resume continues from it") from None
 
 
-def begin(path: Path, run: Mapping[str, Any], resume: bool | None) -> tuple[Part, set[int]]:
-    """Open the journal of a run and bring all that an earlier one left into this one file; returns the lines it has.
+def open_journal(path: Path, run: Mapping[str, Any], resume: bool | None) -> tuple[Journal, set[int]]:
+    """Open the main process's journal; returns it and the lines that an earlier run finished, in any of its files.
 
-    resume: True goes on from what is there, False drops it, None raises InputError if there is anything to lose. Raises
-    InputError too for the journal of a run that differs, naming the differences. Safe to be killed at any moment.
+    resume: True continues that run, False drops it, None raises InputError if there is anything to lose. Raises
+    InputError too for the journal of a different run, naming the differences. Safe to be killed at any moment.
     """
-    part = Part(path)
+    journal = Journal(path)
     try:
-        others = [Path(name) for name in sorted(glob.glob(f"{glob.escape(str(path))}.rank*"))]
-        for other in others:
-            os.close(Part(other).descriptor)  # raises if a rank of another run still writes
-        found = {file: _scan(file) for file in (path, *others)}
-        done: set[int] = set().union(*(lines for _, _, lines in found.values())) if resume is not False else set()
+        others = rank_files(path)
+        found = {file: _scan(file) for file in (path, *others)} if resume is not False else {}
+        done: set[int] = set().union(*(lines for _, _, lines in found.values()))
         if done and resume is None:
             raise InputError(
-                f"{path}: {len(done):,} finished sentences of a run that did not end; --resume goes on from there, "
+                f"{path}: {len(done):,} finished sentences of a run that did not end; --resume continues it, "
                 "--no-resume starts afresh"
             )
-        if done:
-            for file, (head, _, lines) in found.items():
-                if lines and (different := differences(head, run)):
-                    raise InputError(f"{file} is of another run: {different}; --no-resume starts afresh")
-        own = found[path]
-        part.restart(run, own[1] if done and own[2] else 0)
+        for file, (head, _, lines) in found.items():
+            if lines and (different := differences(head, run)):
+                raise InputError(f"{file} is of another run: {different}; --no-resume starts afresh")
+        kept = [file for file, (_, _, lines) in found.items() if lines]
+        if path not in kept:
+            os.ftruncate(journal.descriptor, 0)
         for file in others:
-            if done:
-                for record in records(file):
-                    part.write(record)
-                part.sync()
-            file.unlink()
+            if file not in kept:
+                file.unlink()
+        journal.start(run)
     except BaseException:
-        part.close()
+        journal.__exit__()
         raise
-    return part, done
+    return journal, done
 
 
-def records(path: Path) -> Iterator[Record]:
-    """The sentences of a journal file, in the order in which they ended."""
-    for _, entry in entries(path):
-        if "line" in entry:
-            yield Record.of(entry)
-
-
-def remove(path: Path) -> None:
-    """The output is whole: the journal has done its work."""
-    for name in glob.glob(f"{glob.escape(str(path))}.rank*"):
-        os.unlink(name)
+def remove_journal(path: Path) -> None:
+    """The output is complete: the journal is no longer needed."""
+    for file in rank_files(path):
+        file.unlink()
     path.unlink(missing_ok=True)
 
 
-class Tail:
-    """The journal of another process, read while it grows. `summary` is what it said at its end."""
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of a journal file, in the order in which their sentences ended."""
+    yield from JournalFollower(path).new_records()
+
+
+class JournalFollower:
+    """Reads the journal of another process while it grows. `stats` is its last entry, once that is written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.offset = 0
-        self.summary: dict[str, Any] | None = None
+        self.stats: dict[str, Any] = {}
 
-    def new(self) -> Iterator[Record]:
-        for end, entry in entries(self.path, self.offset):
+    def new_records(self) -> Iterator[Record]:
+        for end, entry in _entries(self.path, self.offset):
             if "line" in entry:
-                yield Record.of(entry)
-            self.summary = entry.get("end", self.summary)
+                yield Record.from_json(entry)
+            self.stats = entry.get("end", {})
             self.offset = end
 
 
-def entries(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(offset behind it, entry) of each whole line; ends before the first that is torn or damaged, or has no file."""
+def fingerprint(sentences: Sequence[str], models: "EnsembleSpec", options: Options) -> dict[str, Any]:
+    """Names and values of all that decides the translations; folders by their contents, not by their paths."""
+    found: dict[str, Any] = {"input": f"{len(sentences)} lines, {_digest(line.encode() for line in sentences)}"}
+    found |= {name: value for name, value in asdict(options).items() if name not in WITHOUT_EFFECT}
+    folders = {folder: folder_digest(folder) for folder in {member.folder for member in models.members}}
+    for member in models.members:
+        name, placement = member.name, models.placements[member.name]
+        found |= {
+            f"model {name}": folders[member.folder],
+            f"weight of {name}": models.weights[name],
+            f"prompt of {name}": _digest([repr(member.prompt.templates).encode()]),
+            f"chat of {name}": member.chat.name,
+            f"dtype of {name}": placement.weight_dtype,
+            f"device of {name}": placement.device.type,
+        }
+        if placement.tp_size > 1:
+            found[f"processes that share {name}"] = placement.tp_size
+    return found
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The differences between two fingerprints, in words; empty when there are none."""
+    return ", ".join(
+        f"{name} was {there.get(name, 'not there')}, is {here.get(name, 'not there')}"
+        for name in dict.fromkeys([*there, *here])
+        if there.get(name) != here.get(name)
+    )
+
+
+def folder_digest(folder: Path) -> str:
+    """A digest of a model's folder: small files in full, weights by size and sample."""
+    parts = []
+    for file in sorted(folder.iterdir()):
+        weights = file.suffix in (".safetensors", ".pth")
+        if weights or file.name in ("config.json", "generation_config.json", "params.json") or "token" in file.name:
+            size = file.stat().st_size
+            parts.append(f"{file.name} {size}".encode())
+            with open(file, "rb") as stream:
+                if not weights or size <= BLOCKS * BLOCK_BYTES:
+                    parts.append(stream.read())
+                else:
+                    for block in range(BLOCKS):
+                        stream.seek(block * (size - BLOCK_BYTES) // (BLOCKS - 1))
+                        parts.append(stream.read(BLOCK_BYTES))
+    return _digest(parts)
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _open_locked(path: Path) -> int:
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise InputError(f"{path}: another run is writing this output now; wait for it or end it") from None
+        except OSError:  # a file system without locks
+            return descriptor
+        if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+        os.close(descriptor)  # its last owner removed it between the two calls
+
+
+def _entries(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(offset after it, entry) of each complete line; ends before the first that is torn or damaged."""
     if not path.exists():
         return
     with open(path, "rb") as stream:
@@ -223,14 +257,14 @@ def entries(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]
 
 
 def _scan(path: Path) -> tuple[dict[str, Any], int, set[int]]:
-    """(what the head says of the run, bytes that are whole, lines that are finished). Without a head there is none."""
+    """(the fingerprint in the head, if any; bytes of complete lines; lines with a record)."""
     run: dict[str, Any] = {}
-    whole = 0
+    complete = 0
     lines: set[int] = set()
-    for end, entry in entries(path):
-        whole = end
+    for end, entry in _entries(path):
+        complete = end
         if entry.get("journal") == FORMAT:
             run = entry.get("run", {})
         elif "line" in entry:
             lines.add(entry["line"] - 1)
-    return run, whole, lines
+    return run, complete, lines

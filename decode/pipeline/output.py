@@ -1,27 +1,42 @@
-"""Translations to a file or standard output, a line each in input order, each as soon as all before it are done."""
+"""Finished lines to files or standard output, in input order, each as soon as all before it are done; and progress.
 
+`Outputs` writes all files of a run of decode.collab. It holds what waits for an earlier line, and the texts only where
+references will be compared with them.
+"""
+
+import argparse
+import json
 import os
 import signal
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from minillama import InputError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from decode.pipeline.journal import journal_path
+from decode.pipeline.record import Record
+from minillama.errors import InputError
+
+# Seconds between two lines of progress where there is no terminal.
+LINE_SECONDS = 30.0
 
 
-def check_writable(path: str, inputs: list[str]) -> None:
-    """Raise InputError, before any work, for an output that cannot be written or that is one of the inputs."""
+def check_writable(path: str, others: list[str]) -> None:
+    """Raise InputError, before any work, for an output that cannot be written or that is one of the other files."""
     if path == "-":
         return
     file = Path(path)
     if file.is_dir():
         raise InputError(f"{path}: is a folder; the output must be a file")
-    if file.exists() and any(name != "-" and Path(name).exists() and file.samefile(name) for name in inputs):
+    if file.exists() and any(name != "-" and Path(name).exists() and file.samefile(name) for name in others):
         raise InputError(f"{path}: is also an input; writing it would lose the input")
     try:
         if file.exists():
@@ -34,8 +49,47 @@ def check_writable(path: str, inputs: list[str]) -> None:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
+def check_outputs(arguments: argparse.Namespace, processes: int) -> None:
+    """Raise InputError for outputs that cannot be written or replace one another, and for what cannot be resumed."""
+    for option in ("report", "details", "nbest_output"):
+        if getattr(arguments, option) == "-":
+            raise InputError(f"--{option.replace('_', '-')} -: give a file; standard output is for translations")
+    others = [file for file in (arguments.input, arguments.reference) if file]
+    explain = None if arguments.explain == "-" else arguments.explain
+    for file in (arguments.output, arguments.report, arguments.details, nbest_path(arguments), explain):
+        if file:
+            check_writable(file, others)
+            others.append(file)
+    if arguments.input != "-" and journal_path(arguments.output) is not None:
+        return
+    if arguments.resume:
+        raise InputError(
+            "--resume: needs --input FILE and --output FILE; the journal is beside the output, and standard input "
+            "cannot be read again"
+        )
+    if processes > 1:
+        raise InputError(
+            f"{processes} processes share the sentences of a file and write one: give --input FILE and --output FILE, "
+            "or run one process"
+        )
+
+
+def nbest_path(arguments: argparse.Namespace) -> str | None:
+    """The file for n-best lists, None if none are requested; whether it can be written is not checked."""
+    path, output = arguments.nbest_output, arguments.output
+    if not arguments.nbest:
+        if path:
+            raise InputError("--nbest-output has no effect without --nbest; give --nbest too")
+        return None
+    if not path and (output == "-" or (Path(output).exists() and not Path(output).is_file())):
+        raise InputError("--nbest: with translations on standard output, name a file for the lists by --nbest-output")
+    return path or f"{output}.nbest"
+
+
 class OrderedWriter:
-    """`put(line, text)` in any order; lines leave in theirs. Line numbers start at 0, none is given twice."""
+    """A context: `put(line, text)` in any order; lines are written in theirs. Lines count from 0, each is put once."""
+
+    fills_gaps = True
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -51,20 +105,29 @@ class OrderedWriter:
         return self
 
     def put(self, line: int, text: str, translated: bool = True) -> None:
-        """Take a finished line, a blank one with translated=False. An interruption waits until all is written."""
+        """Accept a finished line, a blank one with translated=False. An interruption waits until it is written."""
         with _uninterrupted():
             self.count += translated
             self.last = max(self.last, line) if translated else self.last
             self.waiting[line] = text
             self._write_ready()
 
+    def put_sentence(self, line: int, source: str, record: Record | None) -> None:
+        """The same for a sentence; record: None for a line that is blank or was skipped."""
+        self.put(line, record.text if record else "", translated=record is not None)
+
     def write_finished(self) -> int:
-        """After an interruption: write what waits behind an unfinished line, that line empty; returns how many are."""
+        """After an interruption: write what is finished after unfinished lines too; returns the number of those.
+
+        Where gaps are filled an unfinished line is empty, else it is left out.
+        """
         with _uninterrupted():
             gaps = [line for line in range(self.next, self.last) if line not in self.waiting]
-            self.waiting = {line: text for line, text in self.waiting.items() if line <= self.last}
-            self.waiting.update(dict.fromkeys(gaps, ""))
-            self._write_ready()
+            finished = {line: text for line, text in self.waiting.items() if line <= self.last}
+            if self.fills_gaps:
+                finished |= dict.fromkeys(gaps, "")
+            self.stream.writelines(finished[line] + "\n" for line in sorted(finished))
+            self.stream.flush()
         return len(gaps)
 
     def _write_ready(self) -> None:
@@ -76,18 +139,141 @@ class OrderedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Safe on the disk before a journal goes.
+        # On the disk before a journal is removed.
         if self.path != "-" and stat.S_ISREG(os.fstat(self.stream.fileno()).st_mode):
             self.stream.flush()
             os.fsync(self.stream.fileno())
         self.stream.close()
 
 
+class DetailsWriter(OrderedWriter):
+    """Records as JSON lines."""
+
+    fills_gaps = False
+
+    def put_sentence(self, line: int, source: str, record: Record | None) -> None:
+        entry = record.to_json() if record else {"line": line + 1, "text": "", "tokens": [], "logprobs": []}
+        self.put(line, json.dumps(entry, ensure_ascii=False), translated=record is not None)
+
+
+class NBestWriter(OrderedWriter):
+    """N-best lists as Moses and Marian write them: `line ||| text ||| F0= log-probability ||| score`, best first.
+
+    Lines count from 0; F0 is the sum of the log-probabilities in nats, the score that sum normalised by length. A line
+    that is blank or was skipped has one empty entry with two zeros. A text may contain ` ||| ` itself: two numbers
+    follow the last two.
+    """
+
+    fills_gaps = False
+
+    def put_sentence(self, line: int, source: str, record: Record | None) -> None:
+        entries = [f"{line} |||  ||| F0= 0 ||| 0"]
+        if record is not None:
+            entries = [f"{line} ||| {text} ||| F0= {total:.6f} ||| {score:.6f}" for text, total, score in record.nbest]
+        self.put(line, "\n".join(entries), translated=record is not None)
+
+
+class Outputs:
+    """A context with every file of a run. `put` accepts lines in any order; a record that comes again is dropped."""
+
+    def __init__(self, arguments: argparse.Namespace, total: int | None, explanations: OrderedWriter | None) -> None:
+        """total: lines of the input, where that is known.   explanations: what decode.explain writes, in place of
+        translations where both go to standard output.
+        """
+        self.where = "on standard output" if arguments.output == "-" else f"in {arguments.output}"
+        self.total = total
+        self.writer = OrderedWriter(os.devnull if arguments.explain == arguments.output == "-" else arguments.output)
+        self.writers = [self.writer]
+        if arguments.details:
+            self.writers.append(DetailsWriter(arguments.details))
+        if nbest := nbest_path(arguments):
+            self.writers.append(NBestWriter(nbest))
+        if explanations:
+            self.writers.append(explanations)
+        self.texts: dict[int, str] | None = {} if arguments.reference else None
+        self.tokens = self.resumed = self.resumed_tokens = 0
+        self.files = ExitStack()
+
+    def __enter__(self) -> "Outputs":
+        for writer in self.writers:
+            self.files.enter_context(writer)
+        self.progress = DecodeProgress(self.total)
+        self.files.callback(self.progress.stop)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.files.__exit__(kind, error, trace)
+
+    def put_empty(self, lines: Sequence[int]) -> None:
+        """Lines that are blank or were skipped."""
+        for line in lines:
+            self._write(line, "", None)
+            self.progress.add(0)
+
+    def put(self, record: Record, source: str, resumed: bool = False) -> None:
+        """source: the input's line.   resumed: an earlier run finished it; it does not count for the speed."""
+        if record.line < self.writer.next or record.line in self.writer.waiting:
+            return
+        self.tokens += len(record.tokens)
+        if resumed:
+            self.resumed += 1
+            self.resumed_tokens += len(record.tokens)
+        self._write(record.line, source, record)
+        self.progress.add(0 if resumed else len(record.tokens))
+
+    def write_finished(self) -> str:
+        """After an interruption: write what is finished after unfinished lines too; says in words what was written."""
+        gaps, *_ = [writer.write_finished() for writer in self.writers]
+        of = f" of {self.total:,}" if self.total is not None else ""
+        empty = f"; {gaps:,} empty lines between them are for unfinished sentences" if gaps else ""
+        return f"{self.writer.count:,}{of} sentences were finished and are {self.where}{empty}"
+
+    def _write(self, line: int, source: str, record: Record | None) -> None:
+        for writer in self.writers:
+            writer.put_sentence(line, source, record)
+        if self.texts is not None:
+            self.texts[line] = record.text if record else ""
+
+
+class DecodeProgress:
+    """A bar on a terminal, a plain line now and then otherwise; on standard error."""
+
+    def __init__(self, total: int | None) -> None:
+        self.total, self.done, self.tokens = total, 0, 0
+        self.started = self.last = time.monotonic()
+        self.bar: Progress | None = None
+        console = Console(stderr=True)
+        if console.is_terminal:
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
+            self.bar = Progress(*columns, console=console, transient=True)
+            self.task = self.bar.add_task("", total=total, status="")
+            self.bar.start()
+
+    def add(self, tokens: int) -> None:
+        """One more sentence, of so many tokens."""
+        self.done += 1
+        self.tokens += tokens
+        now = time.monotonic()
+        status = f"{self.tokens / max(now - self.started, 1e-9):,.0f} tokens/s"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, status=status)
+        elif now - self.last >= LINE_SECONDS:
+            self.last = now
+            of = f" of {self.total:,}" if self.total is not None else ""
+            print(f"{self.done:,}{of} sentences, {status}", file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back for a moment, so that no line is half written or lost.
+    """Delay Ctrl-C and SIGTERM for a moment, so that no line is half written or lost.
 
-    Python's handlers are exchanged: a signal mask would not do, other threads of the process would take the signal.
+    Python's handlers are exchanged: a signal mask would not do, other threads of the process would get the signal.
     """
     held: list[int] = []
     kinds = (signal.SIGINT, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Where each member stands: its device, how its weights are held there and over how many processes, from `--device`,
+"""The device map of a run: each member's device, weight dtype and number of tensor-parallel processes, from `--device`,
 `--dtype` and `--tensor-parallel`.
 """
 
@@ -10,101 +10,105 @@ from dataclasses import dataclass
 import torch
 
 from kernels.cpu.packed_linear import INT8_ROWS, has_bfloat16_instructions, has_float16_product
-from minillama import InputError
+from minillama.errors import InputError
 from minillama.machine import pick_device
 
-DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-# Up to so many rows int8 weights are faster than float16's, and those faster than float32's. A layer of 16,384 x 2,048
-# on two cores with AVX-512, without bf16 instructions: int8 2.9, 3.5, 5.7 ms at 1, 2, 4 rows, float16 3.9, 3.9, 4.2;
-# float16 9.0, 14.6 at 16, 32 rows, float32 10.3, 12.9. `python -m benchmarks.kernels` measures that layer.
-INT8_BEFORE_FLOAT16, FLOAT16_ROWS = 2, 16
+# The largest batches at which int8 weights are faster than float16, and float16 faster than float32. A layer of 16,384
+# x 2,048 on two cores with AVX-512, without bf16 instructions: int8 2.9, 3.5, 5.7 ms at 1, 2, 4 rows, float16 3.9, 3.9,
+# 4.2; float16 9.0, 14.6 at 16, 32 rows, float32 10.3, 12.9. `python -m benchmarks.kernels` measures that layer.
+INT8_BATCH_SIZE, FLOAT16_BATCH_SIZE = 2, 16
 
 
 @dataclass(frozen=True)
-class Place:
-    """storage: one of DTYPES but auto, how the weights of linear layers are held.   parts: processes that share it."""
+class Placement:
+    """weight_dtype: of the linear layers, one of config.DTYPES but auto.   tp_size: processes that share the member."""
 
     device: torch.device
-    storage: str
-    parts: int = 1
+    weight_dtype: str
+    tp_size: int = 1
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which files are read, and in which what is not a linear layer stays."""
-        return torch.bfloat16 if self.storage == "int8" else getattr(torch, self.storage)
+        """The dtype that weights are read in, and that all but the linear layers keep."""
+        return torch.bfloat16 if self.weight_dtype == "int8" else getattr(torch, self.weight_dtype)
 
     @property
-    def packed(self) -> str:
-        """The storage as PreparedLlama knows it: a CPU that has no product of float16 weights takes float32 ones."""
-        return "float32" if self.storage == "float16" and not has_float16_product() else self.storage
+    def packed_dtype(self) -> str:
+        """The weight dtype for PackedLlama: float32 in place of float16 on a CPU that cannot multiply float16."""
+        return "float32" if self.weight_dtype == "float16" and not has_float16_product() else self.weight_dtype
 
     @property
     def weight_bytes(self) -> int:
-        return BYTES[self.packed if self.device.type == "cpu" else self.storage]
+        """Bytes per weight."""
+        return BYTES[self.packed_dtype if self.device.type == "cpu" else self.weight_dtype]
 
     @property
     def cache_dtype(self) -> torch.dtype:
         return torch.float32 if self.device.type == "cpu" else self.dtype
 
 
-def places(
-    device: str, dtype: str | None, names: Sequence[str], rows: int = 1, split: Mapping[str, int] | None = None
-) -> dict[str, Place]:
-    """`cuda:1` for all members, or `L=cuda:0,S=cpu` by name; members that are not named take the value without a name.
+def placements(
+    device: str,
+    dtype: str | None,
+    names: Sequence[str],
+    batch_size: int = 1,
+    tp_sizes: Mapping[str, int] | None = None,
+) -> dict[str, Placement]:
+    """`cuda:1` for all members, or `L=cuda:0,S=cpu` by name; a member without a name in it gets the general value.
 
     auto: the first GPU, else the CPU; under torchrun the GPU of this process's LOCAL_RANK. dtype None: float32 on a
-    CPU, bfloat16 on a GPU; auto: the fastest for that many rows. split: what `splits` found. Raises InputError for
-    unknown names and devices, and for a device by its number where several processes share a member.
+    CPU, bfloat16 on a GPU; auto: the fastest for this batch size. Raises InputError for unknown names and devices, and
+    for a device with a number where several processes share a member.
     """
-    given = per_member(device.split(","), names, "--device", separator=",")
+    requested = per_member(device.split(","), names, "--device", separator=",")
     found = {}
     for name in names:
-        where = _pick(given[name] or "auto")
+        where = _pick(requested[name] or "auto")
         on_cpu = where.type == "cpu"
-        storage = dtype or ("float32" if on_cpu else "bfloat16")
-        if storage == "auto":
-            storage = fastest_storage(rows) if on_cpu else "bfloat16"
-        if storage == "int8" and not on_cpu:
+        weight_dtype = dtype or ("float32" if on_cpu else "bfloat16")
+        if weight_dtype == "auto":
+            weight_dtype = fastest_weight_dtype(batch_size) if on_cpu else "bfloat16"
+        if weight_dtype == "int8" and not on_cpu:
             raise InputError(f"--dtype int8: only on a CPU, and {name} is on {where}; use bfloat16")
-        parts = split[name] if split else 1
-        if parts > 1 and re.fullmatch(r"cuda:\d+", given[name] or ""):
+        tp_size = tp_sizes[name] if tp_sizes else 1
+        if tp_size > 1 and re.fullmatch(r"cuda:\d+", requested[name] or ""):
             raise InputError(
-                f"--device {device}: {parts} processes share {name}, each with a GPU of its own; use auto or cuda"
+                f"--device {device}: {tp_size} processes share {name}, each with a GPU of its own; use auto or cuda"
             )
-        found[name] = Place(where, storage, parts)
+        found[name] = Placement(where, weight_dtype, tp_size)
     return found
 
 
-def splits(text: str, names: Sequence[str]) -> dict[str, int]:
-    """`--tensor-parallel 2` for all members, `L=2` for one: how many processes share each; 1 where nothing is said.
+def tp_sizes(text: str, names: Sequence[str]) -> dict[str, int]:
+    """`--tensor-parallel 2` for all members, `L=2` for one: the number of processes that share each, 1 by default.
 
-    Raises InputError for what is no number of processes, and for two different ones: a run's groups have one size.
+    Raises InputError for what is not a number of processes, and for two different ones: a run's groups have one size.
     """
     found = {}
-    for name, given in per_member(text.split(","), names, "--tensor-parallel", separator=",").items():
-        if given is not None and not re.fullmatch(r"[1-9]\d*", given):
-            raise InputError(f"--tensor-parallel {text}: {given or 'nothing'} is no number of processes")
-        found[name] = int(given or 1)
+    for name, value in per_member(text.split(","), names, "--tensor-parallel", separator=",").items():
+        if value is not None and not re.fullmatch(r"[1-9]\d*", value):
+            raise InputError(f"--tensor-parallel {text}: {value or 'nothing'} is no number of processes")
+        found[name] = int(value or 1)
     if len(sizes := {size for size in found.values() if size > 1}) > 1:
         raise InputError(f"--tensor-parallel {text}: a run's groups have one size; give one number, not {len(sizes)}")
     return found
 
 
-def fastest_storage(rows: int) -> str:
-    """What this processor decodes fastest with."""
+def fastest_weight_dtype(batch_size: int) -> str:
+    """The weight dtype with which this processor decodes fastest."""
     if has_bfloat16_instructions():
         return "bfloat16"
     if not has_float16_product():
-        return "int8" if rows <= INT8_ROWS // 2 else "float32"
-    return "int8" if rows <= INT8_BEFORE_FLOAT16 else "float16" if rows <= FLOAT16_ROWS else "float32"
+        return "int8" if batch_size <= INT8_ROWS // 2 else "float32"
+    return "int8" if batch_size <= INT8_BATCH_SIZE else "float16" if batch_size <= FLOAT16_BATCH_SIZE else "float32"
 
 
 def per_member(
     values: Iterable[str], names: Sequence[str], option: str, separator: str | None = None
 ) -> dict[str, str | None]:
-    """`NAME=VALUE` for one member, `VALUE` for all that are not named; None where nothing is said."""
-    found: dict[str, str] = {}
+    """`NAME=VALUE` for one member, `VALUE` for all others; None for a member without a value."""
+    by_name: dict[str, str] = {}
     general = None
     for text in values:
         name, equals, value = text.partition("=")
@@ -115,22 +119,19 @@ def per_member(
         elif name not in names:
             raise InputError(f"{option} {text}: {name} is no model; the models are {', '.join(names)}")
         else:
-            found[name] = value
-    return {name: found.get(name, general) for name in names}
+            by_name[name] = value
+    return {name: by_name.get(name, general) for name in names}
 
 
-def local_rank() -> int:
-    """Which of the processes that torchrun started on this machine this is."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+def listed(values: Mapping[str, str]) -> str:
+    """One value where all members have the same, else `L value, S value`."""
+    different = set(values.values())
+    text = different.pop() if len(different) == 1 else ", ".join(f"{name} {value}" for name, value in values.items())
+    return re.sub(r"\s+", " ", text)
 
 
 def _pick(name: str) -> torch.device:
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        return pick_device(f"cuda:{local_rank() % torch.cuda.device_count()}")
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        return pick_device(f"cuda:{local_rank % torch.cuda.device_count()}")
     return pick_device(name)
-
-
-def listed(names: Mapping[str, str]) -> str:
-    """One value where all members have it, else `L value, S value`; GPUs' processes may share a name."""
-    kinds = set(names.values())
-    return re.sub(r"\s+", " ", kinds.pop() if len(kinds) == 1 else ", ".join(f"{n} {v}" for n, v in names.items()))

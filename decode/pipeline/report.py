@@ -1,57 +1,125 @@
-"""`run.json`: what was run, what came out, how fast, and in which environment."""
+"""What a run of decode.collab reports: its plan, its end, and `run.json`: counts, speed, scores, environment."""
 
 import json
 import math
-import platform
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from importlib import metadata
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from corpora.metrics import text_metrics
-from decode.pipeline.members import Options, Reader
-from decode.pipeline.placement import Place, listed
-from decode.pipeline.results import Results
-from decode.pipeline.session import TooLong
-from decode.pipeline.work import Done
-from minillama import InputError
+from decode.engine.expression import format_weights
+from decode.pipeline.members import EncodedInput
+from decode.pipeline.placement import listed
+from minillama import machine
+from minillama.errors import InputError
 from minillama.files import atomic_write
 
+if TYPE_CHECKING:
+    from decode.pipeline.run import TranslationRun
 
-def describe_run(
-    results: Results,
-    done: Done,
-    lines: int,
-    options: Options,
-    readers: Sequence[Reader],
-    places: Mapping[str, Place],
-    too_long: Mapping[str, TooLong],
-) -> dict[str, Any]:
-    """Counts of the whole output; seconds, steps and speeds of this run alone, which may have resumed another."""
-    seconds = max(done.seconds, 1e-9)
-    report = {
-        "sentences": lines,
-        "output_tokens": results.tokens,
-        "seconds": round(done.seconds, 4),
-        "tokens_per_second": round((results.tokens - results.resumed_tokens) / seconds, 2),
-        "sentences_per_second": round((lines - results.resumed) / seconds, 2),
-        "steps": done.steps,
-        "first_token_seconds": None if done.first_token_seconds is None else round(done.first_token_seconds, 4),
-        "resumed_sentences": results.resumed,
-        "prompts": {reader.name: reader.prompt.name for reader in readers},
-        "chat": {reader.name: reader.chat.name for reader in readers},
-        **asdict(options),
-        "device": listed({name: device_name(place.device) for name, place in places.items()}),
-        "dtype": listed({name: place.storage for name, place in places.items()}),
+# Numbers of too long lines that are kept for the report; beyond that they are only counted.
+LISTED = 1000
+
+
+@dataclass
+class RunStats:
+    """What a run did, without anything that grows with its input.
+
+    seconds: decoding alone, the longest of all processes.   steps: the sum of all processes.   first_token_seconds: the
+    earliest, since `started` (time.perf_counter()).   too_long_lines: numbers, from 1, of the first lines that were
+    skipped or truncated; too_long_counts: how many there were.
+    """
+
+    started: float = field(default_factory=time.perf_counter)
+    load_seconds: float = 0.0
+    seconds: float = 0.0
+    steps: int = 0
+    first_token_seconds: float | None = None
+    lines: int = 0
+    too_long_lines: dict[str, list[int]] = field(default_factory=lambda: {"skipped": [], "truncated": []})
+    too_long_counts: Counter[str] = field(default_factory=Counter)
+
+    def add_input(self, group: EncodedInput) -> None:
+        self.lines += len(group.texts)
+        for kind, lines in self.too_long_lines.items():
+            found = getattr(group, kind)
+            self.too_long_counts[kind] += len(found)
+            lines += [line + 1 for line in found[: LISTED - len(lines)]]
+
+    def add_first_token(self, moment: float | None) -> None:
+        """moment: time.perf_counter()."""
+        if self.first_token_seconds is None and moment is not None:
+            self.first_token_seconds = moment - self.started
+
+    def too_long(self) -> dict[str, Any]:
+        """The entries of run.json: the lines, and their number where not all are listed."""
+        lines = {f"{kind}_lines": found for kind, found in self.too_long_lines.items()}
+        return lines | {f"{kind}_count": count for kind, count in self.too_long_counts.items() if count > LISTED}
+
+    def to_json(self) -> dict[str, Any]:
+        """What the main process needs from another one."""
+        return {name: getattr(self, name) for name in ("seconds", "steps", "first_token_seconds")}
+
+    def merge(self, seconds: float, steps: int, first_token_seconds: float | None) -> None:
+        """Add the work of another process."""
+        self.seconds = max(self.seconds, seconds)
+        self.steps += steps
+        both = [value for value in (self.first_token_seconds, first_token_seconds) if value is not None]
+        self.first_token_seconds = min(both, default=None)
+
+
+def describe_plan(run: "TranslationRun") -> str:
+    """What the run will do, before the long part of it."""
+    options, processes, tp_size = run.options, run.distributed.processes, run.distributed.tp_size
+    models, where = run.models.describe()
+    count = "standard input" if run.file is None else f"{len(run.file.texts):,} sentences of {run.arguments.input}"
+    parts = [
+        f"{models}: {count}",
+        f"{len(run.done):,} of them finished by an earlier run" if run.done else "",
+        f"{options.source} to {options.target}, batches of {options.batch_size}",
+        run.memory,
+        where,
+        f"{processes} processes" + (f" in groups of {tp_size}" if tp_size > 1 else "") if processes > 1 else "",
+        "no journal: this run cannot be resumed"
+        if run.file and not run.journal and run.arguments.output != "-"
+        else "",
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def describe_run(run: "TranslationRun") -> dict[str, Any]:
+    """`run.json`: counts of the whole output; seconds, steps and speeds of this run, which may have resumed another."""
+    assert run.outputs is not None
+    stats, outputs, models = run.stats, run.outputs, run.models
+    seconds = max(stats.seconds, 1e-9)
+    report: dict[str, Any] = {
+        "sentences": stats.lines,
+        "output_tokens": outputs.tokens,
+        "seconds": round(stats.seconds, 4),
+        "tokens_per_second": round((outputs.tokens - outputs.resumed_tokens) / seconds, 2),
+        "sentences_per_second": round((stats.lines - outputs.resumed) / seconds, 2),
+        "steps": stats.steps,
+        "first_token_seconds": None if stats.first_token_seconds is None else round(stats.first_token_seconds, 4),
+        "resumed_sentences": outputs.resumed,
+        "prompts": {member.name: member.prompt.name for member in models.members},
+        "chat": {member.name: member.chat.name for member in models.members},
+        **asdict(run.options),
+        "device": listed({name: machine.device_name(place.device) for name, place in models.placements.items()}),
+        "dtype": listed({name: place.weight_dtype for name, place in models.placements.items()}),
         "versions": versions(),
+        **stats.too_long(),
+        "load_seconds": round(stats.load_seconds, 4),
+        "combine": run.arguments.combine or format_weights(models.weights),
+        "weights": models.weights,
+        "models": models.folders,
+        "processes": run.distributed.processes,
+        "tensor_parallel": run.distributed.tp_size,
     }
-    for kind, found in too_long.items():
-        report[f"{kind}_lines"] = found.lines
-        if found.count > len(found.lines):
-            report[f"{kind}_count"] = found.count
+    if run.references and outputs.texts is not None and len(run.references) == stats.lines:
+        report |= scores([outputs.texts[line] for line in range(stats.lines)], run.references, run.options.target)
     return report
 
 
@@ -65,20 +133,8 @@ def scores(hypotheses: Sequence[str], references: Sequence[str], target: str) ->
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("collab-mt", "safetensors", "tokenizers", "sacrebleu", "triton"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    threads = torch.get_num_threads()
-    return f"cpu ({torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' if threads > 1 else ''})"
+    """Python and the packages that decide a translation or its score."""
+    return machine.versions("torch", "collab-mt", "safetensors", "tokenizers", "sacrebleu", "triton")
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:
@@ -103,7 +159,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
 
 
 def write_report(path: str, report: Mapping[str, Any]) -> None:
-    """Write the JSON whole or not at all."""
+    """Write the JSON atomically."""
     try:
         atomic_write(Path(path), json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
@@ -111,7 +167,7 @@ def write_report(path: str, report: Mapping[str, Any]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """JSON has no infinity: null stands for it."""
+    """JSON has no infinity and no NaN: null in their place."""
     if isinstance(value, dict):
         return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list):

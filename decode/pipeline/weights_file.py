@@ -1,21 +1,21 @@
 """Weights in a TOML file: what decode.tune writes and `--weights` reads in place of `--combine`."""
 
 import argparse
-import json
-import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from corpora.text import read_bytes
 from decode.engine.expression import parse, weight_fault
-from minillama import InputError
+from minillama.errors import InputError
 from minillama.files import atomic_write
 
 
 def combination(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, float]:
-    """One weight, not zero, for each model that counts: of `--combine`, of `--weights`, or of the plain sum.
+    """One nonzero weight for each model in use: from `--combine`, `--weights`, or the plain sum.
 
     Raises InputError for both options at once, and for names that are not those of `names`.
     """
@@ -27,7 +27,7 @@ def combination(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str
 
 
 def read_weights(path: str, names: Sequence[str]) -> dict[str, float]:
-    """Weights by name in the order of `names`, those of zero left out; their models need not be among the names."""
+    """Weights by name in the order of `names`, without zeros. A model of weight zero need not be among the names."""
     try:
         content = tomllib.loads(read_bytes(path).decode("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -49,40 +49,24 @@ def read_weights(path: str, names: Sequence[str]) -> dict[str, float]:
     if unknown := [name for name in names if name not in table]:
         raise InputError(f"{path}: no weight for {', '.join(unknown)}; {listed}")
     if not weights:
-        raise InputError(f"{path}: every weight is zero; at least one model must count")
+        raise InputError(f"{path}: every weight is zero; at least one model must have another")
     return {name: weights[name] for name in names if name in weights}
 
 
-def write_toml(path: str, comment: str, tables: Mapping[str, Any]) -> None:
-    """Write values and one level of tables, whole or not at all. What is None is left out."""
-    top = {key: value for key, value in tables.items() if not isinstance(value, Mapping)}
-    lines = [f"# {comment}", *_entries(top)]
-    for name, table in tables.items():
-        if isinstance(table, Mapping):
-            lines += ["", f"[{name}]", *_entries(table)]
+def write_weights(path: str, report: Mapping[str, Any]) -> None:
+    """Write a report of decode.tune atomically. Entries of None are left out; of `against` only the nats are kept."""
+    content = _without_none({**report, "against": {row["expression"]: row["nats"] for row in report["against"]}})
     try:
-        atomic_write(Path(path), "\n".join(lines) + "\n")
+        atomic_write(
+            Path(path), f"# Written by decode.tune; decode.collab --weights reads it.\n{tomli_w.dumps(content)}"
+        )
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def _entries(table: Mapping[str, Any]) -> list[str]:
-    return [f"{_key(key)} = {_value(value)}" for key, value in table.items() if value is not None]
-
-
-def _key(key: str) -> str:
-    bare = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
-    return key if bare else _string(key)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_value, value)) + "]"
-    return _string(value) if isinstance(value, str) else json.dumps(value)
-
-
-def _string(text: str) -> str:
-    """A JSON string is a TOML basic string but for DEL."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007F")
+def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(value) if isinstance(value, Mapping) else value
+        for key, value in table.items()
+        if value is not None
+    }

@@ -5,17 +5,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import sacrebleu
+from processes import code_of, start, start_with_pipes, wait_for_lines
 
 from corpora import sample
 from corpora.pairs import one_line
 from decode import Ensemble, translate
 from decode.collab import main
-from decode.pipeline.members import open_readers
+from decode.pipeline.members import open_members
 from minillama import InputError, Llama
 from minillama.errors import exit_code
 
@@ -35,12 +35,6 @@ def arguments(folders, texts, *extra, names=("A", "C"), combine=None):
     combination = ["--combine", combine] if combine else []
     languages = ["--source", "ja", "--target", "en", "--input", str(texts / "src.txt"), "--max-new-tokens", "12"]
     return [*models, *combination, *languages, *extra]
-
-
-def command(*args, **kwargs):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, "-m", "decode.collab", *args]
-    return subprocess.Popen(argv, stderr=subprocess.PIPE, env=environment, **kwargs)
 
 
 def refusal(argv, capsys):
@@ -65,11 +59,11 @@ def refusal(argv, capsys):
 
 def test_the_output_is_that_of_the_python_interface_line_by_line(model_folders, texts):
     assert main(arguments(model_folders, texts, "--output", str(texts / "hyp.txt"), combine="A + 0.5*C")) == 0
-    readers = open_readers({name: str(model_folders[name]) for name in ("A", "C")}, None, None)
+    members = open_members({name: str(model_folders[name]) for name in ("A", "C")}, None, None)
     models = {name: Llama.from_pretrained(model_folders[name]) for name in ("A", "C")}
-    prompts = [readers[0].encode(sentence, "ja", "en") for sentence in PAIRS.source[:6]]
+    prompts = [members[0].encode(sentence, "ja", "en") for sentence in PAIRS.source[:6]]
     result = translate(Ensemble(models, "A + 0.5*C"), prompts, max_new_tokens=12)
-    expected = [one_line(readers[0].tokenizer.decode(tokens)).strip() for tokens in result.tokens]
+    expected = [one_line(members[0].tokenizer.decode(tokens)).strip() for tokens in result.tokens]
     assert (texts / "hyp.txt").read_text(encoding="utf-8").split("\n") == [*expected, ""]
 
 
@@ -103,38 +97,37 @@ def test_an_empty_input_is_an_empty_output(model_folders, texts):
     assert (texts / "hyp.txt").read_text() == ""
 
 
-def test_standard_input_is_answered_line_by_line_before_it_ends(model_folders):
-    models = ["--model", f"A={model_folders['A']}"]
+def stream(folders, *extra):
+    """The command line of a run of standard input."""
     options = ["--source", "ja", "--target", "en", "--input", "-", "--max-new-tokens", "8"]
-    with command(*models, *options, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    return ["--model", f"A={folders['A']}", *options, *extra]
+
+
+def test_standard_input_is_answered_line_by_line_before_it_ends(model_folders, tmp_path):
+    with start_with_pipes(stream(model_folders), tmp_path) as (process, stdin, stdout):
         for sentence in PAIRS.source[:3]:
-            process.stdin.write(sentence.encode() + b"\n")
-            process.stdin.flush()
-            assert process.stdout.readline().endswith(b"\n")
-        process.stdin.close()
-        assert process.wait(60) == 0
-        assert process.stdout.read() == b""
+            stdin.write(sentence.encode() + b"\n")
+            assert stdout.readline().endswith(b"\n")
+        stdin.close()
+        assert code_of(process) == 0
+        assert stdout.read() == b""
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_keeps_the_finished_sentences_and_counts_them(model_folders, texts, kind):
     # The longest sentences start first: with the longest in the first line, output begins at once.
-    (texts / "src.txt").write_text("\n".join(sorted(PAIRS.source, key=len)[::-1] * 100) + "\n", encoding="utf-8")
+    (texts / "src.txt").write_text("\n".join(sorted(PAIRS.source, key=len)[::-1] * 5) + "\n", encoding="utf-8")
     output = texts / "hyp.txt"
     extra = ("--output", str(output), "--batch-size", "2", "--max-new-tokens", "40")
-    with command(*arguments(model_folders, texts, *extra, names=("A",))) as process:
-        process.stderr.readline()  # what it will do
-        while not (output.exists() and output.stat().st_size):
-            time.sleep(0.05)
-            if process.poll() is not None:
-                break
-        os.kill(process.pid, kind)
-        error = process.stderr.read().decode()
-        assert process.wait(60) == 130
+    process = start(arguments(model_folders, texts, *extra, names=("A",)), texts / "log")
+    wait_for_lines([output], 0)
+    os.kill(process.pid, kind)
+    assert code_of(process) == 130
+    error = (texts / "log").read_text()
     assert "Traceback" not in error
     lines = output.read_text(encoding="utf-8").split("\n")
-    count = int(error.split("interrupted: ")[1].split(" of 4,000")[0].replace(",", ""))
-    gaps = int(error.split("; ")[-1].split(" empty")[0].replace(",", "")) if "empty lines" in error else 0
+    count = int(error.split("interrupted: ")[1].split(" of 200")[0])
+    gaps = int(error.split("; ")[-1].split(" empty")[0]) if "empty lines" in error else 0
     assert len(lines) - 1 == count + gaps
 
 
@@ -162,7 +155,7 @@ def test_refused_expressions_exit_with_2_and_one_line(model_folders, texts, caps
         ("A + X", "X is unknown"),
         ("A", "C is given"),
         ("A + C/2", "no division"),
-        ("(A + C", "')'"),
+        ("(A + C", "'(' was never closed"),
         ("A * C", "can only be multiplied by a number"),
     ]:
         assert named in refusal(arguments(model_folders, texts, combine=combine), capsys)
@@ -191,7 +184,7 @@ def test_bad_texts_are_refused_and_nothing_is_written(model_folders, texts, caps
         (("--report", "/no/such/folder/run.json"), "/no/such/folder/run.json: cannot be written"),
         (("--output", "SRC"), "is also an input"),
         (("--report", "-"), "give a file"),
-        (("--combine", ""), "it ends where a model"),
+        (("--combine", ""), "expected models, numbers"),
         (("--device", "meta"), "use cpu, cuda"),
         (("--chat", "llama3"), "<|eot_id|>"),
         (("--prompt", "nonsense"), "nonsense"),
@@ -255,13 +248,30 @@ def test_the_report_does_not_replace_the_translations_or_what_is_no_file(model_f
     assert Path("/dev/null").is_char_device()
 
 
-def test_lines_before_a_bad_one_on_standard_input_are_still_translated(model_folders):
-    models = ["--model", f"A={model_folders['A']}"]
-    options = ["--source", "ja", "--target", "en", "--input", "-", "--max-new-tokens", "8"]
-    for bad, named in ((b"\xff\n", "standard input:3"), ("長い".encode() * 300 + b"\n", "standard input:3")):
-        with command(*models, *options, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-            good = "".join(f"{sentence}\n" for sentence in PAIRS.source[:2]).encode()
-            output, error = process.communicate(good + bad + good)
-        assert process.returncode == 2
-        assert output.count(b"\n") == 2
-        assert named in error.decode().strip().split("\n")[-1]
+@pytest.mark.parametrize("bad", [b"\xff\n", "長い".encode() * 300 + b"\n"])
+def test_lines_before_a_bad_one_on_standard_input_are_still_translated(model_folders, tmp_path, bad):
+    with start_with_pipes(stream(model_folders), tmp_path) as (process, stdin, stdout):
+        good = "".join(f"{sentence}\n" for sentence in PAIRS.source[:2]).encode()
+        stdin.write(good + bad + good)
+        stdin.close()
+        output = stdout.read()
+        assert code_of(process) == 2
+    assert output.count(b"\n") == 2
+    assert "standard input:3" in (tmp_path / "log").read_text().strip().split("\n")[-1]
+
+
+@pytest.mark.parametrize("command", ["decode.collab", "decode.score"])
+def test_help_and_a_mistyped_option_need_no_pytorch(command):
+    script = f"""
+import sys
+from {command} import main
+for argv in (["--help"], ["--inptu"]):
+    try:
+        main(argv)
+    except (SystemExit, ValueError) as end:
+        print(end, file=sys.stderr)
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "examples:" in done.stdout
+    assert "--help shows the options" in done.stderr

@@ -3,19 +3,19 @@
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import code_of, start_with_pipes
 from tiny import TINY, tiny_model
 
 from corpora import sample
 from decode import Ensemble, translate
-from decode.engine.likelihood import ROWS_AT_ONCE, given_logprobs
-from decode.pipeline.members import open_readers
-from decode.score import COLUMNS, main
+from decode.engine import likelihood
+from decode.engine.generate import score
+from decode.pipeline.members import open_members
+from decode.pipeline.scoring import COLUMNS
+from decode.score import main
 from minillama import InputError, Llama
 from minillama.errors import exit_code
 
@@ -36,7 +36,7 @@ def tokens_of(seed, lengths):
 
 @torch.no_grad()
 def in_float64(models, weights, prompts, target, stops):
-    """(combined, by member): log-probabilities of the target's tokens and of any stop token behind it."""
+    """(combined, by member): log-probabilities of the target's tokens and of any stop token after it."""
     logits = {}
     for name in weights:
         model = copy.deepcopy(models[name]).double()
@@ -59,16 +59,13 @@ def test_log_probabilities_are_those_of_the_plain_models_in_float64(models):
     prompts["S"] = [prompt[:1] for prompt in prompts["S"]]
     targets = tokens_of(20, LENGTHS)
     ensemble = Ensemble(models, WEIGHTS)
-    found = {
-        given.index: given
-        for given in given_logprobs(ensemble, list(zip(*(prompts[name] for name in WEIGHTS))), targets, batch_size=3)
-    }
+    found = dict(score(ensemble, list(zip(*(prompts[name] for name in WEIGHTS))), targets, batch_size=3))
     assert sorted(found) == list(range(len(targets)))
     for index, target in enumerate(targets):
         own = {name: prompts[name][index] for name in WEIGHTS}
         combined, members = in_float64(models, WEIGHTS, own, target, ensemble.stop_tokens)
         assert found[index].logprobs == pytest.approx(combined, abs=1e-4)
-        for mine, expected in zip(found[index].members, members, strict=True):
+        for mine, expected in zip(found[index].member_logprobs, members, strict=True):
             assert mine == pytest.approx(expected, abs=1e-4)
 
 
@@ -76,46 +73,46 @@ def test_a_text_has_the_same_bits_alone_and_in_any_batch(models):
     ensemble = Ensemble(models, WEIGHTS)
     prompts = [(prompt,) * 3 for prompt in tokens_of(30, (4, 9, 2, 30, 17, 5))]
     targets = tokens_of(31, (3, 0, 50, 20, 1, 8))
-    alone = [next(given_logprobs(ensemble, [prompt], [target])) for prompt, target in zip(prompts, targets)]
+    alone = [next(score(ensemble, [prompt], [target]))[1] for prompt, target in zip(prompts, targets)]
     for batch_size in (1, 2, 6):
-        for given in given_logprobs(ensemble, prompts, targets, batch_size):
-            assert given.logprobs == alone[given.index].logprobs
-            assert given.members == alone[given.index].members
+        for index, completion in score(ensemble, prompts, targets, batch_size):
+            assert completion == alone[index]
 
 
-def test_no_more_than_a_few_rows_of_logits_exist_at_once(models, monkeypatch):
+def test_no_more_than_a_few_positions_have_logits_at_once(models, monkeypatch):
     rows = []
-    whole = Ensemble.logprobs
+    fused_logits = likelihood.fused_logits
     monkeypatch.setattr(
-        Ensemble, "logprobs", lambda self, logits, given: rows.append(len(logits[0])) or whole(self, logits, given)
+        likelihood,
+        "fused_logits",
+        lambda logits, *args, **kwargs: rows.append(len(logits[0])) or fused_logits(logits, *args, **kwargs),
     )
-    list(given_logprobs(Ensemble(models, WEIGHTS), [([5] * 10,) * 3] * 4, tokens_of(32, (100, 200, 300, 400))))
+    list(score(Ensemble(models, WEIGHTS), [([5] * 10,) * 3] * 4, tokens_of(32, (100, 200, 300, 400))))
     assert sum(rows) == 1004
-    assert max(rows) == ROWS_AT_ONCE
+    assert max(rows) == likelihood.ROWS_AT_ONCE
 
 
-def test_what_greedy_decoding_says_of_its_tokens_is_what_scoring_says(models):
+def test_scores_of_a_greedy_translation_are_its_own_log_probabilities(models):
     ensemble = Ensemble(models, WEIGHTS)
     prompts = tokens_of(33, (4, 9, 2))
     result = translate(ensemble, prompts, 20, ignore_eos=True)
-    for given in given_logprobs(ensemble, [(prompt,) * 3 for prompt in prompts], result.tokens):
-        assert given.logprobs[:-1] == pytest.approx(result.logprobs[given.index], abs=1e-5)
+    for index, completion in score(ensemble, [(prompt,) * 3 for prompt in prompts], result.tokens):
+        assert completion.logprobs[:-1] == pytest.approx(result.logprobs[index], abs=1e-5)
 
 
 def test_without_stop_tokens_a_text_has_no_end():
     models = {"L": tiny_model(0, eos_token_id=())}
-    given = next(given_logprobs(Ensemble(models), [([5, 6],)], [[7, 8, 9]]))
-    assert given.logprobs == pytest.approx(
-        in_float64(models, {"L": 1.0}, {"L": [5, 6]}, [7, 8, 9], [0])[0][:-1], abs=1e-4
-    )
+    _, completion = next(score(Ensemble(models), [([5, 6],)], [[7, 8, 9]]))
+    expected, _ = in_float64(models, {"L": 1.0}, {"L": [5, 6]}, [7, 8, 9], [0])
+    assert completion.logprobs == pytest.approx(expected[:-1], abs=1e-4)
 
 
 def test_texts_that_do_not_fit_are_refused(models):
     ensemble = Ensemble(models, WEIGHTS)
     with pytest.raises(InputError, match="prompt 2 and its 1000 tokens"):
-        list(given_logprobs(ensemble, [([5],) * 3, ([5] * 201,) * 3], [[6], [6] * 1000]))
+        list(score(ensemble, [([5],) * 3, ([5] * 201,) * 3], [[6], [6] * 1000]))
     with pytest.raises(InputError, match="prompt 1 is empty"):
-        list(given_logprobs(ensemble, [([5], [], [5])], [[6]]))
+        list(score(ensemble, [([5], [], [5])], [[6]]))
 
 
 @pytest.fixture
@@ -142,13 +139,13 @@ def test_figures_are_those_of_the_plain_models_line_by_line(model_folders, texts
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["line"] for row in rows] == [1, 2, 3, 4, 5]
     assert rows[1] == {"line": 2, "tokens": 0}
-    readers = open_readers({name: str(model_folders[name]) for name in "AC"}, {"A": None, "C": "paper-user"}, None)
+    members = open_members({name: str(model_folders[name]) for name in "AC"}, {"A": None, "C": "paper-user"}, None)
     models = {name: Llama.from_pretrained(model_folders[name]) for name in "AC"}
     stops = Ensemble(models).stop_tokens
     sources, targets = ((texts / name).read_text(encoding="utf-8").split("\n") for name in ("src.txt", "hyp.txt"))
     for line in (0, 2, 3, 4):
-        prompts = {reader.name: reader.encode(sources[line], "ja", "en") for reader in readers}
-        target = readers[0].tokenizer.encode(targets[line])
+        prompts = {member.name: member.encode(sources[line], "ja", "en") for member in members}
+        target = members[0].tokenizer.encode(targets[line])
         combined, (of_a, of_c) = in_float64(models, {"A": 1.0, "C": -0.5}, prompts, target, stops)
         row = rows[line]
         assert row["logprobs"] == pytest.approx(combined, abs=1e-4)
@@ -174,30 +171,29 @@ def test_pairs_on_standard_input_are_answered_line_by_line_before_it_ends(model_
     assert main(arguments(model_folders, texts, "--output", str(out))) == 0
     expected = out.read_text().splitlines()
     sources, targets = ((texts / name).read_text(encoding="utf-8").split("\n") for name in ("src.txt", "hyp.txt"))
-    argv = [sys.executable, "-m", "decode.score", *arguments(model_folders, texts, source="-", translation=None)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(argv, env=environment, **pipes) as process:
+    command = arguments(model_folders, texts, source="-", translation=None)
+    with start_with_pipes(command, texts, main) as (process, stdin, stdout):
         for number in range(5):
-            process.stdin.write(f"{sources[number]}\t{targets[number]}\n".encode())
-            process.stdin.flush()
+            stdin.write(f"{sources[number]}\t{targets[number]}\n".encode())
             if number == 0:
-                assert process.stdout.readline().decode().rstrip("\n") == expected[0]
-            assert process.stdout.readline().decode().rstrip("\n") == expected[number + 1]
-        process.stdin.write(b"no tab here\n")
-        rest, error = process.communicate()
-    assert process.returncode == 2
-    assert rest == b""
-    assert "<stdin>:6: expected 2 columns, found 1" in error.decode()
+                assert stdout.readline().decode().rstrip("\n") == expected[0]
+            assert stdout.readline().decode().rstrip("\n") == expected[number + 1]
+        stdin.write(b"no tab here\n")
+        stdin.close()
+        assert stdout.read() == b""
+        assert code_of(process) == 2
+    assert "<stdin>:6: expected 2 columns, found 1" in (texts / "log").read_text()
 
 
 def test_translations_may_come_from_standard_input(model_folders, texts):
     out = texts / "scores"
     assert main(arguments(model_folders, texts, "--output", str(out))) == 0
-    argv = [sys.executable, "-m", "decode.score", *arguments(model_folders, texts, translation="-")]
-    done = subprocess.run(argv, input=(texts / "hyp.txt").read_bytes(), capture_output=True, timeout=120, check=True)
-    assert done.stdout == out.read_bytes()
-    assert b"4 of 5 lines" in done.stderr
+    with start_with_pipes(arguments(model_folders, texts, translation="-"), texts, main) as (process, stdin, stdout):
+        stdin.write((texts / "hyp.txt").read_bytes())
+        stdin.close()
+        assert stdout.read() == out.read_bytes()
+        assert code_of(process) == 0
+    assert "4 of 5 lines" in (texts / "log").read_text()
 
 
 @pytest.mark.parametrize(

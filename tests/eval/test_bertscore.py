@@ -86,7 +86,7 @@ def test_it_is_compared_with_baselines_on_the_command_line(tmp_path, capsys):
         ({"bertscore_model": ENCODER, "bertscore_layers": 7}, "has 6 layers, expected --bertscore-layers from 1 to 6"),
         ({"bertscore_model": "./absent", "bertscore_layers": 2}, "absent: no such folder"),
         ({"bertscore_model": "no-such/encoder", "bertscore_layers": 2}, "no-such/encoder: cannot be loaded"),
-        ({"bertscore_model": ENCODER, "bertscore_layers": 6, "device": "gpu0"}, "unknown device 'gpu0'"),
+        ({"bertscore_model": ENCODER, "bertscore_layers": 6, "device": "gpu0"}, "--device gpu0: unknown"),
     ],
 )
 def test_what_does_not_fit_is_one_line(options, message):

@@ -150,7 +150,7 @@ def test_means_are_compared_as_sacrebleu_compares_corpora():
     systems = [[generator.random() + shift for _ in range(60)] for shift in (0.0, 0.04, 0.3)]
 
     class Mean(Metric):
-        """The mean of numbers that the hypotheses spell out, as a sacrebleu metric."""
+        """The mean of numbers, each written as a hypothesis, as a sacrebleu metric."""
 
         _SIGNATURE_TYPE = Signature
 
@@ -240,6 +240,11 @@ def test_bad_input_ends_with_one_line_and_code_2(files, tmp_path, capsys, monkey
     assert (code, out) == (2, "")
     assert message.format(ref=files["ref", "en"]) in err.splitlines()[-1]
     assert sum(line.startswith("error:") for line in err.splitlines()) == 1
+
+
+def test_help_does_not_import_torch():
+    check = "import sys, eval.score; eval.score._parser().format_help(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
 def test_unequal_lengths_in_python_name_both_counts():
