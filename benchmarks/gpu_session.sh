@@ -22,7 +22,7 @@ part() { # part NAME SECONDS COMMAND...
 part kernels 90 "$python" -m benchmarks.kernels --all --quick --save
 part step 150 "$python" -m benchmarks.decode --model llama-3.2-3b --model llama-3.2-1b --model llama-3.2-1b --device cuda \
     --dtype bfloat16 --peers "" --batch 1,8,64 --rounds 1 --work "$work" --save
-part train 60 "$python" -m benchmarks.train --gpu-step --save
+part train 60 "$python" -m benchmarks.optimizer_step --save
 part tests 180 "$python" -m pytest -q -x -m gpu tests/kernels tests/decode
 
 if [ -n "$failed" ]; then

@@ -1,4 +1,4 @@
-"""Experts in the making: continual pre-training (`python -m train.cpt`), fine-tuning on pairs (`python -m train.sft`).
+"""Continual pre-training (`python -m train.cpt`) and fine-tuning on sentence pairs (`python -m train.sft`).
 
-Hand-written loops over `minillama` models and `corpora` text. Nothing here knows how a model decodes.
+Hand-written loops over `minillama` models and `corpora` text, which know nothing of decoding.
 """

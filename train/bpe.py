@@ -14,7 +14,7 @@ from minillama.files import atomic_folder
 from minillama.tokenizer import LLAMA3_PATTERN
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
-# A word named with --whole is counted this often, so that its merges are always learned.
+# A word of --whole is counted this often, so that its merges are always learned.
 WHOLE_COUNT = 10_000
 FEWEST = 256 + 2
 EXAMPLES = """examples:
@@ -23,8 +23,8 @@ EXAMPLES = """examples:
 
 
 def train_bpe(texts: Sequence[str], vocab_size: int, whole: Sequence[str], output: Path) -> int:
-    """Write a folder with `tokenizer.json`; begin and end of text are ids 0 and 1. Returns how many entries it has:
-    fewer than `vocab_size` where the text has no more to merge.
+    """Write a folder with `tokenizer.json`; begin and end of text are ids 0 and 1. Returns its number of entries:
+    fewer than `vocab_size` if the text has no more to merge.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--vocab-size", type=int, default=8000, help="entries, with 256 bytes and 2 control tokens (8000)"
     )
-    parser.add_argument("--whole", nargs="*", default=[], metavar="WORD", help="words that shall be one token each")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder that tokenizer.json is put into")
+    parser.add_argument("--whole", nargs="*", default=[], metavar="WORD", help="words that become one token each")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for tokenizer.json")
     arguments = parser.parse_args(argv)
     if arguments.vocab_size < FEWEST:
         raise InputError(f"--vocab-size is {arguments.vocab_size}; it must be at least {FEWEST}")

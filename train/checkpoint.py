@@ -1,14 +1,14 @@
-"""Checkpoints of a running training, and the finished model: each appears whole or not at all.
+"""Checkpoints of a run, and its finished model: each is written atomically.
 
-OUTPUT/metrics.jsonl            what the run computed, one line a step or validation
-OUTPUT/checkpoints/step-N/      all that decides the next step, in torch.distributed.checkpoint's format:
+OUTPUT/metrics.jsonl            what the run computed, one line per step or validation
+OUTPUT/checkpoints/step-N/      everything that decides the next step, in torch.distributed.checkpoint's format:
     __RANK_0.distcp, .metadata  weights, optimizer state, generator, written by all ranks, readable by any number
     state.json                  step, epoch, position, the best so far, metrics.jsonl's length, the settings
     manifest.json               SHA-256 and size of each of the above
 OUTPUT/config.json, model.safetensors, tokenizer.json, prompt.toml, run.json    the finished model, config.json last
 
-Saving copies the tensors to the host and writes them in a thread while training goes on. The folder is written under
-another name, synced, and renamed. The last K are kept, and of each of these the best by validation that it refers to.
+Saving copies the tensors to the host and writes them in a thread while training continues. The folder is written under
+another name, synced, and renamed. The last K are kept, and the best by validation that each of these refers to.
 """
 
 import hashlib
@@ -32,16 +32,19 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from minillama.errors import InputError
 from minillama.files import sync
-from train.distributed import World
+from train.distributed import DistributedContext
 
 STATE, MANIFEST = "state.json", "manifest.json"
-# The last file of a finished folder to appear: a model's, or an adapter's.
-MARKS = ("config.json", "adapter_config.json")
+# The file of a finished folder, a model's or an adapter's, that is written last.
+LAST_FILES = ("config.json", "adapter_config.json")
 
 
 @dataclass
 class Progress:
-    """Where a run stands. `metrics_bytes` is metrics.jsonl's length at this step: a resumed run rewrites the rest."""
+    """The state of a run after `step`. A resumed run truncates metrics.jsonl to `metrics_bytes`.
+
+    stale: validations since the best one.
+    """
 
     step: int = 0
     epoch: int = 0
@@ -56,7 +59,7 @@ class Progress:
 
 
 class Writer(dcp.FileSystemWriter):
-    """Remembers why this rank could not write: what dcp.save raises on the others, and at times here, says less."""
+    """Records why this rank could not write: dcp.save's own exception may not contain the cause."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -73,7 +76,7 @@ class Writer(dcp.FileSystemWriter):
 class Checkpoints:
     """The checkpoints of one run in `folder`. All ranks call `save`, `wait`, `newest` and `load` together."""
 
-    def __init__(self, folder: Path, keep: int, world: World) -> None:
+    def __init__(self, folder: Path, keep: int, world: DistributedContext) -> None:
         self.folder, self.keep, self.world = folder, keep, world
         self.thread: threading.Thread | None = None
         self.failure: Exception | None = None
@@ -81,9 +84,9 @@ class Checkpoints:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs no group
 
     def save(self, progress: Progress, fingerprint: dict[str, Any], tensors: dict[str, Tensor], wait: bool) -> None:
-        """Write step-N. Unless `wait`, from a copy on the host and in a thread; its failure is raised by the next call.
+        """Write step-N. Unless `wait`, in a thread from a copy on the host; the next call raises its failure.
 
-        Raises InputError in one line where it cannot be written; what was there before is then untouched.
+        Raises InputError if it cannot be written; earlier checkpoints are then intact.
         """
         self.wait()
         record = json.dumps({"progress": vars(progress), "fingerprint": fingerprint}, indent=1)
@@ -92,29 +95,30 @@ class Checkpoints:
             self.wait()
             return
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        # No daemon: an interpreter that ends normally waits for the file.
+        # not a daemon: an interpreter that ends normally waits for the file
         self.thread = threading.Thread(target=self._write, args=(progress.step, record, copies), name="checkpoint")
         self.thread.start()
 
     def wait(self) -> None:
-        """Until the last save is done; raises what it raised."""
+        """Wait for the last save; raises what it raised."""
         self.join()
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure
 
     def join(self) -> None:
-        """Until no file is being written."""
+        """Wait until no file is being written."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
 
     def newest(self, fingerprint: Callable[[dict[str, Any]], None]) -> Progress | None:
-        """The progress of the last whole checkpoint, or None; `fingerprint` may refuse its settings.
+        """The progress of the last intact checkpoint, or None if there is no checkpoint.
 
-        One that is damaged is named on standard error and the one before it taken. Raises InputError if none is whole.
+        `fingerprint` may reject its settings. A damaged one is named on standard error and the one before it is used.
+        Raises InputError if all are damaged.
         """
-        found = self.world.first(self._newest)
+        found = self.world.on_main(self._newest)
         if found is None:
             return None
         fingerprint(found["fingerprint"])
@@ -130,7 +134,7 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def clear(self) -> None:
-        if self.world.main:
+        if self.world.is_main:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _newest(self) -> dict[str, Any] | None:
@@ -145,9 +149,9 @@ class Checkpoints:
                     _verified(self.path(best))
                 return found
             except InputError as error:
-                self.world.say(f"{error}; the checkpoint before it is taken")
+                self.world.log(f"{error}; using the checkpoint before it")
         if steps:
-            raise InputError(f"{self.folder}: no checkpoint is whole; remove the folder to start again")
+            raise InputError(f"{self.folder}: no checkpoint is intact; remove the folder to start again")
         return None
 
     def _steps(self) -> list[int]:
@@ -156,14 +160,14 @@ class Checkpoints:
         return sorted(int(p.name[5:]) for p in self.folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name))
 
     def _write(self, step: int, record: str, tensors: dict[str, Tensor]) -> None:
-        """Runs in a thread or not; never raises: the failure is kept for `wait`, the same on all ranks."""
+        """Never raises: the failure is stored for `wait`, the same on all ranks."""
         reasons, fault = [], ""
         temporary = self.folder / f".{self.path(step).name}.tmp"
         writer = Writer(temporary, sync_files=True)
         try:
             self._make(temporary)
             dcp.save(tensors, storage_writer=writer, process_group=self.world.files, no_dist=self.world.size == 1)
-            if self.world.main:
+            if self.world.is_main:
                 self._publish(step, record, temporary)
         except (Exception, CheckpointException) as error:
             reasons = [reason for reason in map(_system_reason, (error, *writer.failures)) if reason]
@@ -173,21 +177,21 @@ class Checkpoints:
         if not faults:
             self.saved_step = step
             return
-        if self.world.main:
+        if self.world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-        kept = f"the one of step {self.saved_step} is intact" if self.saved_step else "there is none before it"
+        earlier = f"the one of step {self.saved_step} is intact" if self.saved_step else "there is no earlier one"
         if not reasons:
             self.failure = RuntimeError(faults[0])
             return
         self.failure = InputError(
-            f"{self.path(step)}: the checkpoint could not be written ({reasons[0]}); {kept}: "
-            "mend that and go on with --resume"
+            f"{self.path(step)}: the checkpoint could not be written ({reasons[0]}); {earlier}: "
+            "fix this and repeat the command with --resume"
         )
 
     def _make(self, temporary: Path) -> None:
-        """All ranks' common folder; rank 0 makes it, and every rank hears of a failure."""
+        """Make the folder on rank 0; raises OSError on all ranks if that fails."""
         reason = ""
-        if self.world.main:
+        if self.world.is_main:
             try:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
@@ -205,34 +209,34 @@ class Checkpoints:
         for name in (STATE, MANIFEST, "."):
             sync(temporary / name)
         final = self.path(step)
-        if final.exists():  # of the same step, left by a run that was resumed from before it
+        if final.exists():  # of the same step, from before this run was resumed at an earlier one
             os.rename(final, self.folder / f".{final.name}.old")
         os.rename(temporary, final)
         sync(self.folder)
         self._prune()
 
     def _prune(self) -> None:
-        """Each folder to go loses its name first, so that a kill in between leaves no half of one under it."""
+        """Rename each folder before removing it, so that a kill leaves no partial checkpoint under its name."""
         last = self._steps()[-self.keep :]
-        wanted = set(last)
+        keep = set(last)
         for step in last:
-            wanted.add(json.loads((self.path(step) / STATE).read_text(encoding="utf-8"))["progress"]["best_step"])
+            keep.add(json.loads((self.path(step) / STATE).read_text(encoding="utf-8"))["progress"]["best_step"])
         for step in self._steps():
-            if step not in wanted:
+            if step not in keep:
                 os.rename(self.path(step), self.folder / f".{self.path(step).name}.old")
         for leftover in self.folder.glob(".step-*.old"):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
 def finish(output: Path, write: Callable[[Path], None]) -> None:
-    """Move what `write` makes into OUTPUT, config.json last: a folder without it is no model."""
+    """Move the files that `write` makes into OUTPUT, config.json last: without it a folder is no model."""
     try:
         temporary = Path(tempfile.mkdtemp(prefix=".finished.", dir=output))
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror})") from None
     try:
         write(temporary)
-        files = sorted(temporary.iterdir(), key=lambda path: path.name in MARKS)
+        files = sorted(temporary.iterdir(), key=lambda path: path.name in LAST_FILES)
         for file in files:
             sync(file)
         for file in files:
@@ -243,18 +247,18 @@ def finish(output: Path, write: Callable[[Path], None]) -> None:
             raise
         raise InputError(
             f"{output}: the finished model could not be written ({reason}); the last checkpoint is intact: "
-            "mend that and go on with --resume"
+            "fix this and repeat the command with --resume"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_finished(output: Path) -> bool:
-    return any((output / mark).exists() for mark in MARKS)
+    return any((output / name).exists() for name in LAST_FILES)
 
 
 def _verified(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint whose every file is as the manifest says; InputError naming the file otherwise."""
+    """state.json of a checkpoint, whose files must match the manifest; otherwise InputError names the file."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         for name, entry in manifest.items():
@@ -277,7 +281,7 @@ def _digest(path: Path) -> str:
 
 
 def _system_reason(error: BaseException) -> str | None:
-    """The operating system's words for why a file was not written, from inside whatever wrapped them; None: no such."""
+    """The operating system's reason for a failed write, from within the exceptions that wrap it; None: no such."""
     pending: list[BaseException | None] = [error]
     seen: list[BaseException] = []
     while pending:

@@ -1,8 +1,8 @@
-"""Training examples, and which of them each optimizer step sees, on which rank, in which forward pass.
+"""Which examples each optimizer step trains on, on which rank, in which forward pass; examples from text and pairs.
 
-An example is a document's token ids and where its targets begin: at its second token for plain text (CPT), behind the
-prompt for pairs (SFT). `Schedule` is a function of the examples and its settings alone, so a resumed run needs only its
-step number, whatever the number of ranks it goes on with.
+An example is a document's token ids and its first label: the second token of plain text (CPT), the first after the
+prompt of a pair (SFT). `Schedule` is a function of the examples and its settings alone, so a resumed run needs only its
+step number, whatever its number of ranks.
 """
 
 from bisect import bisect_right
@@ -16,36 +16,24 @@ import numpy as np
 from corpora import Pairs, Prompt
 from minillama.chat import ChatFormat, render, stop_tokens
 from minillama.tokenizer import Tokenizer
-from train.packing import Batch, best_fit, collate, pack
+from train.config import Settings
+from train.packing import Batch, Example, best_fit, collate, pack
 
-# Examples are put into batches of like length within windows of this many batches; the batches are then shuffled.
+# Batches hold examples of similar length from windows of this many batches; the batches are then shuffled.
 WINDOW = 32
-PACKINGS = ("off", "step", "epoch")
-
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids, of which those from `first_target` on are to be predicted."""
-
-    tokens: list[int]
-    first_target: int
-
-    @property
-    def targets(self) -> int:
-        return len(self.tokens) - self.first_target
 
 
 def documents(
     texts: Sequence[str], tokenizer: Tokenizer, bos: int | None, eos: int | None, max_length: int
 ) -> list[Example]:
-    """Text for CPT: begin, text, end; every token but the first is a target. Longer texts go on in a new example."""
+    """Text for CPT: begin, text, end; every token but the first is a label. Longer texts continue in a new example."""
     examples = []
     for text in texts:
         tokens = [*([] if bos is None else [bos]), *tokenizer.encode(text), *([] if eos is None else [eos])]
         for start in range(0, max(1, len(tokens) - 1), max_length - 1):
-            part = tokens[start : start + max_length]
-            if len(part) > 1:
-                examples.append(Example(part, 1))
+            chunk = tokens[start : start + max_length]
+            if len(chunk) > 1:
+                examples.append(Example(chunk, 1))
     return examples
 
 
@@ -58,7 +46,7 @@ def responses(
     bos: int | None,
     eos: int | None,
 ) -> list[Example]:
-    """Pairs for SFT: the rendered prompt, then as targets the translation and the token that ends a turn."""
+    """Pairs for SFT: the rendered prompt, then as labels the translation and the token that ends a turn."""
     end = stop_tokens(chat, tokenizer) or (() if eos is None else (eos,))
     examples = []
     for source, target in zip(pairs.source, pairs.target):
@@ -90,32 +78,23 @@ def micro_batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[E
 
 @dataclass(frozen=True)
 class Schedule:
-    """Every optimizer step's micro-batches: a deterministic function of the examples and of what stands here.
+    """The micro-batches of every optimizer step: a deterministic function of the examples and the settings.
 
-    packing     what `batch_size` and `micro_batch_size` count, and how a forward pass is laid out:
+    packing     what `batch_size` and `micro_batch_size` count, and the layout of a forward pass:
       "off"     examples, right-padded to the longest of a micro-batch.
-      "step"    examples, as above, so the optimizer steps are the same; a micro-batch is one row without padding.
+      "step"    examples, in the same optimizer steps as "off"; a micro-batch is one row without padding.
       "epoch"   sequences of up to `sequence_length` tokens, into which the shuffled epoch is packed best-fit; a
                 micro-batch is one row of that many sequences. A longer example is a sequence of its own.
-    micro_batch_size 0: all that a rank has of a step at once.
-    rank, world_size: a step's examples (or sequences) are dealt to the ranks in turn, so `batch_size`, the order, and
-    `targets` do not depend on the number of ranks. All ranks have the same number of micro-batches in a step.
+    micro_batch_size 0: all examples that a rank has in a step.
+    rank, world_size: a step's examples (or sequences) are dealt to the ranks one at a time, so `batch_size`, the order
+    and `num_labels` do not depend on the number of ranks. All ranks have equally many micro-batches in a step.
     """
 
     examples: Sequence[Example]
-    epochs: int
-    batch_size: int
-    micro_batch_size: int = 0
-    packing: str = "step"
-    sequence_length: int = 2048
-    seed: int = 0
+    settings: Settings
     rank: int = 0
     world_size: int = 1
     _steps: dict[int, list[list[list[int]]]] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.packing not in PACKINGS:
-            raise ValueError(f"packing is {self.packing!r}; it must be one of {', '.join(PACKINGS)}")
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Optimizer steps of epoch 0, 1, …; with packing "epoch" they may differ by a few."""
@@ -131,31 +110,33 @@ class Schedule:
         return epoch, step - (self._ends[epoch - 1] if epoch else 0)
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
-        """This rank's forward passes of one step, collated on the CPU as they are asked for."""
+        """This rank's forward passes of one step, laid out on the CPU when they are requested."""
         sequences = self._sequences(step)
-        mine = sequences[self.rank :: self.world_size]
-        size = self.micro_batch_size or len(sequences)
+        size = self.settings.micro_batch_size or len(sequences)
         most = -(-len(sequences) // self.world_size)
-        for start in range(0, most, size):
-            part = [self.examples[i] for sequence in mine[start : start + size] for i in sequence]
-            if not part:  # this rank has run out, but every rank must go through the same collectives
+        for number in range(-(-most // size)):
+            examples = [self.examples[index] for index in self.indices_of(step, number)]
+            if not examples:  # none is left for this rank, but every rank must take part in the collective calls
                 example = self.examples[sequences[0][0]]
-                part = [replace(example, first_target=len(example.tokens))]
-            yield self.layout(part)
+                examples = [replace(example, prompt_len=len(example.tokens))]
+            yield self.layout(examples)
 
     def layout(self, examples: Sequence[Example]) -> Batch:
-        """One forward pass over these examples, padded or packed as the run's are."""
-        return collate(examples) if self.packing == "off" else pack(examples)
+        """One forward pass over these examples, in the layout of `packing`."""
+        return collate(examples) if self.settings.packing == "off" else pack(examples)
 
     def held_out(self, examples: Sequence[Example]) -> list[Batch]:
-        """Forward passes for validation: examples of like length together, `micro_batch_size` of them at a time."""
+        """Forward passes for validation: examples of similar length together, `micro_batch_size` at a time."""
         order = sorted(examples, key=lambda example: len(example.tokens))
-        return [self.layout(part) for part in micro_batches(order, self.micro_batch_size or self.batch_size)]
+        return [
+            self.layout(some)
+            for some in micro_batches(order, self.settings.micro_batch_size or self.settings.batch_size)
+        ]
 
     def indices_of(self, step: int, number: int) -> list[int]:
-        """Which examples this rank's micro-batch 0, 1, … of one step holds; none where the rank has run out."""
+        """The examples of this rank's micro-batch 0, 1, … of one step; empty if none is left for this rank."""
         sequences = self._sequences(step)
-        size = self.micro_batch_size or len(sequences)
+        size = self.settings.micro_batch_size or len(sequences)
         mine = sequences[self.rank :: self.world_size][number * size : (number + 1) * size]
         return [index for sequence in mine for index in sequence]
 
@@ -163,15 +144,15 @@ class Schedule:
         """All ranks' examples of one step."""
         return [self.examples[index] for sequence in self._sequences(step) for index in sequence]
 
-    def targets(self, step: int) -> int:
-        """Targets of the step on all ranks: what its summed loss is divided by."""
-        return sum(example.targets for example in self.examples_of(step))
+    def num_labels(self, step: int) -> int:
+        """Labels of the step on all ranks: the divisor of its summed loss."""
+        return sum(example.num_labels for example in self.examples_of(step))
 
-    def tokens(self, step: int) -> int:
+    def num_tokens(self, step: int) -> int:
         return sum(len(example.tokens) for example in self.examples_of(step))
 
     def _sequences(self, step: int) -> list[list[int]]:
-        """Indices of the examples of each sequence of one step; without packing over the epoch each holds one."""
+        """Indices of the examples of each sequence of one step; a sequence holds one unless packing is "epoch"."""
         epoch, position = self.epoch_of(step)
         return self._epoch(epoch)[position]
 
@@ -181,27 +162,29 @@ class Schedule:
 
     @cached_property
     def _ends(self) -> list[int]:
-        """The number of steps up to the end of each epoch."""
-        if self.packing == "epoch":
-            return list(accumulate(len(self._epoch(epoch)) for epoch in range(self.epochs)))
-        return [-(-len(self.examples) // self.batch_size) * (epoch + 1) for epoch in range(self.epochs)]
+        """The number of steps until the end of each epoch."""
+        if self.settings.packing == "epoch":
+            return list(accumulate(len(self._epoch(epoch)) for epoch in range(self.settings.epochs)))
+        return [
+            -(-len(self.examples) // self.settings.batch_size) * (epoch + 1) for epoch in range(self.settings.epochs)
+        ]
 
     def _epoch(self, epoch: int) -> list[list[list[int]]]:
-        """Steps of sequences of indices; one epoch is kept."""
+        """Steps of sequences of indices; the last requested epoch is cached."""
         if epoch not in self._steps:
             self._steps.clear()
-            if self.packing == "epoch":
+            if self.settings.packing == "epoch":
                 self._steps[epoch] = self._packed_epoch(epoch)
             else:
-                order = epoch_order(self._lengths, self.batch_size, self.seed, epoch)
+                order = epoch_order(self._lengths, self.settings.batch_size, self.settings.seed, epoch)
                 self._steps[epoch] = [[[int(index)] for index in indices] for indices in order]
         return self._steps[epoch]
 
     def _packed_epoch(self, epoch: int) -> list[list[list[int]]]:
-        generator = np.random.default_rng([self.seed, epoch])
+        generator = np.random.default_rng([self.settings.seed, epoch])
         order = generator.permutation(len(self.examples)).tolist()
-        # the last token of an example is only ever a target, so it takes no place
-        bins = best_fit([self._lengths[index] - 1 for index in order], self.sequence_length)
-        sequences = [[order[place] for place in places] for places in bins]
+        # the last token of an example is only a label, not an input
+        bins = best_fit([self._lengths[index] - 1 for index in order], self.settings.sequence_length)
+        sequences = [[order[position] for position in positions] for positions in bins]
         sequences = [sequences[i] for i in generator.permutation(len(sequences))]
-        return [sequences[i : i + self.batch_size] for i in range(0, len(sequences), self.batch_size)]
+        return [sequences[i : i + self.settings.batch_size] for i in range(0, len(sequences), self.settings.batch_size)]

@@ -1,7 +1,7 @@
-"""One process or many: who this rank is, what ranks agree on, and the model cut into shards (FSDP2).
+"""One process or several: ranks, their collective calls, and the sharding of the model (FSDP2).
 
-`torchrun` sets the environment; without it there is one rank and no process group, and everything here is the identity.
-Ranks share one file system. Gradients are summed, not averaged: the loss is divided by the targets of all ranks.
+`torchrun` sets the environment; without it there is one rank and no process group, and every call is the identity.
+Ranks share one file system. Gradients are summed, not averaged: the loss is divided by the target tokens of all ranks.
 """
 
 import os
@@ -24,8 +24,8 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class World:
-    """This process among all that train one model. `files`: a gloo group of its own, for checkpoints' threads."""
+class DistributedContext:
+    """This process among all that train one model. `files`: a separate gloo group for the checkpoint threads."""
 
     rank: int = 0
     size: int = 1
@@ -33,10 +33,10 @@ class World:
     files: dist.ProcessGroup | None = None
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def total(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Each value summed over ranks, in float64."""
         if self.size == 1:
             return list(values)
@@ -44,68 +44,68 @@ class World:
         dist.all_reduce(sums)
         return sums.tolist()
 
-    def first(self, action: Callable[[], T]) -> T:
-        """What rank 0 gets from `action`, on all ranks. An InputError there ends every rank; rank 0 says why."""
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 and return its result on all ranks. An InputError, raised on rank 0, ends all."""
         if self.size == 1:
             return action()
         box: list[Any] = [None, None]
-        if self.main:
+        if self.is_main:
             try:
                 box[0] = action()
             except InputError as error:
                 box[1] = error
         dist.broadcast_object_list(box, src=0, group=self.files)
         if box[1] is not None:
-            raise box[1] if self.main else SystemExit(2)
+            raise box[1] if self.is_main else SystemExit(2)
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, by rank, over the checkpoints' group."""
+        """The values of all ranks, by rank, over the group of the checkpoint threads."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.files)
         return values
 
-    def say(self, text: str) -> None:
-        """A line on standard error, from rank 0 alone."""
-        if self.main:
+    def log(self, text: str) -> None:
+        """Print a line to standard error, on rank 0 only."""
+        if self.is_main:
             print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
-def started(device: str) -> Iterator[World]:
-    """The world of this process. `device`: as in pick_device; of many ranks each takes its local rank's GPU."""
+def started(device: str) -> Iterator[DistributedContext]:
+    """Join the process group of torchrun, if there is one. `device`: as in pick_device; each rank uses its own GPU."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = pick_device(device)
-    if chosen.type == "cuda":
-        _same_bits_every_time()
+    target = pick_device(device)
+    if target.type == "cuda":
+        _use_deterministic_algorithms()
     if size == 1:
-        yield World(device=chosen)
+        yield DistributedContext(device=target)
         return
-    if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(chosen)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    if target.type == "cuda":
+        target = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(target)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo")
     files = dist.new_group(backend="gloo")
     try:
-        yield World(dist.get_rank(), size, chosen, files)
-        dist.barrier(group=files)  # nobody leaves while another still talks to him
+        yield DistributedContext(dist.get_rank(), size, target, files)
+        dist.barrier(group=files)  # a rank that ends early would break the others' last calls
     finally:
         dist.destroy_process_group()
 
 
-def _same_bits_every_time() -> None:
-    """Have a GPU add in a fixed order, as a CPU does: a resumed run is to come to the bits of the unbroken one."""
+def _use_deterministic_algorithms() -> None:
+    """Make a GPU sum in a fixed order, as a CPU does, so that a resumed run gives the same bits."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 class Loss(nn.Module):
-    """The whole of model and loss as one module, so that FSDP's hooks surround the output layer too.
+    """Model and loss as one module, so that FSDP also gathers the output layer for the loss.
 
-    The call takes what `function(model, batch)` takes after the model and gives the sum over this rank's targets.
+    Calling it with `*batch` returns `function(model, *batch)`.
     """
 
     def __init__(self, model: Llama, function: Callable[..., Tensor]) -> None:
@@ -116,8 +116,8 @@ class Loss(nn.Module):
         return self.function(self.model, *batch)
 
 
-def shard(loss: Loss, world: World) -> None:
-    """Cut every weight into one part a rank, gathered layer by layer while it is needed. One rank: nothing is done."""
+def shard(loss: Loss, world: DistributedContext) -> None:
+    """Shard every weight over the ranks; layers are gathered one at a time while they compute. One rank: no change."""
     if world.size == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
@@ -130,7 +130,7 @@ def shard(loss: Loss, world: World) -> None:
 
 
 def reshard(loss: Loss) -> None:
-    """Drop what the last forward pass gathered: after one without a backward the outer weights are still whole."""
+    """Free the weights that a forward pass without a backward left gathered."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(loss, FSDPModule):
@@ -138,38 +138,29 @@ def reshard(loss: Loss) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, sharing its memory; the tensor itself where it is not cut."""
+    """This rank's shard, sharing its memory; the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor on every rank (a collective call where it is cut)."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full tensor on every rank (a collective call if it is sharded)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(part: Tensor, model: Tensor, shape: Sequence[int]) -> Tensor:
-    """`part` as this rank's rows of a tensor of `shape`, cut as `model` is; `part` itself where that is not cut."""
-    if not isinstance(model, DTensor):
-        return part
-    size = torch.Size(shape)
-    strides = torch.empty(size, device="meta").stride()
-    return DTensor.from_local(part, model.device_mesh, model.placements, run_check=False, shape=size, stride=strides)
+def unsharded(model: Llama, world: DistributedContext, structure: Callable[[], Llama]) -> Llama | None:
+    """The model with full weights on the CPU, on rank 0; None on other ranks. All ranks must call it.
 
-
-def unsharded(model: Llama, world: World, structure: Callable[[], Llama]) -> Llama | None:
-    """The model with full weights on the CPU, on rank 0; None elsewhere. All ranks must call it.
-
-    structure: makes a model of the same modules; it is called on the meta device.
+    structure: makes a model with the same modules; it is called on the meta device.
     """
     if world.size == 1:
         return model
     result = None
-    if world.main:
+    if world.is_main:
         with torch.device("meta"):
             result = structure()
         result.stop_tokens = model.stop_tokens
     for name, parameter in model.named_parameters():
-        tensor = whole(parameter.detach())
+        tensor = full_tensor(parameter.detach())
         if result is not None:
             owner, _, leaf = name.rpartition(".")
             setattr(result.get_submodule(owner), leaf, nn.Parameter(tensor.cpu()))

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would do, and its first samples as the model would see them, with nothing written."""
+"""`--dry-run`: the plan of a run and its first samples as the model would see them, with nothing written."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -7,78 +7,79 @@ from itertools import groupby
 from rich.console import Console
 from rich.text import Text
 
-from minillama import LlamaConfig, Tokenizer
-from train.data import Example, Schedule
-from train.distributed import World
-from train.loop import schedule_of
+from minillama.config import LlamaConfig
+from minillama.tokenizer import Tokenizer
+from train.config import Settings
+from train.data import Schedule
+from train.distributed import DistributedContext
 from train.memory import memory_of
-from train.plan import memory_lines
-from train.settings import Settings
+from train.packing import Example
 
 SAMPLES = 3
-# Steps whose forward passes are laid out to see how full they are.
-LOOKED_AT = 50
-# Marks of a target where there is no colour.
-OPEN, CLOSE = "«", "»"
+# Steps that are laid out to measure how full their forward passes are.
+MEASURED_STEPS = 50
 
 
 def show(
-    config: LlamaConfig, tokenizer: Tokenizer, examples: Sequence[Example], settings: Settings, world: World
+    config: LlamaConfig,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    settings: Settings,
+    world: DistributedContext,
 ) -> None:
-    """Print examples, tokens, steps, density, memory, and three samples with their targets in colour."""
+    """Print examples, tokens, steps, density, memory, and three samples with their labels in colour."""
     console = Console(highlight=False, soft_wrap=True)
-    # The first rank's share of the data decides its memory; steps and tokens are those of all ranks.
-    schedule = schedule_of(examples, settings, world)
-    looked = range(min(LOOKED_AT, schedule.total_steps))
-    batches = [batch for step in looked for batch in schedule.micro_batches(step)]
+    schedule = Schedule(examples, settings, world.rank, world.size)
+    measured = range(min(MEASURED_STEPS, schedule.total_steps))
+    batches = [batch for step in measured for batch in schedule.micro_batches(step)]
     sizes = [batch.inputs_BT.numel() for batch in batches]
-    tokens, targets = sum(len(e.tokens) for e in examples), sum(e.targets for e in examples)
+    tokens, labels = sum(len(e.tokens) for e in examples), sum(e.num_labels for e in examples)
     epochs = [f"{schedule.steps_in_epoch(epoch):,}" for epoch in range(settings.epochs)]
-    lines = [
+    for name, text in (
         ("examples", f"{len(examples):,}"),
-        ("tokens", f"{tokens:,}, {targets / tokens:.0%} of them targets"),
+        ("tokens", f"{tokens:,}, {labels / tokens:.0%} of them targets"),
         ("steps", f"{schedule.total_steps:,}; by epoch {', '.join(epochs[:5])}{', …' if len(epochs) > 5 else ''}"),
         ("ranks", f"{world.size}, on {world.device.type}"),
         ("packing", f"{settings.packing}; {sum(sizes) / len(sizes):,.0f} positions in a forward pass"),
-        ("density", density(schedule_of(examples, settings, World()), looked)),
-    ]
-    for name, text in lines:
+        ("density", density(Schedule(examples, settings), measured)),
+    ):
         console.print(f"{name:12}{text}")
-    most = max(len(batch.targets_M) for batch in batches)
-    for line in memory_lines(memory_of(config, settings, max(sizes), most, world.size, world.device.type)):
+    most = max(len(batch.labels_M) for batch in batches)
+    for line in memory_of(config, settings, max(sizes), most, world.size, world.device.type).lines():
         console.print(line)
-    single = schedule_of(examples, replace(settings, micro_batch_size=1), World())
+    single = Schedule(examples, replace(settings, micro_batch_size=1))
     for number in range(SAMPLES):
-        chosen = [examples[index] for index in single.indices_of(0, number)]
-        if chosen:
-            length = sum(len(example.tokens) for example in chosen)
-            console.print(f"\nsample {number + 1}: {length} tokens, {len(chosen)} example(s)", style="bold")
-        for example in chosen:
-            console.print(painted(example, tokenizer, console.is_terminal))
+        sample = [examples[index] for index in single.indices_of(0, number)]
+        if sample:
+            length = sum(len(example.tokens) for example in sample)
+            console.print(f"\nsample {number + 1}: {length} tokens, {len(sample)} example(s)", style="bold")
+        for example in sample:
+            console.print(highlighted(example, tokenizer, console.is_terminal))
 
 
 def density(schedule: Schedule, steps: range) -> str:
-    """How many of the positions computed are examples' own, over some steps of all ranks."""
+    """The share of computed positions that are not padding, over some steps of all ranks."""
     needed = sum(len(example.tokens) - 1 for step in steps for example in schedule.examples_of(step))
     computed = sum(batch.inputs_BT.numel() for step in steps for batch in schedule.micro_batches(step))
     if computed < needed:
-        text = f"no padding; a prefix in common, computed once, saves {1 - computed / needed:.0%}"
+        text = f"no padding; a shared prefix, computed once, saves {1 - computed / needed:.0%}"
     else:
         text = f"{needed / computed:.1%}, {1 - needed / computed:.1%} padding"
-    if schedule.packing == "epoch":
-        single = replace(schedule, micro_batch_size=1)
-        room = sum(1 for step in steps for _ in single.micro_batches(step)) * schedule.sequence_length
-        text += f"; sequences of {schedule.sequence_length:,} are {needed / room:.1%} full"
+    if schedule.settings.packing == "epoch":
+        single = replace(schedule, settings=replace(schedule.settings, micro_batch_size=1))
+        length = schedule.settings.sequence_length
+        room = sum(1 for step in steps for _ in single.micro_batches(step)) * length
+        text += f"; sequences of {length:,} are {needed / room:.1%} full"
     return text
 
 
-def painted(example: Example, tokenizer: Tokenizer, colour: bool) -> Text:
-    """The example's text, control tokens by name; targets in colour, or between marks."""
-    prompt = "".join(_readable(example.tokens[: example.first_target], tokenizer))
-    target = "".join(_readable(example.tokens[example.first_target :], tokenizer))
+def highlighted(example: Example, tokenizer: Tokenizer, colour: bool) -> Text:
+    """The example's text, control tokens by name; its labels in colour, or between « and »."""
+    prompt = "".join(_readable(example.tokens[: example.prompt_len], tokenizer))
+    labels = "".join(_readable(example.tokens[example.prompt_len :], tokenizer))
     if colour:
-        return Text(prompt, style="dim").append(target, style="bold green not dim")
-    return Text(prompt + OPEN + target + CLOSE)
+        return Text(prompt, style="dim").append(labels, style="bold green not dim")
+    return Text(f"{prompt}«{labels}»")
 
 
 def _readable(tokens: list[int], tokenizer: Tokenizer) -> Iterator[str]:

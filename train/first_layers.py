@@ -1,7 +1,7 @@
-"""A smaller Llama over the same vocabulary: a model's own first layers, as the start of a drafter or an expert.
+"""The first layers of a model as a smaller Llama with the same vocabulary, to train a draft model or an expert from.
 
-Embedding, first N layers, last norm and output layer are the model's, nothing is computed. Taught by the model it came
-from (`train.sft` on what that wrote), such a start needs a fraction of the text that fresh weights need.
+Embedding, first N layers, last norm and output layer are the model's. Trained on the model's own output (`train.sft`),
+it needs a fraction of the text that fresh weights need.
 """
 
 import sys
@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from corpora import Prompt
-from minillama import InputError, Llama, Tokenizer
 from minillama.cli import Parser
-from minillama.errors import exit_code
+from minillama.errors import InputError, exit_code
 from minillama.files import atomic_folder, resolve_folder
-from train.settings import DTYPES, check_output
+from minillama.model import Llama
+from minillama.tokenizer import Tokenizer
+from train.config import DTYPES, check_output
 
 EXAMPLES = """examples:
   python -m train.first_layers --model runs/smollm2 --layers 4 --output runs/drafter-start
@@ -42,20 +43,20 @@ def first_layers(model: Llama, count: int) -> Llama:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m train.first_layers",
-        description="Cut a model down to its first layers and save a normal folder: the start of a drafter.",
+        description="Save the first layers of a model as a normal folder, to train a draft model from.",
         epilog=EXAMPLES,
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="a folder or hub id")
     parser.add_argument("--layers", required=True, type=int, metavar="N")
     parser.add_argument("--output", required=True, metavar="DIR")
-    parser.add_argument("--save-dtype", default="", choices=list(DTYPES), help="of the file, when not the model's")
+    parser.add_argument("--save-dtype", default="", choices=DTYPES, help="of the file, if not the model's")
     arguments = parser.parse_args(argv)
     output = Path(arguments.output)
     check_output(output, resume=False)
     base = resolve_folder(arguments.model)
     model = first_layers(Llama.from_pretrained(base), arguments.layers)
     if arguments.save_dtype:
-        model.to(DTYPES[arguments.save_dtype])
+        model.to(getattr(torch, arguments.save_dtype))
     with atomic_folder(output) as folder:
         model.write_files(folder)
         Tokenizer.from_pretrained(base).save(folder)

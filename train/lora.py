@@ -1,7 +1,7 @@
 """Low-rank adapters (Hu et al., "LoRA", ICLR 2022): y = W x + (alpha / r) · B A x, W frozen, A and B trained.
 
-Saved as `peft` saves them, so its `PeftModel.from_pretrained` reads them; merged, the model is an ordinary one again.
-A and B are float32 whatever W is: their updates would be lost in bfloat16's rounding.
+Saved as `peft` saves them, so its `PeftModel.from_pretrained` reads them; a merged model is an ordinary one.
+A and B are float32 whatever W is: bfloat16 would round their updates away.
 """
 
 import json
@@ -16,14 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minillama import InputError, Llama
 from minillama.config import read_json
-from minillama.model import Linear
-from train.optimizer import hash_of
-from train.settings import Settings
+from minillama.errors import InputError
+from minillama.model import Linear, Llama
+from train.config import Settings
+from train.optim import hash_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What peft puts before a module's name, and ours before a tensor's.
+# peft's prefix of module names, in front of our names of tensors
 PREFIX = "base_model.model."
 
 
@@ -48,7 +48,7 @@ class LoraLinear(Linear):
         return y + (F.linear(low, self.lora_B.weight) * self.scale).to(y.dtype)
 
     def merged(self) -> Linear:
-        """The ordinary layer of the same function."""
+        """The ordinary layer that computes the same."""
         with torch.device("meta"):
             result = Linear(self.in_features, self.out_features, bias=self.bias is not None)
         update = self.lora_B.weight.double() @ self.lora_A.weight.double() * self.scale
@@ -58,7 +58,7 @@ class LoraLinear(Linear):
 
 
 def add_adapters(model: Llama, settings: Settings) -> None:
-    """Freeze the model and give the settings' layers adapters whose product is zero, A from the seed.
+    """Freeze the model and add adapters to the settings' layers: A random from the seed, B zero.
 
     Raises InputError for a layer number that the model does not have.
     """
@@ -80,14 +80,14 @@ def alpha_of(settings: Settings) -> float:
 
 
 def layer_numbers(text: str, count: int) -> list[int]:
-    """`0-3,12` as numbers, `all` as all of them; raises InputError for what is no layer of `count`."""
+    """`0-3,12` as numbers, `all` as 0..count - 1. Raises InputError for numbers outside that range."""
     if text == "all":
         return list(range(count))
     numbers: set[int] = set()
     for part in text.replace(" ", "").split(","):
         first, _, last = part.partition("-")
         if not re.fullmatch(r"\d+(-\d+)?", part):
-            raise InputError(f"--lora-layers {text}: {part!r} is no number and no range; give such as 0-3,12")
+            raise InputError(f"--lora-layers {text}: {part!r} is no number and no range; expected for example 0-3,12")
         numbers.update(range(int(first), int(last or first) + 1))
     if not numbers or max(numbers) >= count:
         raise InputError(f"--lora-layers {text}: the model has the layers 0-{count - 1}")
@@ -95,7 +95,7 @@ def layer_numbers(text: str, count: int) -> list[int]:
 
 
 def merge(model: Llama) -> None:
-    """Put every adapter into its layer's weight, in place; nothing where there is none."""
+    """Merge every adapter into its layer's weight, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLinear):
             _replace(model, name, module.merged())
@@ -129,7 +129,7 @@ def write_adapter(model: Llama, settings: Settings, base: str, folder: Path) -> 
 
 
 def load_adapter(model: Llama, folder: Path) -> None:
-    """Give a model the adapter of a folder of peft's or `write_adapter`'s. Raises InputError where it does not fit."""
+    """Add the adapter of a folder of peft's or `write_adapter`'s. Raises InputError if it does not fit the model."""
     config = read_json(folder / CONFIG)
     _check_kind(config, folder)
     rank = config["r"]
@@ -143,7 +143,7 @@ def load_adapter(model: Llama, folder: Path) -> None:
         try:
             layer = LoraLinear(_linear(model, name), rank, scale)
         except AttributeError:
-            raise InputError(f"{folder}: the adapter has {name}, which the model has not") from None
+            raise InputError(f"{folder}: the adapter has {name}, which the model does not have") from None
         for part in ("lora_A", "lora_B"):
             adapter, tensor = getattr(layer, part), tensors.get(f"{PREFIX}{name}.{part}.weight")
             if tensor is None or tensor.shape != adapter.weight.shape:
@@ -154,11 +154,11 @@ def load_adapter(model: Llama, folder: Path) -> None:
 
 
 def _check_kind(config: dict[str, Any], folder: Path) -> None:
-    unusual = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
+    unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
     if config.get("bias", "none") != "none":
-        unusual.append("bias")
-    if config.get("peft_type") != "LORA" or unusual:
-        what = ", ".join(unusual) or f"peft_type {config.get('peft_type')}"
+        unsupported.append("bias")
+    if config.get("peft_type") != "LORA" or unsupported:
+        what = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}"
         raise InputError(f"{folder}: {what} cannot be merged; only plain LoRA can")
     if not all(isinstance(config.get(key), int | float) and config[key] > 0 for key in ("r", "lora_alpha")):
         raise InputError(f"{folder / CONFIG}: r and lora_alpha must be numbers above 0")
@@ -174,7 +174,7 @@ def _adapted(model: Llama, targets: list[str], layers: list[int]) -> list[str]:
 
 
 def _linear(model: Llama, name: str) -> nn.Linear:
-    """Raises AttributeError where the model has no linear layer of that name."""
+    """Raises AttributeError if the model has no linear layer of that name."""
     module = model.get_submodule(name)
     if not isinstance(module, nn.Linear):
         raise AttributeError(name)

@@ -1,33 +1,35 @@
-"""How much memory a training step needs, from shapes alone.
+"""Predicted memory of a training step, from shapes alone; tests compare it with measured peaks.
 
-What autograd keeps of a layer is counted operation by operation as `minillama.model` has them; a test compares the sum
-with what PyTorch really keeps, and the whole with measured peaks.
-
-    W weights, O optimizer state and G gradients stand for the whole step; A what the forward pass keeps for backward
-    falls while G rises. So the peak is W + O + the larger of A + head (backward begins) and G + A of a layer (it ends).
+What autograd saves of a layer is counted by running the model of one and of two layers on fake tensors. The peak is
+the largest of three moments: backward begins (all activations, few gradients), backward ends (all gradients, the
+activations of one layer), the optimizer's step.
 """
 
-# D width  F inner width  Q heads * head width  K key/value heads * head width
+import tomllib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from dataclasses import dataclass
+import torch
+from torch import Tensor
 
 from kernels.chunked_cross_entropy import CHUNK_BYTES
-from minillama import LlamaConfig
-from train.lora import layer_numbers
-from train.optimizer import BLOCK, CHUNK
-from train.settings import LORA_TARGETS, Settings
+from minillama.config import LlamaConfig, read_config, read_json
+from minillama.errors import InputError
+from minillama.model import Llama, rope_frequencies
+from train.config import Settings
+from train.lora import add_adapters, layer_numbers
+from train.optim import GROUP_SIZE, TEMPORARY_BYTES
 
 GIB = 1 << 30
-# float32 copies of a piece of a weight that CompactAdamW has at once.
-WORKING = {"float32": 4, "bfloat16": 6, "int8": 12}
-BYTES = {"float32": 4, "bfloat16": 2}
-# The libraries' workspaces; on a GPU also the driver's context, and what the allocator cannot use for its holes.
+SHAPES = Path(__file__).with_name("shapes.toml")
+# Workspaces of libraries; on a GPU also the driver's context and the allocator's fragmentation.
 RESERVE = {"cpu": 16 << 20, "cuda": GIB}
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device at the peak of a step. `gradients` is all of them; `peak` counts what is there at once."""
+    """Bytes on one device. `gradients`: all of them; `peak` counts what exists at the same time."""
 
     weights: int
     gradients: int
@@ -38,195 +40,162 @@ class Memory:
     peak: int
     checkpoint_copy: int
 
-    def rows(self) -> list[tuple[str, int, str]]:
-        """(what, bytes, remark), the peak last."""
-        return [
-            ("weights", self.weights, ""),
-            ("gradients", self.gradients, ""),
-            ("optimizer", self.optimizer, ""),
-            ("activations", self.activations, "kept by the forward pass for backward"),
-            ("logits", self.logits, "a chunk of them, and the output layer's gradients"),
-            ("reserve", self.reserve, "the libraries' workspaces"),
-            ("peak", self.peak, "not the sum: gradients grow as activations go"),
-        ]
+    def lines(self) -> Iterator[str]:
+        """A line per kind of memory, in GiB, the peak last."""
+        for name, remark in (
+            ("weights", ""),
+            ("gradients", ""),
+            ("optimizer", ""),
+            ("activations", "saved by the forward pass for backward"),
+            ("logits", "a chunk of them, and the gradients of the output layer"),
+            ("reserve", "workspaces of libraries"),
+            ("peak", "not the sum: gradients grow as activations are freed"),
+        ):
+            yield f"{name:12}{format_gib(getattr(self, name)):>10}  {remark}".rstrip()
+
+
+def format_gib(count: float) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / GIB:.4f} GiB"
+
+
+def shape_of(model: str) -> LlamaConfig:
+    """The configuration of a folder, a config.json, or a model in shapes.toml. Raises InputError otherwise."""
+    path = Path(model)
+    if path.is_dir():
+        return read_config(path)
+    if path.is_file():
+        return LlamaConfig.from_dict(read_json(path), str(path))
+    known: list[str] = []
+    for entry in tomllib.loads(SHAPES.read_text(encoding="utf-8"))["shape"]:
+        names = entry.pop("names")
+        known += names
+        if model in names or model in (name.split("/")[-1].lower() for name in names):
+            return LlamaConfig(**entry)
+    raise InputError(f"--model {model}: no such folder, and no known shape; known: {', '.join(known)}")
+
+
+def forward_size(settings: Settings, ranks: int) -> int:
+    """Positions of a rank's forward pass if no data is given: its share of the step's sequences, all of full length."""
+    share = -(-settings.batch_size // ranks)
+    return min(settings.micro_batch_size or share, share) * settings.sequence_length
 
 
 def memory_of(
-    config: LlamaConfig, settings: Settings, positions: int, targets: int, ranks: int = 1, device: str = "cpu"
+    config: LlamaConfig, settings: Settings, positions: int, labels: int, ranks: int = 1, device: str = "cpu"
 ) -> Memory:
-    """Of one rank's step with forward passes of so many positions and targets; attention within documents, unpadded.
+    """Of one rank, for forward passes of so many positions and labels, unpadded.
 
-    Of many ranks each holds its part of weights, gradients and optimizer state (FSDP2), and whole what is at work.
+    With several ranks (FSDP2) each has its shard of weights, gradients and optimizer states, and gathers the weights of
+    the layers at work.
     """
-    counts = _parameters(config, settings)
-    size = BYTES[settings.dtype]
-    trained, adapters = counts.trained, counts.adapters
-    weights = (counts.base * size + adapters * 4) // ranks
-    gradients = trained * (4 if adapters else size) // ranks
-    optimizer = _optimizer_bytes(counts, settings, size) // ranks
-    kept = _kept_by_layers(config, settings)
-    layer = positions * max(kept, default=0)
-    activations = positions * (sum(kept) + _kept_outside(config, settings))
+    model = _model(config, settings)
+    weights = _bytes(model.parameters()) // ranks
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = _bytes(trained) // ranks
+    optimizer, update = 2 * gradients, 0
+    if settings.optimizer_state:
+        state_size = getattr(torch, settings.optimizer_state).itemsize
+        optimizer = 2 * sum(p.numel() * (state_size if p.dim() >= 2 else 4) for p in trained) // ranks
+        update = TEMPORARY_BYTES * min(GROUP_SIZE, max(p.numel() for p in trained))
+
+    compute_size = getattr(torch, settings.compute_dtype or settings.dtype).itemsize
+    stream = positions * config.hidden_size * model.dtype.itemsize  # the hidden states between two layers
+    saved = _saved_activations(config, settings, positions)
+    activations, recomputed, cast = saved.total, 0, 0
     if settings.checkpoint_activations:
-        activations = positions * (len(kept) * config.hidden_size * _stream(settings) + _kept_outside(config, settings))
-    head = _head(config, settings, targets, device)
-    # Of the hidden states' and the MLP's gradients, what is there at once while a layer goes backward.
-    passing = positions * 2 * (config.intermediate_size + config.hidden_size) * _compute(settings)
-    hidden = positions * 2 * config.hidden_size * _stream(settings)
-    again = layer if settings.checkpoint_activations else 0
-    begins = activations + head.gradients + max(head.chunk + hidden, again + passing)
+        activations, recomputed = saved.outside + saved.layers * stream, saved.layer
+        if compute_size < model.dtype.itemsize and not settings.lora_rank:  # autocast caches them until backward
+            cast = sum(p.numel() for p in model.model.layers.parameters() if p.dim() >= 2) * compute_size
+
+    rows = max(1, min(labels, CHUNK_BYTES[device] // (config.vocab_size * compute_size)))
+    chunk = rows * config.vocab_size * (compute_size if compute_size == 4 else compute_size + 4)  # float32 softmax
+    table = 0 if settings.lora_rank else model.output_weight.numel()
+    head = table * 4 + labels * config.hidden_size * model.dtype.itemsize  # gradients; the table's summed in float32
+    table *= model.dtype.itemsize
+    # gradients of hidden states that exist at once while a layer goes backward
+    passing = positions * 2 * (config.intermediate_size + config.hidden_size) * compute_size
+
+    begins = activations + head + max(chunk + 2 * stream + cast, recomputed + passing)
     if settings.micro_batch_size and settings.micro_batch_size < -(-settings.batch_size // ranks):
-        begins += gradients  # of the micro-batches before
-    # The embedding's gradient comes last, as a table beside the output layer's where the two are one weight.
-    table = 0 if settings.lora_rank else config.vocab_size * config.hidden_size * size
-    standing = table if settings.release_gradients else gradients
-    ends = standing + max(layer + passing, table if config.tie_word_embeddings else 0)
-    step = standing + WORKING.get(settings.optimizer_state, 0) * 4 * min(CHUNK, trained)
+        begins += gradients  # of earlier micro-batches
+    kept = table if settings.release_gradients else gradients
+    # the gradient of a tied embedding is added to that of the output layer, after all others
+    ends = kept + max(saved.layer + passing, table if config.tie_word_embeddings else 0)
+    step = kept + update
     if ranks > 1:
-        gathered = _Gathered(counts, config, size)
-        begins += gathered.outer + 2 * gathered.layer
-        ends = standing - gathered.outer_gradients // ranks + gathered.at_lowest_layer + layer + passing + table
-        step = max(step, standing + gathered.exchanged(ranks, device))
-    peak = weights + optimizer + _autocast_copies(counts, settings) + max(begins, ends, step) + RESERVE[device]
-    if settings.checkpoint_activations:
-        activations += layer
+        layer = _bytes(p for name, p in model.model.layers[0].named_parameters() if "lora_" not in name)
+        outer = _bytes(p for name, p in model.named_parameters() if ".layers." not in name)
+        outer_gradients = 0 if settings.lora_rank else outer
+        begins += outer + 2 * layer  # gathered: a layer and the next one, and throughout what is outside of layers
+        gathered = outer + (2 if settings.lora_rank else 4) * layer  # with a layer's gradients, and their copy to send
+        ends = kept - outer_gradients // ranks + gathered + saved.layer + passing + table
+        received = outer_gradients // ranks if device == "cpu" else 0  # gloo's own buffer
+        step = max(step, kept + 2 * outer_gradients + received)
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=activations,
-        logits=head.chunk + head.gradients,
+        activations=activations + recomputed,
+        logits=chunk + head,
         reserve=RESERVE[device],
-        peak=peak,
+        peak=weights + optimizer + max(begins, ends, step) + RESERVE[device],
         checkpoint_copy=weights + optimizer,
     )
 
 
 @dataclass(frozen=True)
-class _Head:
-    chunk: int
-    gradients: int
+class _Saved:
+    """Bytes that autograd saves: in total, of one layer, outside of layers; and the number of layers that save any."""
 
-
-def _head(config: LlamaConfig, settings: Settings, targets: int, device: str) -> _Head:
-    """The output layer's chunk of logits, and the gradients that it has as soon as its forward pass is done."""
-    compute = _compute(settings)
-    rows = max(1, min(targets, CHUNK_BYTES[device] // (config.vocab_size * compute)))
-    chunk = rows * config.vocab_size * (compute if compute == 4 else compute + 4)  # softmax is in float32
-    table = 0 if settings.lora_rank else config.vocab_size * config.hidden_size * 4  # summed in float32 over chunks
-    return _Head(chunk, table + targets * config.hidden_size * _stream(settings))
-
-
-def _autocast_copies(counts: "_Counts", settings: Settings) -> int:
-    """Of the weights in the type of the products, which autocast keeps until the step ends."""
-    return counts.matrices * _compute(settings) if _compute(settings) != BYTES[settings.dtype] else 0
-
-
-class _Gathered:
-    """What is whole of a model in shards, in bytes: weights while they are at work, gradients until they are cut.
-
-    What stands outside the layers is gathered from the first layer to the last; of the layers there is the one at work
-    and the next, and going backward the gradients of one and the copy of them that the ranks exchange.
-    """
-
-    def __init__(self, counts: "_Counts", config: LlamaConfig, size: int) -> None:
-        self.outer = counts.outside * size
-        self.outer_gradients = 0 if counts.adapters else self.outer
-        self.layer = (counts.base - counts.outside) // config.num_hidden_layers * size
-        self.at_lowest_layer = self.outer + (2 if counts.adapters else 4) * self.layer
-
-    def exchanged(self, ranks: int, device: str) -> int:
-        """At the end of backward: the outer gradients and their copy; gloo receives into one more part."""
-        return 2 * self.outer_gradients + (self.outer_gradients // ranks if device == "cpu" else 0)
-
-
-@dataclass(frozen=True)
-class _Counts:
-    base: int
-    adapters: int
-    trained: int
-    vectors: int
-    matrices: int
+    total: int
+    layer: int
     outside: int
+    layers: int
 
 
-def linears(config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of each linear layer of a decoder layer."""
-    d, f = config.hidden_size, config.intermediate_size
-    q, k = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    sizes = ((d, q), (d, k), (d, k), (q, d), (d, f), (d, f), (f, d))
-    return dict(zip(LORA_TARGETS, sizes))
+def _saved_activations(config: LlamaConfig, settings: Settings, positions: int) -> _Saved:
+    adapted = layer_numbers(settings.lora_layers if settings.lora_rank else "all", config.num_hidden_layers)
+    without = config.num_hidden_layers - adapted[0] - len(adapted)  # layers below the first adapter save nothing
+    one = _saved_by_autograd(config, replace(settings, lora_layers="all"), positions, 1)
+    layer = _saved_by_autograd(config, replace(settings, lora_layers="all"), positions, 2) - one
+    total = one + (len(adapted) - 1) * layer
+    if without:
+        total += without * (_saved_by_autograd(config, replace(settings, lora_layers="0"), positions, 2) - one)
+    return _Saved(total, layer, max(0, one - layer), len(adapted) + without)
 
 
-def _parameters(config: LlamaConfig, settings: Settings) -> _Counts:
-    layers, d = config.num_hidden_layers, config.hidden_size
-    matrices = sum(inputs * outputs for inputs, outputs in linears(config).values()) * layers
-    table = config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
-    vectors = (2 * layers + 1) * d
-    base = matrices + table + vectors
-    adapters = 0
+def _saved_by_autograd(config: LlamaConfig, settings: Settings, positions: int, layers: int) -> int:
+    """Bytes of the tensors that a forward pass of so many layers saves for backward, the weights not counted."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = _model(replace(config, num_hidden_layers=layers), settings)
+    saved: dict[int, Tensor] = {}
+
+    def save(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weights = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in model.named_parameters()}
+        model.load_state_dict(weights, assign=True)
+        mixed = settings.compute_dtype == "bfloat16" and settings.dtype == "float32"
+        autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed)
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), autocast:
+            model.hidden(torch.empty(1, positions, dtype=torch.int64))
+    rope_frequencies.cache_clear()  # it has a fake tensor
+    for weight in model.parameters():
+        saved.pop(weight.untyped_storage()._cdata, None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def _model(config: LlamaConfig, settings: Settings) -> Llama:
+    """The model that would be trained, on the meta device."""
+    with torch.device("meta"):
+        model = Llama(config).to(getattr(torch, settings.dtype))
     if settings.lora_rank:
-        per_layer = sum(sum(linears(config)[target]) for target in settings.targets) * settings.lora_rank
-        adapters = per_layer * len(layer_numbers(settings.lora_layers, layers))
-    return _Counts(base, adapters, adapters or base, 0 if adapters else vectors, matrices, table + d)
+        add_adapters(model, settings)
+    return model
 
 
-def _optimizer_bytes(counts: _Counts, settings: Settings, size: int) -> int:
-    matrices = counts.trained - counts.vectors
-    if settings.optimizer_state == "int8":
-        return round(matrices * (2 + 2 * 4 / BLOCK)) + counts.vectors * 8
-    if settings.optimizer_state:
-        return 2 * (matrices * BYTES[settings.optimizer_state] + counts.vectors * 4)
-    return 2 * counts.trained * (4 if counts.adapters else size)
-
-
-def _compute(settings: Settings) -> int:
-    return BYTES[settings.compute_dtype or settings.dtype]
-
-
-def _stream(settings: Settings) -> int:
-    """Bytes of a number on the residual stream, which autocast leaves in the weights' type."""
-    return BYTES[settings.dtype]
-
-
-def _kept_by_layers(config: LlamaConfig, settings: Settings) -> list[int]:
-    """Bytes that each decoder layer keeps for backward, per position; none below the lowest that is trained."""
-    layers = config.num_hidden_layers
-    if not settings.lora_rank:
-        return [_kept_by_layer(config, settings, list(LORA_TARGETS))] * layers
-    adapted = layer_numbers(settings.lora_layers, layers)
-    return [
-        _kept_by_layer(config, settings, settings.targets if layer in adapted else [])
-        for layer in range(adapted[0], layers)
-    ]
-
-
-def _kept_by_layer(config: LlamaConfig, settings: Settings, inputs: list[str]) -> int:
-    """`inputs`: the linear layers whose inputs are needed, for their own gradient or for an adapter's."""
-    d, f = config.hidden_size, config.intermediate_size
-    q, k = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    compute, stream = _compute(settings), _stream(settings)
-    full = not settings.lora_rank
-    kept = 2 * 4 * (d + 1)  # both norms' inputs in float32 and their scales
-    kept += 2 * stream * d if full else 0  # what the norms' weights multiply
-    kept += compute * (2 * q + 2 * k) + 4 * config.num_attention_heads  # q, k, v, attention's output, its logsumexp
-    kept += 3 * compute * f  # gate, silu(gate), up
-    widths = {name: pair[0] for name, pair in linears(config).items()}
-    autocast = compute != stream
-    if full:
-        copies = {"q_proj": 3 if autocast else 1, "gate_proj": 2 if autocast else 1, "down_proj": 1}
-        return kept + compute * sum(copies[name] * widths[name] for name in copies)
-    # An adapter works on float32: what is narrower is widened, and what autocast narrows is narrowed, once for each.
-    own = autocast or stream < 4
-    for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",), ("o_proj",)):
-        users = sum(name in inputs for name in group)
-        kept_already = group == ("o_proj",)  # attention's output
-        copies_here = users if own else min(1, users) * (not kept_already)
-        kept += copies_here * widths[group[0]] * (compute if autocast else 4)
-    return kept + len(inputs) * settings.lora_rank * (compute if autocast else 4)
-
-
-def _kept_outside(config: LlamaConfig, settings: Settings) -> int:
-    """Bytes per position: the last norm's, and the rotations."""
-    d = config.hidden_size
-    return 4 * (d + 1) + (0 if settings.lora_rank else _stream(settings) * d) + 2 * config.head_dim * _stream(settings)
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,16 +1,19 @@
-"""An adapter put into its model: `python -m train.merge --model DIR --adapter DIR --output DIR`."""
+"""Merge an adapter into its model: `python -m train.merge --model DIR --adapter DIR --output DIR`."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from corpora import Prompt
-from minillama import InputError, Llama, Tokenizer
 from minillama.cli import Parser
-from minillama.errors import exit_code
+from minillama.errors import InputError, exit_code
 from minillama.files import atomic_folder, resolve_folder
+from minillama.model import Llama
+from minillama.tokenizer import Tokenizer
+from train.config import DTYPES, check_output
 from train.lora import CONFIG, load_adapter, merge
-from train.settings import DTYPES, check_output
 
 EXAMPLES = """examples:
   python -m train.merge --model meta-llama/Llama-3.2-1B --adapter runs/S_src-lora --output runs/S_src
@@ -20,13 +23,13 @@ EXAMPLES = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m train.merge",
-        description="Put a LoRA adapter (of train.sft or of peft) into its model and save a normal folder.",
+        description="Merge a LoRA adapter (of train.sft or of peft) into its model and save a normal folder.",
         epilog=EXAMPLES,
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="the adapter's base: a folder or hub id")
     parser.add_argument("--adapter", required=True, metavar="DIR", help="folder with adapter_config.json")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the merged model")
-    parser.add_argument("--save-dtype", default="", choices=list(DTYPES), help="of the file, when not the model's")
+    parser.add_argument("--save-dtype", default="", choices=DTYPES, help="of the file, if not the model's")
     arguments = parser.parse_args(argv)
     adapter, output = Path(arguments.adapter), Path(arguments.output)
     if not (adapter / CONFIG).is_file():
@@ -37,13 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     load_adapter(model, adapter)
     merge(model)
     if arguments.save_dtype:
-        model.to(DTYPES[arguments.save_dtype])
+        model.to(getattr(torch, arguments.save_dtype))
     with atomic_folder(output) as folder:
         model.write_files(folder)
         Tokenizer.from_pretrained(base).save(folder)
         if (adapter / "prompt.toml").exists():
             Prompt.load(adapter).save(folder)
-    print(f"{output}: {arguments.model} with {adapter} put in", file=sys.stderr)
+    print(f"{output}: {arguments.model} with {adapter} merged", file=sys.stderr)
     return 0
 
 

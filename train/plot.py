@@ -1,18 +1,17 @@
-"""Loss curves of runs in one picture: `python -m train.plot RUN… --output loss.png`."""
+"""Plot the loss curves of runs: `python -m train.plot RUN… --output loss.png`."""
 
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from minillama import InputError
 from minillama.cli import Parser
-from minillama.errors import exit_code
+from minillama.errors import InputError, exit_code
 
 EXAMPLES = """examples:
   python -m train.plot runs/S_src runs/S_tgt --output loss.png
 """
-# Thin lines are every step's loss, thick ones its mean over about this share of the run.
+# Thin lines show the loss of every step, thick ones its mean over about this share of the run.
 SMOOTHING = 0.02
 
 
@@ -32,7 +31,7 @@ def read_curves(run: Path) -> tuple[list[tuple[int, float]], list[tuple[int, flo
                 if key in record:
                     curve.append((int(record["step"]), float(record[key])))
         except (ValueError, KeyError, TypeError):
-            if number == len(lines):  # a running training may be in the middle of it
+            if number == len(lines):  # a running training may be writing it
                 break
             raise InputError(f"{path}:{number}: no record of a step") from None
     if not train:
@@ -41,15 +40,15 @@ def read_curves(run: Path) -> tuple[list[tuple[int, float]], list[tuple[int, flo
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:
-    """The mean of the last `width` values at each place, of fewer at the start."""
+    """The mean of the last `width` values at each index, of fewer at the start."""
     result, total = [], 0.0
-    for place, value in enumerate(values):
-        total += value - (values[place - width] if place >= width else 0.0)
-        result.append(total / min(place + 1, width))
+    for index, value in enumerate(values):
+        total += value - (values[index - width] if index >= width else 0.0)
+        result.append(total / min(index + 1, width))
     return result
 
 
-def draw(runs: Sequence[Path], names: Sequence[str], output: Path, log: bool) -> None:
+def plot(runs: Sequence[Path], names: Sequence[str], output: Path, log: bool) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -82,7 +81,7 @@ def draw(runs: Sequence[Path], names: Sequence[str], output: Path, log: bool) ->
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m train.plot",
-        description="Draw the loss curves of several runs into one picture.",
+        description="Plot the loss curves of several runs in one figure.",
         epilog=EXAMPLES,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="--output folders of runs, finished or not")
@@ -95,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(names) != len(runs):
         raise InputError(f"--names: {len(names)} names for {len(runs)} runs")
     try:
-        draw(runs, names, Path(arguments.output), arguments.log)
+        plot(runs, names, Path(arguments.output), arguments.log)
     except ImportError:
         raise InputError("train.plot needs matplotlib; pip install 'collab-mt[plot]'") from None
     print(f"{arguments.output}: {len(runs)} runs", file=sys.stderr)

@@ -1,23 +1,22 @@
 """Fine-tuning on sentence pairs: `python -m train.sft --model DIR --train pairs.tsv --valid pairs.tsv --output DIR`.
 
-The loss is on the response alone. Prompt and chat format are saved with the model (`prompt.toml`) for decoding.
+The loss is on the response only. Prompt and chat format are saved with the model (`prompt.toml`) for decoding.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from corpora import Pairs, Prompt, language_name, read_pairs
-from minillama import InputError
-from minillama.chat import chat_format
 from minillama.cli import Parser
-from minillama.errors import exit_code
-from train.config import parse
-from train.data import Example, responses
-from train.distributed import World, started
-from train.run import load_start, prepare, shorter_than, train_and_save
-from train.settings import Settings, add_arguments, settings_from
+from minillama.errors import InputError, exit_code
+from train.config import Settings, add_arguments, parse, settings_from
+
+if TYPE_CHECKING:
+    from train.distributed import DistributedContext
+    from train.packing import Example
 
 EXAMPLES = """examples:
   python -m train.sft --model runs/base-ja --train alt:ja-en:train --source ja --target en --output runs/S_src
@@ -29,7 +28,7 @@ EXAMPLES = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m train.sft",
-        description="Fine-tuning on sentence pairs, loss on the response alone.",
+        description="Fine-tuning on sentence pairs, loss on the response only.",
         epilog=EXAMPLES,
     )
     files = "one TSV, JSON lines or parquet file, two line-aligned files, or a split such as alt:ja-en:train"
@@ -44,33 +43,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser, epochs=3)
     arguments = parse(parser, sys.argv[1:] if argv is None else argv)
     settings = settings_from(arguments)
-    language_name(arguments.source), language_name(arguments.target)
+    for language in (arguments.source, arguments.target):
+        language_name(language)  # raises InputError if it is unknown
     prompt = Prompt.load(arguments.prompt)
-    with started(arguments.device) as world:
-        if not world.first(lambda: prepare(arguments, settings)):
-            world.say(f"{arguments.output}: already finished")
-            return 0
-        return run(arguments, settings, prompt, world)
+
+    from train.run import started_run
+
+    with started_run(arguments, settings) as world:
+        if world is not None:
+            train(arguments, settings, prompt, world)
+    return 0
 
 
-def run(arguments: argparse.Namespace, settings: Settings, prompt: Prompt, world: World) -> int:
+def train(arguments: argparse.Namespace, settings: Settings, prompt: Prompt, world: "DistributedContext") -> None:
+    from minillama.chat import chat_format
+    from train.data import responses
+    from train.run import load_start, train_and_save
+
     pairs = read_pairs(arguments.train, arguments.source, arguments.target)
     held_out = read_pairs(arguments.valid, arguments.source, arguments.target) if arguments.valid else None
     start = load_start(arguments, world)
     chat = chat_format(arguments.chat, start.tokenizer)
     bos, eos, limit = start.config.bos_token_id, start.end_token, start.longest(settings)
-    world.say(pairs.describe())
+    world.log(pairs.describe())
 
-    def examples_of(some: Pairs) -> list[Example]:
+    def examples_of(some: Pairs) -> "list[Example]":
         languages = (arguments.source, arguments.target)
         examples = responses(some, languages, prompt, chat, start.tokenizer, bos, eos)
         if arguments.both_directions:
             back = Pairs(some.target, some.source, some.dropped, some.origin)
             examples += responses(back, (languages[1], languages[0]), prompt, chat, start.tokenizer, bos, eos)
-        kept = shorter_than(examples, limit)
-        if len(kept) < len(examples):
-            world.say(f"{some.origin}: {len(examples) - len(kept)} examples over {limit} tokens left out")
-        return kept
+        fitting = [example for example in examples if len(example.tokens) <= limit]
+        if len(fitting) < len(examples):
+            world.log(f"{some.origin}: {len(examples) - len(fitting)} examples over {limit} tokens left out")
+        return fitting
 
     if not pairs.source:
         raise InputError(f"{pairs.origin}: no pair has two sides; there is nothing to train on")
@@ -86,8 +92,7 @@ def run(arguments: argparse.Namespace, settings: Settings, prompt: Prompt, world
         "prompt": prompt.name,
         "chat": chat.name,
     }
-    prompt = replace(prompt, chat=chat.name)
-    return train_and_save(arguments, settings, world, start, examples, valid, notes, prompt)
+    train_and_save(arguments, settings, world, start, examples, valid, notes, replace(prompt, chat=chat.name))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ from eval.study.config import Study
 from eval.study.graph import Named, Step, Store
 from eval.study.steps import Steps
 from minillama import InputError, LlamaConfig
-from train.memory import GIB, memory_of
-from train.plan import shape_of
-from train.settings import Settings
+from train.config import Settings
+from train.memory import GIB, memory_of, shape_of
 
 WEIGHT_BYTES = {"": 4, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "auto": 2}
 

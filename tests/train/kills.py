@@ -1,8 +1,8 @@
 """A training run killed again and again: `python -m tests.train.kills --kills 25 --writes 8`.
 
 Each kill is SIGKILL, at a random moment after the start, after a checkpoint, or while one is being written (its
-temporary folder is there before the kill and still after it). The run then goes on with --resume. In the end its
-weights and metrics.jsonl must be, byte for byte, those of a run that nobody killed.
+temporary folder is there before the kill and still after it). The run is then resumed with --resume. In the end its
+weights and metrics.jsonl must be, byte for byte, those of an unbroken run.
 """
 
 import argparse
@@ -16,8 +16,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from corpora import sample
 from minillama import Llama, LlamaConfig, Tokenizer
+from train import sft
 from train.bpe import train_bpe
 
 # Large enough that a checkpoint takes some 50 ms to write, small enough for ten steps a second.
@@ -39,17 +42,17 @@ EVERY = 2  # steps between checkpoints
 
 @dataclass(frozen=True)
 class Kill:
-    """Where one kill hit: the step of the last whole checkpoint, and whether the next was being written."""
+    """The step of the last checkpoint at a kill, and whether the next one was being written."""
 
     kind: str
     saved_step: int
     writing: bool
 
 
-def command(folder: Path, output: Path, steps: int) -> list[str]:
-    """Two epochs' worth of validations, a cosine, the best weights kept: all the state a run can have."""
+def arguments_of(folder: Path, output: Path, steps: int) -> list[str]:
+    """Of train.sft, with validations, a cosine, and the best weights kept: all the state that a run can have."""
     return [
-        *(sys.executable, "-m", "train.sft", "--model", str(folder / "model"), "--device", "cpu", "--prompt", "plain"),
+        *("--model", str(folder / "model"), "--device", "cpu", "--prompt", "plain"),
         *("--train", str(folder / "train.tsv"), "--valid", str(folder / "valid.tsv"), "--source", "ja"),
         *("--target", "en", "--lr", "1e-3", "--schedule", "cosine", "--warmup-steps", "5", "--batch-size", "4"),
         *("--micro-batch-size", "2", "--epochs", str(-(-steps // 8)), "--checkpoint-every", str(EVERY)),
@@ -119,10 +122,11 @@ def kill_and_resume(folder: Path, kills: int, writes: int, seed: int, say=lambda
     """
     chance = random.Random(seed)
     prepare(folder)
-    steps = 8 * kills + 16
-    subprocess.run(command(folder, folder / "unbroken", steps), check=True, capture_output=True, env=environment())
+    steps = 8 * kills + 8
+    assert sft.main(arguments_of(folder, folder / "unbroken", steps)) == 0
     output, found = folder / "killed", []
-    argv = command(folder, output, steps)
+    arguments = arguments_of(folder, output, steps)
+    argv = [sys.executable, "-m", "train.sft", *arguments]
     while len(found) < kills or sum(kill.writing for kill in found) < writes:
         missing = writes - sum(kill.writing for kill in found)
         kind = chance.choice(["any moment", "after a checkpoint", "while writing"])
@@ -132,8 +136,8 @@ def kill_and_resume(folder: Path, kills: int, writes: int, seed: int, say=lambda
         assert kill is not None, f"the run ended after {len(found)} kills; give it more steps"
         found.append(kill)
         say(f"kill {len(found):2}: {kind:18} last checkpoint step {kill.saved_step:3}, writing: {kill.writing}")
-    subprocess.run(argv, check=True, capture_output=True, env=environment())
-    for one, other in zip(*((place / "metrics.jsonl").open() for place in (folder / "unbroken", output)), strict=True):
+    assert sft.main(arguments) == 0
+    for one, other in zip(*((run / "metrics.jsonl").open() for run in (folder / "unbroken", output)), strict=True):
         assert one == other
     assert (folder / "unbroken" / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
     assert not (output / "checkpoints").exists()
@@ -146,6 +150,7 @@ def main() -> int:
     parser.add_argument("--writes", type=int, default=8, help="at least so many while a checkpoint is being written")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         found = kill_and_resume(Path(folder), arguments.kills, arguments.writes, arguments.seed, print)
         lines = [json.loads(line) for line in (Path(folder) / "killed" / "metrics.jsonl").read_text().splitlines()]

@@ -2,7 +2,7 @@
 
 Each rank prints, in bytes, the highest resident memory of its process over what it held before the model was made,
 after a small model had been trained to load what PyTorch loads on first use. N: positions of a forward pass. The C
-library is told by the environment to give freed blocks back, so that what is measured is what is held.
+library returns freed blocks at once (by its environment variables), so the peak is what was in use.
 """
 
 import json
@@ -24,11 +24,11 @@ def train(config: dict, settings: dict, positions: int, world) -> None:
     import torch
 
     from minillama import Llama, LlamaConfig
-    from train.data import Example
-    from train.loop import Trainer
+    from train.config import Settings
     from train.lora import add_adapters
-    from train.report import Reporter
-    from train.settings import Settings
+    from train.metrics import Reporter
+    from train.packing import Example
+    from train.trainer import Trainer
 
     chosen = Settings(epochs=2, checkpoint_every=1000, **settings)
     model = Llama(LlamaConfig(**config)).init_weights(0).to(getattr(torch, chosen.dtype))

@@ -3,7 +3,7 @@
 import torch
 from tiny import TINY
 
-from train.data import Example
+from train.packing import Example
 
 
 def examples_of(count: int, seed: int = 0) -> list[Example]:

@@ -1,6 +1,6 @@
 """One rank of a run over random examples, for test_ranks.py; the environment is torchrun's.
 
-rank_worker.py train OUTPUT STOP_AT     a run of 50 steps, gone on with if OUTPUT has one; a signal's stop at STOP_AT
+rank_worker.py train OUTPUT STOP_AT     a run of 50 steps, resumed if OUTPUT has one; stopped as by a signal at STOP_AT
 rank_worker.py gradients FILE DTYPE     loss and gradients of one optimizer step, saved whole by rank 0
 """
 
@@ -12,11 +12,11 @@ from random_examples import examples_of
 from tiny import tiny_model
 
 from minillama.errors import Interrupted
-from train.distributed import Loss, shard, started, unsharded, whole
-from train.loop import Trainer, schedule_of
-from train.loss import target_loss
-from train.report import Reporter
-from train.settings import Settings
+from train.config import Settings
+from train.data import Schedule
+from train.distributed import Loss, full_tensor, shard, started, unsharded
+from train.metrics import Reporter
+from train.trainer import Trainer, target_loss
 
 RUN = Settings(
     epochs=5,
@@ -61,27 +61,32 @@ def gradients(world, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     model = tiny_model(1).to(dtype)
     loss = Loss(model, target_loss)
     shard(loss, world)
-    schedule = schedule_of(examples_of(32, 4), Settings(epochs=1, batch_size=32, micro_batch_size=5), world)
+    schedule = Schedule(
+        examples_of(32, 4), Settings(epochs=1, batch_size=32, micro_batch_size=5), world.rank, world.size
+    )
     total = 0.0
     for batch in schedule.micro_batches(0):
-        part = loss(batch) / schedule.targets(0) * world.size
+        part = loss(batch) / schedule.num_labels(0) * world.size
         part.backward()
         total += float(part) / world.size
-    found = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
-    found["loss"] = torch.tensor(world.total([total])[0], dtype=torch.float64)
+    found = {name: full_tensor(parameter.grad) for name, parameter in model.named_parameters()}
+    found["loss"] = torch.tensor(world.all_reduce_sum([total])[0], dtype=torch.float64)
     return found
+
+
+def run(world, what: str, path: str, value: str) -> None:
+    if what == "train":
+        train(world, Path(path), int(value))
+    else:
+        found = {str(dtype): gradients(world, dtype) for dtype in (torch.float64, torch.float32)}
+        if world.is_main:
+            torch.save(found, path)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    what, path, value = sys.argv[1:]
     with started("cpu") as world:
-        if what == "train":
-            train(world, Path(path), int(value))
-        else:
-            found = {str(dtype): gradients(world, dtype) for dtype in (torch.float64, torch.float32)}
-            if world.main:
-                torch.save(found, path)
+        run(world, *sys.argv[1:])
 
 
 if __name__ == "__main__":

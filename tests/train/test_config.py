@@ -7,7 +7,7 @@ import tomllib
 import pytest
 
 from minillama.errors import exit_code
-from train import bench, bpe, cpt, merge, plan, plot, sft
+from train import bpe, cpt, first_layers, merge, plan, plot, sft
 
 
 def written(tmp_path, text):
@@ -112,7 +112,7 @@ def test_a_wrong_command_line_is_refused_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("module", [sft, cpt, plan, plot, merge, bench, bpe])
+@pytest.mark.parametrize("module", [sft, cpt, plan, plot, merge, first_layers, bpe])
 def test_help_has_examples(module, capsys):
     with pytest.raises(SystemExit) as end:
         module.main(["--help"])

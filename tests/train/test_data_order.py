@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from corpora import Pairs, Prompt
 from minillama import Tokenizer
 from minillama.chat import chat_format
-from train.data import Example, collate, documents, epoch_order, responses
+from train.data import documents, epoch_order, responses
+from train.packing import Example, collate
 
 PROMPT = Prompt.load("plain")
 
@@ -34,15 +35,15 @@ def test_collated_rows_predict_each_target_from_the_token_before_it(rows, data):
     examples = [Example(row, data.draw(st.integers(1, len(row) - 1))) for row in rows]
     batch = collate(examples)
     flat = batch.inputs_BT.flatten()
-    place = 0
+    index = 0
     for number, example in enumerate(examples):
-        for position in range(example.first_target, len(example.tokens)):
-            row = int(batch.target_rows_M[place])
+        for position in range(example.prompt_len, len(example.tokens)):
+            row = int(batch.label_positions_M[index])
             assert row == number * batch.inputs_BT.shape[1] + position - 1
             assert int(flat[row]) == example.tokens[position - 1]
-            assert int(batch.targets_M[place]) == example.tokens[position]
-            place += 1
-    assert place == len(batch.targets_M)
+            assert int(batch.labels_M[index]) == example.tokens[position]
+            index += 1
+    assert index == len(batch.labels_M)
 
 
 def test_responses_are_the_translation_and_the_end_and_nothing_of_the_prompt(tokenizer_folder):
@@ -51,8 +52,8 @@ def test_responses_are_the_translation_and_the_end_and_nothing_of_the_prompt(tok
     (example,) = responses(pairs, ("ja", "en"), PROMPT, chat_format("plain", tokenizer), tokenizer, 0, 1)
     assert example.tokens[0] == 0
     assert example.tokens.count(0) == 1
-    assert example.tokens[example.first_target :] == [*tokenizer.encode("i am a student."), 1]
-    assert tokenizer.decode(example.tokens[: example.first_target]) == "Japanese: 私は学生です。\nEnglish:"
+    assert example.tokens[example.prompt_len :] == [*tokenizer.encode("i am a student."), 1]
+    assert tokenizer.decode(example.tokens[: example.prompt_len]) == "Japanese: 私は学生です。\nEnglish:"
 
 
 def test_a_long_document_goes_on_in_examples_that_lose_no_target(tokenizer_folder):
@@ -62,4 +63,4 @@ def test_a_long_document_goes_on_in_examples_that_lose_no_target(tokenizer_folde
     parts = documents([text], tokenizer, 0, 1, max_length=16)
     assert all(len(part.tokens) <= 16 for part in parts)
     assert [token for part in parts for token in part.tokens[1:]] == whole[1:]
-    assert torch.tensor([part.first_target for part in parts]).unique().tolist() == [1]
+    assert torch.tensor([part.prompt_len for part in parts]).unique().tolist() == [1]

@@ -9,8 +9,8 @@ from tiny import tiny_model
 from minillama import InputError, Llama
 from minillama.errors import exit_code
 from train import merge, sft
+from train.config import Settings
 from train.lora import LoraLinear, add_adapters, layer_numbers
-from train.settings import Settings
 
 TOKENS = torch.tensor([[0, 5, 80, 200, 301, 7, 9]])
 
@@ -82,7 +82,7 @@ def test_gradients_of_an_adapter_are_those_of_the_merged_weight():
 
 
 def test_a_killed_adapter_run_resumes_and_another_base_is_refused(tmp_path, pairs_tsv, model_folders, monkeypatch):
-    from train.report import Reporter
+    from train.metrics import Reporter
 
     base, output = model_folders["A"], tmp_path / "two"
     assert sft.main(arguments(pairs_tsv, base, tmp_path / "one")) == 0

@@ -5,9 +5,8 @@ import torch
 from test_packing import assert_same, examples_of, loss_and_gradients
 from tiny import tiny_model
 
-from train.data import Example
-from train.loss import mean_loss, target_loss
-from train.packing import collate, pack
+from train.packing import Example, collate, pack
+from train.trainer import target_loss
 
 
 def kept_bytes(model, batch):
@@ -31,7 +30,7 @@ def kept_bytes(model, batch):
 def test_checkpointed_activations_change_nothing_but_memory(layout):
     model, examples = tiny_model(3, num_hidden_layers=6), examples_of(12)
     batch = layout(examples)
-    targets = sum(example.targets for example in examples)
+    targets = sum(example.num_labels for example in examples)
     plain, kept = loss_and_gradients(model, [batch], targets), kept_bytes(model, batch)
     model.model.checkpoint_activations = True
     again = loss_and_gradients(model, [batch], targets)
@@ -42,7 +41,7 @@ def test_checkpointed_activations_change_nothing_but_memory(layout):
 
 def test_mixed_precision_gives_nearly_the_same_gradients_in_the_weights_own_dtype():
     model, examples = tiny_model(3), examples_of(12)
-    targets = sum(example.targets for example in examples)
+    targets = sum(example.num_labels for example in examples)
     exact = loss_and_gradients(model, [pack(examples)], targets)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = loss_and_gradients(model, [pack(examples)], targets)
@@ -56,10 +55,3 @@ def test_a_batch_without_targets_costs_nothing(layout):
     total, gradients = loss_and_gradients(model, [layout([Example([1, 2, 3], 3)])], 1)
     assert total == 0.0
     assert not any(gradient.any() for gradient in gradients)
-
-
-def test_the_mean_is_over_targets_not_over_batches():
-    model, examples = tiny_model(3), examples_of(9)
-    batches = [pack(examples[:1]), collate(examples[1:])]
-    whole = target_loss(model, collate(examples)).item() / sum(example.targets for example in examples)
-    assert mean_loss(model, batches, torch.device("cpu")) == pytest.approx(whole, rel=1e-6)

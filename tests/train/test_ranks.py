@@ -1,18 +1,23 @@
-"""Two ranks are one: the same gradients, the same losses, checkpoints that either goes on from. gloo, on the CPU."""
+"""Two ranks and one: the same gradients, the same losses, checkpoints that either resumes from. gloo, on the CPU."""
 
 import json
 import signal
 import time
 
 import pytest
+import rank_worker
 import torch
 from ranks import HERE, finish, start
 
 from minillama import Llama
+from train.distributed import DistributedContext
 
 
 def run(ranks, *arguments):
-    finish(start(ranks, [str(HERE / "rank_worker.py"), *map(str, arguments)]))
+    if ranks == 1:  # needs no process of its own
+        rank_worker.run(DistributedContext(), *map(str, arguments))
+    else:
+        finish(start(ranks, [str(HERE / "rank_worker.py"), *map(str, arguments)]))
 
 
 def losses(output):
@@ -38,6 +43,7 @@ def assert_same_run(output, reference):
         assert (one - other).norm() < 1e-3 * other.norm()
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_losses_of_one_over_fifty_steps(tmp_path, one_rank):
     run(2, "train", tmp_path / "two", 0)
     assert losses(tmp_path / "two")[-2][0] == 50
@@ -45,7 +51,7 @@ def test_two_ranks_have_the_losses_of_one_over_fifty_steps(tmp_path, one_rank):
 
 
 @pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
-def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, one_rank, first, second):
+def test_a_run_resumes_with_another_number_of_ranks(tmp_path, one_rank, first, second):
     run(first, "train", tmp_path / "run", 30)  # step 30 is one of validation, too
     saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert saved[-1] == "step-00000030"

@@ -1,7 +1,6 @@
-"""What train.plan says of memory: against what autograd keeps, and against measured peaks."""
+"""Predicted memory, against what autograd saves and against measured peaks."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +8,11 @@ from peak import measured_peak
 
 from minillama import InputError, Llama, LlamaConfig
 from train import plan
-from train.data import Example
+from train.config import Settings
 from train.lora import add_adapters
-from train.loss import target_loss
-from train.memory import GIB, linears, memory_of
-from train.packing import pack
-from train.settings import Settings
+from train.memory import memory_of, shape_of
+from train.packing import Example, pack
+from train.trainer import target_loss
 
 SMALL = LlamaConfig(
     vocab_size=1000,
@@ -44,12 +42,12 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def kept_by_autograd(model, settings, positions):
-    """Bytes of every storage that the forward pass saves, but for the model's own."""
+def saved_by_autograd(model, settings, positions):
+    """Bytes of every storage that a real forward pass saves, except the model's own."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     found, alive = {}, []
 
-    def keep(tensor):
+    def save(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             found[storage.data_ptr()] = storage.nbytes()
@@ -58,7 +56,7 @@ def kept_by_autograd(model, settings, positions):
 
     batch = pack([Example(torch.randint(2, 900, (positions + 1,)).tolist(), 1)])
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(settings.compute_dtype))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), autocast:
         target_loss(model, batch)
     return sum(found.values())
 
@@ -69,30 +67,30 @@ def kept_by_autograd(model, settings, positions):
         {},
         {"dtype": "bfloat16"},
         {"compute_dtype": "bfloat16"},
-        {"lora_rank": 4},
         {"lora_rank": 4, "lora_targets": "q_proj,v_proj"},
         {"lora_rank": 4, "dtype": "bfloat16"},
-        {"lora_rank": 8, "lora_layers": "2-3"},
+        {"lora_rank": 8, "lora_layers": "1,3"},
         {"lora_rank": 4, "compute_dtype": "bfloat16"},
     ],
 )
-def test_activations_are_what_autograd_keeps(given):
+def test_activations_are_what_autograd_saves(given):
     settings = Settings(epochs=1, **given)
     model = Llama(SMALL).init_weights(0).to(getattr(torch, settings.dtype))
     if settings.lora_rank:
         add_adapters(model, settings)
-    kept = kept_by_autograd(model, settings, 256)
-    if settings.compute_dtype:  # autocast's copies of the weights are counted with the weights
-        kept -= 2 * SMALL.num_hidden_layers * sum(inputs * outputs for inputs, outputs in linears(SMALL).values())
-    assert memory_of(SMALL, settings, 256, 256).activations == pytest.approx(kept, rel=0.03)
+    saved = saved_by_autograd(model, settings, 256)
+    assert memory_of(SMALL, settings, 256, 256).activations == pytest.approx(saved, rel=0.03)
 
 
 @pytest.mark.parametrize(
     ("shape", "given", "positions", "ranks"),
     [
-        ({}, {}, 512, 1),
+        ({"vocab_size": 8000, "num_hidden_layers": 2}, {}, 256, 1),
+        slow({}, {}, 768, 1),
         slow({"vocab_size": 48000, "num_hidden_layers": 3, "tie_word_embeddings": False}, {"batch_size": 2}, 128, 1),
-        slow({"head_dim": 96}, {"release_gradients": True, "clip": 0.0, "optimizer_state": "int8"}, 384, 1),
+        slow({"head_dim": 96}, {"release_gradients": True, "clip": 0.0, "optimizer_state": "bfloat16"}, 384, 1),
+        slow({"num_hidden_layers": 8}, {"compute_dtype": "bfloat16"}, 768, 1),
+        slow({"num_hidden_layers": 8}, {"compute_dtype": "bfloat16", "checkpoint_activations": True}, 2048, 1),
         slow({"num_hidden_layers": 6}, {"lora_rank": 8, "checkpoint_activations": True}, 512, 1),
         slow({"num_hidden_layers": 8}, {"batch_size": 4}, 192, 4),
         slow({"num_hidden_layers": 6, "head_dim": 96}, {"batch_size": 4, "checkpoint_activations": True}, 768, 2),
@@ -119,20 +117,16 @@ def test_a_plan_of_a_known_model_needs_no_file(capsys):
     assert found["optimizer"] == 2 * found["weights"]
     assert not found["fits"]
     assert plan.main(argv) == 0
-    text = capsys.readouterr().out
-    assert "does not fit into 24 GiB" in text
-    # what it says to change does make it fit
-    settings = Settings(epochs=1, packing="epoch", **{key: value for c in found["changes"] for key, value in c.items()})
-    size = plan.forward_size(settings, 1)
-    shape = plan.shape_of("meta-llama/Llama-3.2-1B")
-    assert memory_of(shape, settings, size, size, device="cuda").peak <= 24 << 30
+    assert "does not fit into 24 GiB" in capsys.readouterr().out
+    assert plan.main([*argv, "--lora-rank", "16", "--micro-batch-size", "1"]) == 0
+    assert "It fits into 24 GiB" in capsys.readouterr().out
 
 
 def test_the_known_shapes_have_their_models_numbers_of_parameters():
     cards = {"3.2-1B": 1_235_814_400, "3.2-3B": 3_212_749_824, "3.1-8B": 8_030_261_248}  # as the hub counts them
     for name, parameters in cards.items():
         with torch.device("meta"):
-            model = Llama(plan.shape_of(f"meta-llama/Llama-{name}"))
+            model = Llama(shape_of(f"meta-llama/Llama-{name}"))
         assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
@@ -144,27 +138,9 @@ def test_each_rank_computes_its_share_of_the_sequences(ranks, positions, capsys)
 
 
 @pytest.mark.parametrize(
-    ("model", "memory"),
-    [("Llama-3.2-1B", 16), ("Llama-3.2-1B", 24), ("Llama-3.1-8B", 24), ("Llama-3.1-8B", 40), ("Llama-3.1-8B", 80)],
-)
-def test_no_change_is_proposed_that_is_not_needed(model, memory):
-    shape, settings = plan.shape_of(f"meta-llama/{model}"), Settings(epochs=1, packing="epoch")
-    changes = [change for change, _ in plan.changes_that_fit(shape, settings, memory * GIB, None, 1, "cuda")]
-
-    def peak(chosen):
-        changed = replace(settings, **{name: value for change in chosen for name, value in change.items()})
-        size = plan.forward_size(changed, 1)
-        return memory_of(shape, changed, size, size, 1, "cuda").peak
-
-    assert peak(changes) <= memory * GIB < peak([])
-    for number in range(len(changes)):
-        assert peak(changes[:number] + changes[number + 1 :]) > memory * GIB
-
-
-@pytest.mark.parametrize(
     "words", [("--gpu-memory", "nan"), ("--gpu-memory", "0"), ("--ranks", "0"), ("--lora-targets", "head")]
 )
-def test_a_wrong_plan_is_refused(words):
+def test_wrong_arguments_of_plan_are_refused(words):
     with pytest.raises(InputError, match=words[0]):
         plan.main(["--model", "meta-llama/Llama-3.2-1B", "--gpu-memory", "24", *words])
 
@@ -180,7 +156,7 @@ def test_an_unknown_model_is_refused_with_the_known_ones():
 
 
 def test_ranks_share_weights_gradients_and_optimizer():
-    shape = plan.shape_of("meta-llama/Llama-3.1-8B")
+    shape = shape_of("meta-llama/Llama-3.1-8B")
     one, eight = (memory_of(shape, Settings(epochs=1), 2048, 2048, ranks, "cuda") for ranks in (1, 8))
     assert (eight.weights, eight.gradients, eight.optimizer) == (
         one.weights // 8,

@@ -9,9 +9,9 @@ from tiny import tiny_model
 
 from minillama import InputError
 from train import plot
-from train.loop import Trainer
-from train.report import Lines, Reporter, Timing
-from train.settings import Settings
+from train.config import Settings
+from train.metrics import JsonLines, Reporter, Timing
+from train.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -112,5 +112,5 @@ def test_progress_without_a_terminal_is_a_line_with_loss_speed_targets_and_time_
 
 def test_metrics_that_are_shorter_than_their_checkpoint_are_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(InputError, match="3 bytes, but the checkpoint was saved beside 100"):
-        Lines(tmp_path / "metrics.jsonl", 100)
+    with pytest.raises(InputError, match="3 bytes, but the checkpoint was saved with 100"):
+        JsonLines(tmp_path / "metrics.jsonl", 100)

@@ -1,7 +1,7 @@
-"""What a run tells: its records (metrics.jsonl, timing.jsonl, TensorBoard), and progress for whoever watches.
+"""The records of a run (metrics.jsonl, timing.jsonl, TensorBoard) and its progress on standard error.
 
-metrics.jsonl holds what was computed, so two runs of the same weights have the same bytes in it; timing.jsonl holds
-what clocks and memory said. Progress is a bar on a terminal, a plain line now and then otherwise.
+metrics.jsonl holds what was computed, so it has the same bytes in two runs with the same weights; timing.jsonl holds
+seconds and memory. Progress is a bar on a terminal, otherwise a line every LINE_SECONDS.
 """
 
 import json
@@ -18,64 +18,63 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from minillama.errors import InputError
 
-# Seconds between two lines where there is no terminal.
-LINE_EVERY = 30.0
+LINE_SECONDS = 30.0
 
 
-class Lines:
-    """A file of JSON lines of which the first `keep` bytes are kept. Raises InputError where it cannot be written.
+class JsonLines:
+    """A file of JSON lines, truncated to its first `keep` bytes. Raises InputError if it cannot be written.
 
-    Every line is given to the system at once, so whoever follows the file sees the last step.
+    Every line is flushed at once, so another process can follow the file.
     """
 
     def __init__(self, path: Path, keep: int) -> None:
         self.path = path
         size = path.stat().st_size if path.exists() else 0
         if size < keep:
-            raise InputError(f"{path}: {size:,} bytes, but the checkpoint was saved beside {keep:,}; it cannot go on")
+            raise InputError(f"{path}: {size:,} bytes, but the checkpoint was saved with {keep:,}; cannot resume")
         try:
             self.stream = open(path, "r+b" if keep else "wb")  # noqa: SIM115 (closed by `close`)
             self.stream.truncate(keep)
             self.stream.seek(keep)
         except OSError as error:
-            raise self._refusal(error) from None
+            raise self._write_error(error) from None
 
     def write(self, record: dict[str, Any]) -> None:
         try:
             self.stream.write((json.dumps(record) + "\n").encode())
             self.stream.flush()
         except OSError as error:
-            raise self._refusal(error) from None
+            raise self._write_error(error) from None
 
-    def saved(self) -> int:
-        """The number of bytes, after all of them are on the disk."""
+    def sync(self) -> int:
+        """Wait until all bytes are on the disk; returns their number."""
         try:
             self.stream.flush()
             os.fsync(self.stream.fileno())
             return self.stream.tell()
         except OSError as error:
-            raise self._refusal(error) from None
+            raise self._write_error(error) from None
 
     def close(self) -> None:
         try:
             self.stream.close()
         except OSError as error:
-            raise self._refusal(error) from None
+            raise self._write_error(error) from None
 
-    def _refusal(self, error: OSError) -> InputError:
+    def _write_error(self, error: OSError) -> InputError:
         return InputError(
-            f"{self.path}: cannot be written ({error.strerror}); the last checkpoint is intact: mend that and go on "
-            "with --resume"
+            f"{self.path}: cannot be written ({error.strerror}); the last checkpoint is intact: fix this and repeat "
+            "the command with --resume"
         )
 
 
 class Timing:
-    """timing.jsonl: of each step its seconds, speed, and the most memory that the process has held so far."""
+    """timing.jsonl: seconds, speed and peak memory so far of each step."""
 
     def __init__(self, output: Path, resumed: bool, device: torch.device) -> None:
         path = output / "timing.jsonl"
-        # A killed process may have left half a line behind.
-        self.lines = Lines(path, path.read_bytes().rfind(b"\n") + 1 if resumed and path.exists() else 0)
+        # a killed process may have left half a line
+        self.lines = JsonLines(path, path.read_bytes().rfind(b"\n") + 1 if resumed and path.exists() else 0)
         self.device = device
         self.last = time.monotonic()
 
@@ -93,9 +92,12 @@ class Timing:
             }
         )
 
+    def close(self) -> None:
+        self.lines.close()
+
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory held so far: allocated on a GPU, resident (getrusage) on the CPU."""
+    """Peak memory so far: allocated on a GPU, resident (getrusage) on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -103,7 +105,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def tensorboard_writer(output: Path, first_step: int) -> Any:
-    """A SummaryWriter that takes back what a killed run wrote from `first_step` on. Raises InputError without it."""
+    """A SummaryWriter that drops what a killed run wrote from `first_step` on. Raises InputError if not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -112,7 +114,7 @@ def tensorboard_writer(output: Path, first_step: int) -> Any:
 
 
 class Reporter:
-    """Shows loss (smoothed over about 50 steps), tokens per second, the share of target tokens, and the time left."""
+    """Shows the loss (smoothed over about 50 steps), tokens per second, the share of target tokens, the time left."""
 
     def __init__(self, silent: bool = False) -> None:
         self.console = Console(stderr=True, quiet=silent)
@@ -137,7 +139,7 @@ class Reporter:
         now = time.monotonic()
         if self.bar is not None:
             self.bar.update(self.task, completed=step, status=self._status(now))
-        elif not self.silent and (now - self.last_line >= LINE_EVERY or step == self.total):
+        elif not self.silent and (now - self.last_line >= LINE_SECONDS or step == self.total):
             self.last_line = now
             left = (now - self.started) / (step - self.first) * (self.total - step)
             print(f"step {step}/{self.total}  {self._status(now)}  {left:,.0f} s left", file=sys.stderr, flush=True)
