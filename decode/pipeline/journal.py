@@ -75,13 +75,16 @@ class Journal:
         self._sync()
         os.close(self.descriptor)
 
-    def start(self, run: Mapping[str, Any]) -> None:
-        """Drop a damaged end, and the head of a file without records; write the head of an empty file."""
-        _, complete_bytes, lines = _scan(self.path)
-        os.ftruncate(self.descriptor, complete_bytes if lines else 0)
-        if not lines:
-            self._append({"journal": FORMAT, "run": dict(run)})
-            sync(self.path.parent)
+    def start(self, run: Mapping[str, Any], keep: bool = True) -> None:
+        """Drop a damaged end, and a file without records or not to keep; write the head of an empty file."""
+        reader = JournalReader(self.path)
+        count = sum(1 for _ in reader.new_records())
+        if keep and count:
+            os.ftruncate(self.descriptor, reader.offset)
+            return
+        os.ftruncate(self.descriptor, 0)
+        self._append({"journal": FORMAT, "run": dict(run)})
+        sync(self.path.parent)
 
     def write(self, record: Record) -> None:
         self._append(record.to_json())
@@ -114,24 +117,23 @@ def open_journal(path: Path, run: Mapping[str, Any], resume: bool | None) -> tup
     """
     journal = Journal(path)
     try:
+        done: set[int] = set()
         others = rank_files(path)
-        found = {file: _scan(file) for file in (path, *others)} if resume is not False else {}
-        done: set[int] = set().union(*(lines for _, _, lines in found.values()))
+        for file in (path, *others) if resume is not False else ():
+            reader = JournalReader(file)
+            lines = {record.line for record in reader.new_records()}
+            if lines and resume and (different := differences(reader.run, run)):
+                raise InputError(f"{file} is of another run: {different}; --no-resume starts afresh")
+            done |= lines
         if done and resume is None:
             raise InputError(
                 f"{path}: {len(done):,} finished sentences of a run that did not end; --resume continues it, "
                 "--no-resume starts afresh"
             )
-        for file, (head, _, lines) in found.items():
-            if lines and (different := differences(head, run)):
-                raise InputError(f"{file} is of another run: {different}; --no-resume starts afresh")
-        kept = [file for file, (_, _, lines) in found.items() if lines]
-        if path not in kept:
-            os.ftruncate(journal.descriptor, 0)
         for file in others:
-            if file not in kept:
+            if resume is False or next(read_records(file), None) is None:
                 file.unlink()
-        journal.start(run)
+        journal.start(run, keep=resume is not False)
     except BaseException:
         journal.__exit__()
         raise
@@ -147,23 +149,40 @@ def remove_journal(path: Path) -> None:
 
 def read_records(path: Path) -> Iterator[Record]:
     """The records of a journal file, in the order in which their sentences ended."""
-    yield from JournalFollower(path).new_records()
+    return JournalReader(path).new_records()
 
 
-class JournalFollower:
-    """Reads the journal of another process while it grows. `stats` is its last entry, once that is written."""
+class JournalReader:
+    """Reads a journal file, perhaps of another process and while it grows, as far as its lines are complete.
+
+    run: the fingerprint in its head.   stats: its last entry, once that is written.   offset: bytes read.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.offset = 0
+        self.run: dict[str, Any] = {}
         self.stats: dict[str, Any] = {}
 
     def new_records(self) -> Iterator[Record]:
-        for end, entry in _entries(self.path, self.offset):
-            if "line" in entry:
-                yield Record.from_json(entry)
-            self.stats = entry.get("end", {})
-            self.offset = end
+        """The records since the last call; ends before a line that is torn or damaged."""
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as stream:
+            stream.seek(self.offset)
+            for raw in stream:
+                try:
+                    entry = json.loads(raw) if raw.endswith(b"\n") else None
+                except ValueError:
+                    return
+                if not isinstance(entry, dict):
+                    return
+                self.offset += len(raw)
+                self.stats = entry.get("end", {})
+                if entry.get("journal") == FORMAT:
+                    self.run = entry.get("run", {})
+                elif "line" in entry:
+                    yield Record.from_json(entry)
 
 
 def fingerprint(sentences: Sequence[str], models: "EnsembleSpec", options: Options) -> dict[str, Any]:
@@ -237,34 +256,3 @@ def _open_locked(path: Path) -> int:
         if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
             return descriptor
         os.close(descriptor)  # its last owner removed it between the two calls
-
-
-def _entries(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(offset after it, entry) of each complete line; ends before the first that is torn or damaged."""
-    if not path.exists():
-        return
-    with open(path, "rb") as stream:
-        stream.seek(offset)
-        for raw in stream:
-            try:
-                entry = json.loads(raw) if raw.endswith(b"\n") else None
-            except ValueError:
-                return
-            if not isinstance(entry, dict):
-                return
-            offset += len(raw)
-            yield offset, entry
-
-
-def _scan(path: Path) -> tuple[dict[str, Any], int, set[int]]:
-    """(the fingerprint in the head, if any; bytes of complete lines; lines with a record)."""
-    run: dict[str, Any] = {}
-    complete = 0
-    lines: set[int] = set()
-    for end, entry in _entries(path):
-        complete = end
-        if entry.get("journal") == FORMAT:
-            run = entry.get("run", {})
-        elif "line" in entry:
-            lines.add(entry["line"] - 1)
-    return run, complete, lines

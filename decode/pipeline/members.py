@@ -157,10 +157,9 @@ def open_members(
         chat = chat_format((chats.get(name) if chats else None) or prompt.chat, tokenizer)
         members.append(MemberSpec(name, folder, checkpoint, tokenizer, chat, prompt))
     check_shared_vocabulary({member.name: member.tokenizer for member in members})
-    sizes = {member.name: member.checkpoint.config.vocab_size for member in members}
+    sizes = {member.name: f"{member.checkpoint.config.vocab_size:,}" for member in members}
     if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-        raise InputError(f"the models' vocabularies differ in size: {listed}")
+        raise InputError(f"the models' vocabularies differ in size: {listed(sizes)}")
     return members
 
 

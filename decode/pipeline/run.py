@@ -152,8 +152,8 @@ class TranslationRun:
             if self.journal:
                 path = self.journal.path
                 files = [*(journal.rank_path(path, rank) for rank in range(1, world)), *journal.rank_files(path)]
-                others = [journal.JournalFollower(file) for file in dict.fromkeys(files)]
-                self._collect(file, [journal.JournalFollower(path), *others])
+                others = [journal.JournalReader(file) for file in dict.fromkeys(files)]
+                self._collect(file, [journal.JournalReader(path), *others])
         try:
             if self.ensemble is not None:
                 remaining = file.remaining(self.done)
@@ -174,10 +174,10 @@ class TranslationRun:
             if other.stats:
                 self.stats.merge(**other.stats)
 
-    def _collect(self, file: EncodedInput, journals: list[journal.JournalFollower]) -> None:
+    def _collect(self, file: EncodedInput, journals: list[journal.JournalReader]) -> None:
         """Output what is new in these journals, of other ranks or of an earlier run."""
-        for follower in journals:
-            for record in follower.new_records():
+        for reader in journals:
+            for record in reader.new_records():
                 assert self.outputs is not None
                 self.outputs.put(record, file.text(record.line), resumed=record.line in self.done)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from decode.pipeline.journal import (
     Journal,
-    JournalFollower,
+    JournalReader,
     journal_path,
     open_journal,
     rank_path,
@@ -62,15 +62,15 @@ def test_the_files_of_all_ranks_count_until_the_run_ends(tmp_path):
         other.start(RUN)
         other.write(nine)
         other.end({"steps": 3})
-    follower = JournalFollower(rank_path(path, 1))
-    assert list(follower.new_records()) == [nine]
-    assert list(follower.new_records()) == []
-    assert follower.stats == {"steps": 3}
+    reader = JournalReader(rank_path(path, 1))
+    assert list(reader.new_records()) == [nine]
+    assert list(reader.new_records()) == []
+    assert reader.stats == {"steps": 3}
     with Journal(rank_path(path, 1)) as other:  # a resumed run, which has not ended
         other.start(RUN)
         other.write(records[0])
-    assert list(follower.new_records()) == [records[0]]
-    assert follower.stats == {}
+    assert list(reader.new_records()) == [records[0]]
+    assert reader.stats == {}
     journal, done = open_journal(path, RUN, True)
     with journal:
         assert done == {0, 1, 9}
