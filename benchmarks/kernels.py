@@ -36,7 +36,6 @@ VOCABULARY = 128_256
 ROTATED_BYTES, MOST_SETS, LEAST_SETS = 256 << 20, 1024, 4
 EXAMPLES = """examples:
   python -m benchmarks.kernels                 this machine, some minutes; the figures as a table
-  python -m benchmarks.kernels --json          the same as JSON
   python -m benchmarks.kernels --all --json    every shape and dtype: what a machine with a GPU runs unattended
 """
 
@@ -61,12 +60,8 @@ def moved_bytes(batch: int, members: int, dtype: torch.dtype) -> dict[str, Any]:
     casts = 0 if dtype == torch.float32 else size + 4
     eager = batch * VOCABULARY * (members * (casts + 8) + (members - 1) * 12 + 4 + 8)
     fused = batch * (VOCABULARY * members * size + splits * (2 * 16 + 8 + 4 * members) + 16)
-    shape = {"batch": batch, "vocabulary": VOCABULARY, "members": members, "dtype": _name(dtype)}
+    shape = {"batch": batch, "vocabulary": VOCABULARY, "members": members, "dtype": str(dtype).removeprefix("torch.")}
     return shape | {"eager_bytes": eager, "fused_bytes": fused, "ratio": round(eager / fused, 2)}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _random_logits(batch: int, vocabulary: int, members: int, dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -100,7 +95,13 @@ def cpu_logits(batches: Sequence[int], vocabulary: int, rounds: int, limit: floa
             times = alternate({"cpu path": ours, "eager": eager}, rounds)
             speed = 3 * batch * vocabulary * dtype.itemsize / times["cpu path"]["least_ms"] / 1e6
             rows.append(
-                {"batch": batch, "vocabulary": vocabulary, "members": 3, "dtype": _name(dtype), "ms": times}
+                {
+                    "batch": batch,
+                    "vocabulary": vocabulary,
+                    "members": 3,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "ms": times,
+                }
                 | {"times_eager": round(times["eager"]["median_ms"] / times["cpu path"]["median_ms"], 2)}
                 | {"gigabytes_per_second": round(speed, 2), "share_of_roof": round(speed / limit, 3)}
             )
@@ -259,7 +260,13 @@ def gpu_logits(batch: int, members: int, dtype: torch.dtype, rounds: int, limit:
         rivals["compiled"] = _each(torch.compile(plain_eager, dynamic=False), logits, weights)
     times = alternate_graphs(rivals, sets, rounds)
     speed = size / times["triton"] / 1e3
-    row = {"batch": batch, "vocabulary": VOCABULARY, "members": members, "dtype": _name(dtype), "microseconds": times}
+    row = {
+        "batch": batch,
+        "vocabulary": VOCABULARY,
+        "members": members,
+        "dtype": str(dtype).removeprefix("torch."),
+        "microseconds": times,
+    }
     row |= {f"times_{name}": round(times[name] / times["triton"], 2) for name in ("eager", "compiled") if name in times}
     return row | {
         "gigabytes_per_second": round(speed, 1),
@@ -330,8 +337,7 @@ def show(result: dict[str, Any]) -> None:
         times = ", ".join(f"{name} {values['median_ms']:.2f}" for name, values in row["ms"].items())
         print(f"  B={row['batch']:<3}{row['shape'][0]}->{row['shape'][1]}: {times}")
     head = figures["fused_head"]
-    megabytes = f"{head['peak_megabytes_over_weights']:.0f} MB over the weights in {head['seconds']:.1f} s"
-    print(f"\nfused_head: {head['rows']} tokens, widths {head['widths']}, V = {head['vocabulary']:,}: {megabytes}")
+    print(f"\nfused_head: {head['peak_megabytes_over_weights']:.0f} MB over the weights in {head['seconds']:.1f} s")
 
 
 def main(arguments: list[str] | None = None) -> int:
