@@ -60,8 +60,12 @@ def moved_bytes(batch: int, members: int, dtype: torch.dtype) -> dict[str, Any]:
     casts = 0 if dtype == torch.float32 else size + 4
     eager = batch * VOCABULARY * (members * (casts + 8) + (members - 1) * 12 + 4 + 8)
     fused = batch * (VOCABULARY * members * size + splits * (2 * 16 + 8 + 4 * members) + 16)
-    shape = {"batch": batch, "vocabulary": VOCABULARY, "members": members, "dtype": str(dtype).removeprefix("torch.")}
+    shape = {"batch": batch, "vocabulary": VOCABULARY, "members": members, "dtype": _name(dtype)}
     return shape | {"eager_bytes": eager, "fused_bytes": fused, "ratio": round(eager / fused, 2)}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _random_logits(batch: int, vocabulary: int, members: int, dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -95,13 +99,7 @@ def cpu_logits(batches: Sequence[int], vocabulary: int, rounds: int, limit: floa
             times = alternate({"cpu path": ours, "eager": eager}, rounds)
             speed = 3 * batch * vocabulary * dtype.itemsize / times["cpu path"]["least_ms"] / 1e6
             rows.append(
-                {
-                    "batch": batch,
-                    "vocabulary": vocabulary,
-                    "members": 3,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "ms": times,
-                }
+                {"batch": batch, "vocabulary": vocabulary, "members": 3, "dtype": _name(dtype), "ms": times}
                 | {"times_eager": round(times["eager"]["median_ms"] / times["cpu path"]["median_ms"], 2)}
                 | {"gigabytes_per_second": round(speed, 2), "share_of_roof": round(speed / limit, 3)}
             )
@@ -168,9 +166,7 @@ def _score(batch: int, vocabulary: int, widths: Sequence[int]) -> None:
     seconds = time.perf_counter() - start
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     found = {"rows": batch, "vocabulary": vocabulary, "widths": widths, "seconds": round(seconds, 2)}
-    all_logits = len(widths) * batch * vocabulary * 2 / 2**20
-    found |= {"peak_megabytes_over_weights": round(peak, 1)}
-    print(json.dumps(found | {"megabytes_of_all_logits_in_bfloat16": round(all_logits, 1)}))
+    print(json.dumps(found | {"peak_megabytes_over_weights": round(peak, 1)}))
 
 
 def on_cpu(everything: bool, quick: bool) -> dict[str, Any]:
@@ -182,8 +178,6 @@ def on_cpu(everything: bool, quick: bool) -> dict[str, Any]:
     if everything:
         logits += cpu_logits(batches, VOCABULARY, rounds, limit)
     linear = cpu_linear(batches if quick else (*batches, 3, 6, 12, 24, 48), 2048, 512 if quick else 16_384, rounds)
-    if everything:
-        linear += cpu_linear((1, 4, 16, 64), 576, 1536, rounds)
     return {
         "read_gigabytes_per_second": limit,
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -260,13 +254,7 @@ def gpu_logits(batch: int, members: int, dtype: torch.dtype, rounds: int, limit:
         rivals["compiled"] = _each(torch.compile(plain_eager, dynamic=False), logits, weights)
     times = alternate_graphs(rivals, sets, rounds)
     speed = size / times["triton"] / 1e3
-    row = {
-        "batch": batch,
-        "vocabulary": VOCABULARY,
-        "members": members,
-        "dtype": str(dtype).removeprefix("torch."),
-        "microseconds": times,
-    }
+    row = {"batch": batch, "vocabulary": VOCABULARY, "members": members, "dtype": _name(dtype), "microseconds": times}
     row |= {f"times_{name}": round(times[name] / times["triton"], 2) for name in ("eager", "compiled") if name in times}
     return row | {
         "gigabytes_per_second": round(speed, 1),
