@@ -21,6 +21,7 @@ from minillama.machine import device_name, pick_device, processor_name, versions
 
 PACKAGES = ("torch", "collab-mt", "safetensors", "tokenizers", "sacrebleu", "triton")
 MEMBERS = ("L", "S_all", "S_MT", "S_srcMT", "S_tgtMT")
+AGAINST = {"proxy": "proxy", "original": "large"}  # keys of p-values, by the part of a row's name after the dot
 
 
 def gather(steps: Steps, store: Store, config: Path) -> dict[str, Any]:
@@ -49,12 +50,11 @@ def gather(steps: Steps, store: Store, config: Path) -> dict[str, Any]:
 
 def _step(step: Step, store: Store) -> dict[str, Any]:
     done = store.done(step)
-    measured = {"seconds": done["seconds"], "key": step.key[:16], "peak_memory_bytes": done["peak_memory_bytes"]}
-    return {"name": step.name, **measured}
+    return {"name": step.name, "key": step.key[:16]} | {key: done[key] for key in ("seconds", "peak_memory_bytes")}
 
 
 def _row(row: StudyRow, steps: Steps, store: Store, fits: dict[str, Any]) -> dict[str, Any]:
-    first_large = row.large in (steps.study.small, steps.study.larges[0])
+    first_large = row.large in (steps.study.small, *steps.study.larges[:1])
     return {
         "id": row.id,
         "large": row.large,
@@ -71,10 +71,9 @@ def _cell(row: StudyRow, direction: str, steps: Steps, store: Store, fits: dict[
     scores = json.loads((store.folder(steps.scores[direction, row.large]) / "scores.json").read_text("utf-8"))
     system = scores["systems"][row.id]
     run = json.loads((store.folder(step) / "run.json").read_text("utf-8"))
-    names = {f"{row.large}.proxy": "proxy", f"{row.large}.original": "large"}
     return {
         "metrics": system["metrics"],
-        "p": {names[name]: values for name, values in system["p"].items()},
+        "p": {AGAINST[name.rpartition(".")[2]]: values for name, values in system["p"].items()},
         "weights": run["weights"],
         "nats_per_token": _nats_per_token(row, fits.get(row.large, {}).get(direction, {})),
         "output_tokens": run["output_tokens"],
@@ -121,8 +120,9 @@ def _direction(steps: Steps, store: Store, direction: str) -> dict[str, Any]:
     source, target = direction.split("-")
     corpus = steps.study.directions()[direction]
     found: dict[str, Any] = {"source": source, "target": target, "corpus": corpus}
+    parts = steps.study.corpora[corpus].parts()
     for part, count in (("test", "sentences"), ("dev", "dev_sentences")):
-        if (text := steps.study.corpora[corpus].parts().get(part)) is None:
+        if (text := parts.get(part)) is None:
             continue
         lines = f", lines {text.lines[0]:,} to {text.lines[1]:,}" if text.lines else ""
         found[part] = (text.split or text.files) + lines
@@ -154,6 +154,6 @@ def _commit() -> str | None:
     """The commit of this checkout, None outside one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    except FileNotFoundError:
         return None
