@@ -109,10 +109,8 @@ def _fits(steps: Steps, store: Store) -> dict[str, Any]:
 
 def _fixed(against: dict[str, float]) -> dict[str, float]:
     """NLL per token by expression, each written as the paper's tables have it."""
-    known = {}
-    for expression in EXPRESSIONS.values():
-        names = [name for name in MEMBERS if name in expression.combine]
-        known[format_weights(parse(expression.combine, names))] = expression.combine
+    names = {e.combine: [name for name in MEMBERS if name in e.combine] for e in EXPRESSIONS.values()}
+    known = {format_weights(parse(combine, members)): combine for combine, members in names.items()}
     return {known.get(expression, expression): nats for expression, nats in against.items()}
 
 
