@@ -49,8 +49,7 @@ class Results:
 
     def cell(self, row: str, direction: str) -> dict[str, Any]:
         """A row's figures for a direction, empty where it has none."""
-        found: dict[str, Any] = self.rows.get(row, {}).get("cells", {}).get(direction, {})
-        return found
+        return dict(self.rows.get(row, {}).get("cells", {}).get(direction, {}))
 
     def labels(self, direction: str) -> dict[str, str]:
         """Labels of a direction's metrics by their keys."""

@@ -4,10 +4,11 @@ If the study repeats the paper, the paper's figures and the difference to ours s
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from eval.paper_figures import paper_figures, paper_score
 from eval.report_data import BASELINES, KNOWN, Results, model_of
-from eval.study.expressions import FITTED
+from eval.study.expressions import FITTED, MEMBERS
 from eval.tables import MISSING, Inline, Row, Span, Table, code, number
 
 P_LEVEL = 0.05  # p-values below it are marked
@@ -144,27 +145,24 @@ def signature_table(results: Results) -> Table:
 
 def fit_table(results: Results) -> Table:
     """Fitted weights with standard errors, their likelihood, and the certificate that they are the optimum."""
-    fits = [
-        (large, direction, kinds)
-        for large, by_direction in results.data["fits"].items()
-        for direction, kinds in by_direction.items()
-    ]
-    members = list(dict.fromkeys(name for *_, kinds in fits for fit in kinds.values() for name in fit["weights"]))
     blocks: list[list[Row]] = []
-    for large, direction, kinds in fits:
-        blocks.append([])
-        for kind, fit in kinds.items():
-            cells: dict[str, Inline] = {"L": large, "direction": direction, "fit": FITTED[kind][1]}
-            for member in members:
-                error = fit["standard_errors"].get(member)
-                weight = number(fit["weights"].get(member), 3)
-                cells[f"weights {member}"] = weight if error is None else f"{weight} ± {number(error, 3)}"
-            cells["nats per token"] = number(fit["nats_per_token"], 3)
-            for label, key in (("gradient norm", "gradient_norm"), ("least eigenvalue", "smallest_eigenvalue")):
-                cells[label] = f"{fit[key]:.1e}" if key in fit else MISSING
-            blocks[-1].append(cells)
+    for large, by_direction in results.data["fits"].items():
+        for direction, kinds in by_direction.items():
+            blocks.append([_fit_row(large, direction, kind, fit) for kind, fit in kinds.items()])
     note = (
         "weights ± standard errors. The likelihood is convex in the weights: a gradient of zero under a positive least "
         "eigenvalue is its one optimum."
     )
     return Table("fits", "Fitted weights", blocks, 3, [note])
+
+
+def _fit_row(large: str, direction: str, kind: str, fit: dict[str, Any]) -> Row:
+    cells: dict[str, Inline] = {"L": large, "direction": direction, "fit": FITTED[kind][1]}
+    for member in MEMBERS:
+        error = fit["standard_errors"].get(member)
+        weight = number(fit["weights"].get(member), 3)
+        cells[f"weights {member}"] = weight if error is None else f"{weight} ± {number(error, 3)}"
+    cells["nats per token"] = number(fit["nats_per_token"], 3)
+    for label, key in (("gradient norm", "gradient_norm"), ("least eigenvalue", "smallest_eigenvalue")):
+        cells[label] = f"{fit[key]:.1e}" if key in fit else MISSING
+    return cells

@@ -5,6 +5,10 @@ Members are named L (the large model), S_all (the small model before training), 
 
 from dataclasses import dataclass
 
+from decode.engine.expression import parse
+
+MEMBERS = ("L", "S_all", "S_MT", "S_srcMT", "S_tgtMT")
+
 
 @dataclass(frozen=True)
 class Expression:
@@ -13,6 +17,11 @@ class Expression:
     method: str
     combine: str
     tables: tuple[int, ...]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """By member, in order of first mention."""
+        return parse(self.combine, MEMBERS, all_used=False)
 
 
 # In the order of the paper's Table 6. Table 4 also depends on the large model: see `tables`.
@@ -39,9 +48,3 @@ FITTED = {
 def tables(expression: Expression, first_large: bool) -> list[int]:
     """Tables that contain a row. Tables 3 and 4 have the first large model only (the paper's 3B)."""
     return [number for number in expression.tables if first_large or number in (2, 6)]
-
-
-def members(combine: str) -> list[str]:
-    """Names in an expression, in order of appearance, each once."""
-    names = "".join(c if c.isalnum() or c == "_" else " " for c in combine).split()
-    return list(dict.fromkeys(name for name in names if not name[0].isdigit()))

@@ -138,8 +138,7 @@ class Store:
 
     def done(self, step: Step) -> dict[str, Any]:
         """The record that `finish` wrote."""
-        record: dict[str, Any] = json.loads((self.folder(step) / DONE).read_text(encoding="utf-8"))
-        return record
+        return dict(json.loads((self.folder(step) / DONE).read_text(encoding="utf-8")))
 
     def state(self, step: Step) -> str:
         if self.is_done(step):

@@ -6,6 +6,7 @@ weights of all members, without caches.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from eval.study.config import Study
 from eval.study.graph import Named, Step, Store
@@ -61,7 +62,9 @@ def predicted_memory(study: Study, order: Sequence[Step]) -> dict[str, float]:
         if step.kind in ("cpt", "sft") and step.model in shapes:
             found[step.key] = _training_gib(study, step, shapes[step.model])
         elif step.kind in ("decode", "fit"):
-            members = [study.small if name.startswith("S_") else step.model for name in _members(step)]
+            named = [word for option, word in pairwise(step.arguments) if option == "--model"]
+            names = [word.name for word in named if isinstance(word, Named)]
+            members = [study.small if name.startswith("S_") else step.model for name in names]
             if all(member in shapes for member in members):
                 found[step.key] = sum(weights[member] for member in members) / GIB
     return found
@@ -95,9 +98,3 @@ def _parameters(shape: LlamaConfig) -> int:
 
     with torch.device("meta"):
         return sum(p.numel() for p in Llama(shape).parameters())
-
-
-def _members(step: Step) -> list[str]:
-    """Names of the models in a step's command."""
-    pairs = zip(step.arguments, step.arguments[1:])
-    return [word.name for option, word in pairs if isinstance(word, Named) and option == "--model"]

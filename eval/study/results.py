@@ -13,14 +13,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from decode.engine.expression import format_weights, parse
+from decode.engine.expression import format_weights
 from eval.study.expressions import EXPRESSIONS, FITTED, tables
 from eval.study.graph import Step, Store, in_order
 from eval.study.steps import Steps, StudyRow
 from minillama.machine import device_name, pick_device, processor_name, versions
 
 PACKAGES = ("torch", "collab-mt", "safetensors", "tokenizers", "sacrebleu", "triton")
-MEMBERS = ("L", "S_all", "S_MT", "S_srcMT", "S_tgtMT")
 AGAINST = {"proxy": "proxy", "original": "large"}  # keys of p-values, by the part of a row's name after the dot
 
 
@@ -109,8 +108,7 @@ def _fits(steps: Steps, store: Store) -> dict[str, Any]:
 
 def _fixed(against: dict[str, float]) -> dict[str, float]:
     """NLL per token by expression, each written as the paper's tables have it."""
-    names = {e.combine: [name for name in MEMBERS if name in e.combine] for e in EXPRESSIONS.values()}
-    known = {format_weights(parse(combine, members)): combine for combine, members in names.items()}
+    known = {format_weights(expression.weights): expression.combine for expression in EXPRESSIONS.values()}
     return {known.get(expression, expression): nats for expression, nats in against.items()}
 
 

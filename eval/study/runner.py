@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -20,21 +19,16 @@ from minillama.errors import InputError, Interrupted
 
 LOG = "log.txt"
 ROOT = Path(__file__).resolve().parents[2]
-
-
 Active = dict[Future[float], tuple[Step, list[int]]]  # running steps and their slots
 
 
-@dataclass
 class Runner:
     """`run` returns when every step is done. A slot is a device of the settings, or a job where there are none."""
 
-    store: Store
-    settings: Run
-    running: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
-    stopped: bool = False
-
-    def __post_init__(self) -> None:
+    def __init__(self, store: Store, settings: Run) -> None:
+        self.store, self.settings = store, settings
+        self.running: dict[int, subprocess.Popen[bytes]] = {}
+        self.stopped = False
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.free_slots = list(range(len(self.settings.devices) or self.settings.jobs))
         self.slot_count = len(self.free_slots)

@@ -7,12 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from corpora import language_name, prompt_names
 from eval.study.config import Model, Study
-from eval.study.expressions import EXPRESSIONS, FINETUNING, FITTED, ORIGINAL, Expression, members
+from eval.study.expressions import EXPRESSIONS, FINETUNING, FITTED, ORIGINAL, Expression
 from eval.study.graph import Argument, Artifact, Input, Named, Step, Text
 from minillama.errors import InputError
 
@@ -63,20 +64,14 @@ class Steps:
     @cached_property
     def scores(self) -> dict[tuple[str, str], Step]:
         """For each direction and each model, small or large, the step that scores all its rows."""
-        return {
-            (direction, large): self._score(direction, large)
-            for direction in self.study.directions()
-            for large in (self.study.small, *self.study.larges)
-        }
+        keys = product(self.study.directions(), (self.study.small, *self.study.larges))
+        return {key: self._score(*key) for key in keys}
 
     @cached_property
     def fits(self) -> dict[tuple[str, str, str], Step]:
-        return {
-            (direction, large, kind): self._fit(direction, large, kind)
-            for direction in self.study.directions()
-            for large in self.study.larges
-            for kind in self.study.fit.fits
-        }
+        """For each direction, large model and kind of fit."""
+        keys = product(self.study.directions(), self.study.larges, self.study.fit.fits)
+        return {key: self._fit(*key) for key in keys}
 
     def targets(self) -> list[Step]:
         return [*self.scores.values(), *self.fits.values()]
@@ -150,7 +145,7 @@ class Steps:
             if expression is FINETUNING:
                 words = ["--model", Named("L", self._finetuned(direction, large))]
             else:
-                words = self._members(direction, large, members(expression.combine))
+                words = self._members(direction, large, list(expression.weights))
             if fit:
                 words += ["--weights", Artifact(self._fit(direction, large, fit), "weights.toml")]
             else:
@@ -179,7 +174,7 @@ class Steps:
         if self.study.fit.l2:
             words += ["--l2", str(self.study.fit.l2)]
         for expression in (ORIGINAL, *EXPRESSIONS.values()):
-            if set(members(expression.combine)) <= set(names):
+            if set(expression.weights) <= set(names):
                 words += ["--against", expression.combine]
         return self._step(f"fit {direction} {large} {kind}", "fit", [*words, *self._dtype()], model=large)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from eval.study.config import read_study
-from eval.study.expressions import EXPRESSIONS, members
+from eval.study.expressions import EXPRESSIONS
 from minillama import InputError
 
 STUDIES = Path(__file__).resolve().parents[3] / "eval"
@@ -75,6 +75,6 @@ def test_the_least_study_reads(tmp_path):
 
 def test_the_papers_expressions_name_its_models():
     assert len(EXPRESSIONS) == 9
-    assert members(EXPRESSIONS["proxy-half"].combine) == ["L", "S_srcMT", "S_tgtMT", "S_all"]
+    assert list(EXPRESSIONS["proxy-half"].weights) == ["L", "S_srcMT", "S_tgtMT", "S_all"]
     known = {"L", "S_all", "S_MT", "S_srcMT", "S_tgtMT"}
-    assert all(set(members(expression.combine)) <= known for expression in EXPRESSIONS.values())
+    assert all(set(expression.weights) <= known for expression in EXPRESSIONS.values())
