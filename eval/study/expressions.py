@@ -24,7 +24,7 @@ class Expression:
         return parse(self.combine, MEMBERS, all_used=False)
 
 
-# In the order of the paper's Table 6. Table 4 also depends on the large model: see `tables`.
+# In the order of the paper's Table 6. Tables 3 and 4 have the first large model only (the paper's 3B).
 EXPRESSIONS = {
     "proxy": Expression("Proxy-tuning", "L + (S_MT - S_all)", (2, 3, 4, 6)),
     "proxy-src": Expression("Proxy-tuning, CPT on source text", "L + (S_srcMT - S_all)", (4, 6)),
@@ -43,8 +43,3 @@ FITTED = {
     "likelihood": ("fitted", "likelihood", ("L", "S_srcMT", "S_tgtMT")),
     "all": ("fitted-all", "likelihood, all five", ("L", "S_srcMT", "S_tgtMT", "S_MT", "S_all")),
 }
-
-
-def tables(expression: Expression, first_large: bool) -> list[int]:
-    """Tables that contain a row. Tables 3 and 4 have the first large model only (the paper's 3B)."""
-    return [number for number in expression.tables if first_large or number in (2, 6)]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from decode.engine.expression import format_weights
-from eval.study.expressions import EXPRESSIONS, FITTED, tables
+from eval.study.expressions import EXPRESSIONS, FITTED
 from eval.study.graph import Step, Store, in_order
 from eval.study.steps import Steps, StudyRow
 from minillama.machine import device_name, pick_device, processor_name, versions
@@ -59,7 +59,7 @@ def _row(row: StudyRow, steps: Steps, store: Store, fits: dict[str, Any]) -> dic
         "large": row.large,
         "method": row.expression.method,
         "expression": row.expression.combine,
-        "tables": tables(row.expression, first_large),
+        "tables": [number for number in row.expression.tables if first_large or number in (2, 6)],
         "fitted": row.fitted,
         "cells": {direction: _cell(row, direction, steps, store, fits) for direction in row.decode},
     }
