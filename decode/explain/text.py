@@ -38,13 +38,10 @@ class TextWriter(OrderedWriter):
         super().__init__("-")
         self.run = run
 
-    def put_sentence(self, line: int, source: str, record: Record | None) -> None:
-        """record: None for a line that is blank or was skipped."""
+    def format(self, line: int, source: str, record: Record | None) -> str:
         if record is None:
-            self.put(line, "", translated=False)
-        else:
-            write = in_colours if sys.stdout.isatty() else plain
-            self.put(line, write(self.run, line, source, record))
+            return ""
+        return (in_colours if sys.stdout.isatty() else plain)(self.run, line, source, record)
 
 
 def plain(run: ExplainedRun, line: int, source: str, record: Record) -> str:

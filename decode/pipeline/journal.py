@@ -1,7 +1,7 @@
-"""The journal: finished sentences, kept beside the output until it is complete: `hyp.txt.journal`, `….rank1` …
+"""The journal: finished sentences in a file beside the output until that is complete: `hyp.txt.journal`, `….rank1` …
 
-Lines of JSON, one file per process that translates. The head has the run's fingerprint, a record is a sentence (see
-record.py), and the last entry of a rank that came to its end is its statistics.
+Lines of JSON, one file per process that translates. The head has the run's fingerprint, each other line is a sentence
+(see record.py).
 
 A record is one write, made when its sentence ends, so a killed process loses nothing that was finished. The file is
 synced every two seconds, so a machine that stops loses two seconds. Anything after the last complete line (torn by a
@@ -54,6 +54,12 @@ def rank_files(path: Path) -> list[Path]:
     return [Path(name) for name in sorted(glob.glob(f"{glob.escape(str(path))}.rank*"))]
 
 
+def remove_journal(path: Path) -> None:
+    """The output is complete: the journal is no longer needed."""
+    for file in (*rank_files(path), path):
+        file.unlink(missing_ok=True)
+
+
 class Journal:
     """A journal file open for appending, and locked: a context.
 
@@ -72,14 +78,40 @@ class Journal:
         """Sync and unlock. A journal without a record has nothing to resume and is removed."""
         if next(read_records(self.path), None) is None:
             self.path.unlink(missing_ok=True)
-        self._sync()
+        os.fsync(self.descriptor)
         os.close(self.descriptor)
 
-    def start(self, run: Mapping[str, Any], keep: bool = True) -> None:
-        """Drop a damaged end, and a file without records or not to keep; write the head of an empty file."""
+    def open_run(self, run: Mapping[str, Any], resume: bool | None) -> set[int]:
+        """The lines that an earlier run finished, in this file or another rank's; then `start`.
+
+        resume: True continues that run, False drops it, None raises InputError if there is anything to lose. Raises
+        InputError too for the journal of a different run, naming the differences. Safe to be killed at any moment.
+        """
+        if resume is False:
+            os.ftruncate(self.descriptor, 0)
+            for file in rank_files(self.path):
+                file.unlink()
+        done: set[int] = set()
+        for file in (self.path, *rank_files(self.path)):
+            reader = JournalReader(file)
+            lines = {record.line for record in reader.new_records()}
+            if lines and resume and (different := differences(reader.run, run)):
+                raise InputError(f"{file} is of another run: {different}; --no-resume starts afresh")
+            if not lines and file != self.path:
+                file.unlink()
+            done |= lines
+        if done and resume is None:
+            raise InputError(
+                f"{self.path}: {len(done):,} finished sentences of a run that did not end; --resume continues it, "
+                "--no-resume starts afresh"
+            )
+        self.start(run)
+        return done
+
+    def start(self, run: Mapping[str, Any]) -> None:
+        """Drop a damaged end; write the head of a file without records."""
         reader = JournalReader(self.path)
-        count = sum(1 for _ in reader.new_records())
-        if keep and count:
+        if any(True for _ in reader.new_records()):
             os.ftruncate(self.descriptor, reader.offset)
             return
         os.ftruncate(self.descriptor, 0)
@@ -89,16 +121,8 @@ class Journal:
     def write(self, record: Record) -> None:
         self._append(record.to_json())
         if time.monotonic() - self.synced >= SYNC_SECONDS:
-            self._sync()
-
-    def end(self, stats: Mapping[str, Any]) -> None:
-        """The last entry: this process has nothing more to write."""
-        self._append({"end": dict(stats)})
-        self._sync()
-
-    def _sync(self) -> None:
-        os.fsync(self.descriptor)
-        self.synced = time.monotonic()
+            os.fsync(self.descriptor)
+            self.synced = time.monotonic()
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         data = json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
@@ -109,60 +133,16 @@ class Journal:
             raise InputError(f"{self.path}: cannot be written ({error.strerror}); --resume continues from it") from None
 
 
-def open_journal(path: Path, run: Mapping[str, Any], resume: bool | None) -> tuple[Journal, set[int]]:
-    """Open the main process's journal; returns it and the lines that an earlier run finished, in any of its files.
-
-    resume: True continues that run, False drops it, None raises InputError if there is anything to lose. Raises
-    InputError too for the journal of a different run, naming the differences. Safe to be killed at any moment.
-    """
-    journal = Journal(path)
-    try:
-        done: set[int] = set()
-        others = rank_files(path)
-        for file in (path, *others) if resume is not False else ():
-            reader = JournalReader(file)
-            lines = {record.line for record in reader.new_records()}
-            if lines and resume and (different := differences(reader.run, run)):
-                raise InputError(f"{file} is of another run: {different}; --no-resume starts afresh")
-            done |= lines
-        if done and resume is None:
-            raise InputError(
-                f"{path}: {len(done):,} finished sentences of a run that did not end; --resume continues it, "
-                "--no-resume starts afresh"
-            )
-        for file in others:
-            if resume is False or next(read_records(file), None) is None:
-                file.unlink()
-        journal.start(run, keep=resume is not False)
-    except BaseException:
-        journal.__exit__()
-        raise
-    return journal, done
-
-
-def remove_journal(path: Path) -> None:
-    """The output is complete: the journal is no longer needed."""
-    for file in rank_files(path):
-        file.unlink()
-    path.unlink(missing_ok=True)
-
-
-def read_records(path: Path) -> Iterator[Record]:
-    """The records of a journal file, in the order in which their sentences ended."""
-    return JournalReader(path).new_records()
-
-
 class JournalReader:
     """Reads a journal file, perhaps of another process and while it grows, as far as its lines are complete.
 
-    run: the fingerprint in its head.   stats: its last entry, once that is written.   offset: bytes read.
+    run: the fingerprint in its head.   offset: bytes read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.offset = 0
         self.run: dict[str, Any] = {}
-        self.stats: dict[str, Any] = {}
 
     def new_records(self) -> Iterator[Record]:
         """The records since the last call; ends before a line that is torn or damaged."""
@@ -178,11 +158,15 @@ class JournalReader:
                 if not isinstance(entry, dict):
                     return
                 self.offset += len(raw)
-                self.stats = entry.get("end", {})
                 if entry.get("journal") == FORMAT:
                     self.run = entry.get("run", {})
                 elif "line" in entry:
                     yield Record.from_json(entry)
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of a journal file, in the order in which their sentences ended."""
+    return JournalReader(path).new_records()
 
 
 def fingerprint(sentences: Sequence[str], models: "EnsembleSpec", options: Options) -> dict[str, Any]:
@@ -216,27 +200,27 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 def folder_digest(folder: Path) -> str:
     """A digest of a model's folder: small files in full, weights by size and sample."""
-    parts = []
+    pieces = []
     for file in sorted(folder.iterdir()):
         weights = file.suffix in (".safetensors", ".pth")
         if weights or file.name in ("config.json", "generation_config.json", "params.json") or "token" in file.name:
             size = file.stat().st_size
-            parts.append(f"{file.name} {size}".encode())
+            pieces.append(f"{file.name} {size}".encode())
             with open(file, "rb") as stream:
                 if not weights or size <= BLOCKS * BLOCK_BYTES:
-                    parts.append(stream.read())
+                    pieces.append(stream.read())
                 else:
                     for block in range(BLOCKS):
                         stream.seek(block * (size - BLOCK_BYTES) // (BLOCKS - 1))
-                        parts.append(stream.read(BLOCK_BYTES))
-    return _digest(parts)
+                        pieces.append(stream.read(BLOCK_BYTES))
+    return _digest(pieces)
 
 
-def _digest(parts: Iterable[bytes]) -> str:
+def _digest(pieces: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
+    for piece in pieces:
+        digest.update(len(piece).to_bytes(8, "little"))
+        digest.update(piece)
     return digest.hexdigest()[:16]
 
 

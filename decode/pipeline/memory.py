@@ -6,13 +6,14 @@ beside the two sums and are not counted.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 
 import torch
 
+from decode.engine.sequence import Sequence
 from decode.model.batch import cache_positions
-from decode.pipeline.members import EnsembleSpec, MemberSpec
+from decode.pipeline.members import EnsembleSpec
 from minillama import InputError, KVCache
 from minillama.machine import free_memory
 from minillama.tensor_parallel import TPGroup
@@ -43,14 +44,12 @@ class MemoryBudget:
         limits = tp.all_reduce_min(torch.tensor(list(self.limits.values()))).tolist()
         self.limits = dict(zip(self.limits, limits))
 
-    def fit(
-        self, prompts: Sequence[Sequence[list[int]]], max_new_tokens: int, batch_size: int, may_lower: bool
-    ) -> tuple[int, str]:
+    def fit(self, sequences: SequenceOf[Sequence], batch_size: int, may_lower: bool) -> tuple[int, str]:
         """How many of these sequences can be decoded together, at most `batch_size`, and the memory of that in words.
 
         Raises InputError, with the numbers, when not one fits, or fewer than `batch_size` and that may not be lowered.
         """
-        positions = max_positions(prompts, self.members, max_new_tokens)
+        positions = self.max_positions(sequences)
         fitting = batch_size
         required = 1 if may_lower else batch_size
         for device, weights in self.weight_bytes.items():
@@ -64,7 +63,7 @@ class MemoryBudget:
             fitting = min(fitting, slots)
         return fitting, self._describe(list(self.weight_bytes), positions, fitting)
 
-    def _describe(self, devices: Sequence[torch.device], positions: Sequence[int], slots: int) -> str:
+    def _describe(self, devices: SequenceOf[torch.device], positions: SequenceOf[int], slots: int) -> str:
         """`weights 36.88 MB + caches 63.96 MB (16 slots of …)`, summed over devices."""
         weights = sum(self.weight_bytes[device] for device in devices)
         slot = sum(self.slot_bytes(device, positions) for device in devices)
@@ -73,7 +72,7 @@ class MemoryBudget:
             f"up to {max(positions):,} positions, {format_size(slot)} each, and one for the shared prefix)"
         )
 
-    def slot_bytes(self, device: torch.device, positions: Sequence[int]) -> int:
+    def slot_bytes(self, device: torch.device, positions: SequenceOf[int]) -> int:
         """The cache of one sequence on a device. positions: for each member."""
         return sum(
             cache_positions(count)
@@ -83,16 +82,15 @@ class MemoryBudget:
             if self.placements[member.name].device == device
         )
 
-
-def max_positions(
-    prompts: Sequence[Sequence[list[int]]], members: Sequence[MemberSpec], max_new_tokens: int
-) -> list[int]:
-    """For each member, the positions of the longest of these prompts with its translation."""
-    longest = [0] * len(members)
-    for prompt in prompts:
-        room = min(max_new_tokens, *(member.context - len(tokens) for member, tokens in zip(members, prompt)))
-        longest = [max(count, len(tokens) + room) for count, tokens in zip(longest, prompt)]
-    return longest
+    def max_positions(self, sequences: SequenceOf[Sequence]) -> list[int]:
+        """For each member, the positions of the longest of these prompts with its translation."""
+        contexts = [member.context for member in self.members]
+        longest = [0] * len(contexts)
+        for sequence in sequences:
+            lengths = [len(prompt) for prompt in sequence.prompts]
+            room = min(sequence.max_new_tokens, *(context - n for context, n in zip(contexts, lengths)))
+            longest = [max(count, n + room) for count, n in zip(longest, lengths)]
+        return longest
 
 
 def available(device: torch.device, processes: int = 1) -> int:

@@ -12,14 +12,11 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from decode.pipeline.journal import journal_path
 from decode.pipeline.record import Record
@@ -54,36 +51,26 @@ def check_outputs(arguments: argparse.Namespace, processes: int) -> None:
     for option in ("report", "details", "nbest_output"):
         if getattr(arguments, option) == "-":
             raise InputError(f"--{option.replace('_', '-')} -: give a file; standard output is for translations")
+    if arguments.nbest_output and not arguments.nbest:
+        raise InputError("--nbest-output has no effect without --nbest; give --nbest too")
+    is_file = arguments.output != "-" and (not Path(arguments.output).exists() or Path(arguments.output).is_file())
+    if arguments.nbest and not arguments.nbest_output and not is_file:
+        raise InputError("--nbest: with translations on standard output, name a file for the lists by --nbest-output")
     others = [file for file in (arguments.input, arguments.reference) if file]
-    explain = None if arguments.explain == "-" else arguments.explain
-    for file in (arguments.output, arguments.report, arguments.details, nbest_path(arguments), explain):
+    for file in (arguments.output, arguments.report, arguments.details, nbest_path(arguments), arguments.explain):
         if file:
             check_writable(file, others)
             others.append(file)
-    if arguments.input != "-" and journal_path(arguments.output) is not None:
-        return
-    if arguments.resume:
-        raise InputError(
-            "--resume: needs --input FILE and --output FILE; the journal is beside the output, and standard input "
-            "cannot be read again"
-        )
-    if processes > 1:
-        raise InputError(
-            f"{processes} processes share the sentences of a file and write one: give --input FILE and --output FILE, "
-            "or run one process"
-        )
+    if arguments.input == "-" or journal_path(arguments.output) is None:
+        if arguments.resume:
+            raise InputError("--resume: needs --input FILE and --output FILE, beside which the journal is")
+        if processes > 1:
+            raise InputError(f"{processes} processes share one file's sentences: give --input FILE and --output FILE")
 
 
 def nbest_path(arguments: argparse.Namespace) -> str | None:
-    """The file for n-best lists, None if none are requested; whether it can be written is not checked."""
-    path, output = arguments.nbest_output, arguments.output
-    if not arguments.nbest:
-        if path:
-            raise InputError("--nbest-output has no effect without --nbest; give --nbest too")
-        return None
-    if not path and (output == "-" or (Path(output).exists() and not Path(output).is_file())):
-        raise InputError("--nbest: with translations on standard output, name a file for the lists by --nbest-output")
-    return path or f"{output}.nbest"
+    """The file for n-best lists, None if none are requested."""
+    return (arguments.nbest_output or f"{arguments.output}.nbest") if arguments.nbest else None
 
 
 class OrderedWriter:
@@ -110,11 +97,17 @@ class OrderedWriter:
             self.count += translated
             self.last = max(self.last, line) if translated else self.last
             self.waiting[line] = text
-            self._write_ready()
+            while self.next in self.waiting:
+                self.stream.write(self.waiting.pop(self.next) + "\n")
+                self.next += 1
+            self.stream.flush()
 
     def put_sentence(self, line: int, source: str, record: Record | None) -> None:
         """The same for a sentence; record: None for a line that is blank or was skipped."""
-        self.put(line, record.text if record else "", translated=record is not None)
+        self.put(line, self.format(line, source, record), translated=record is not None)
+
+    def format(self, line: int, source: str, record: Record | None) -> str:
+        return record.text if record else ""
 
     def write_finished(self) -> int:
         """After an interruption: write what is finished after unfinished lines too; returns the number of those.
@@ -129,12 +122,6 @@ class OrderedWriter:
             self.stream.writelines(finished[line] + "\n" for line in sorted(finished))
             self.stream.flush()
         return len(gaps)
-
-    def _write_ready(self) -> None:
-        while self.next in self.waiting:
-            self.stream.write(self.waiting.pop(self.next) + "\n")
-            self.next += 1
-        self.stream.flush()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -151,9 +138,9 @@ class DetailsWriter(OrderedWriter):
 
     fills_gaps = False
 
-    def put_sentence(self, line: int, source: str, record: Record | None) -> None:
+    def format(self, line: int, source: str, record: Record | None) -> str:
         entry = record.to_json() if record else {"line": line + 1, "text": "", "tokens": [], "logprobs": []}
-        self.put(line, json.dumps(entry, ensure_ascii=False), translated=record is not None)
+        return json.dumps(entry, ensure_ascii=False)
 
 
 class NBestWriter(OrderedWriter):
@@ -166,65 +153,52 @@ class NBestWriter(OrderedWriter):
 
     fills_gaps = False
 
-    def put_sentence(self, line: int, source: str, record: Record | None) -> None:
-        entries = [f"{line} |||  ||| F0= 0 ||| 0"]
-        if record is not None:
-            entries = [f"{line} ||| {text} ||| F0= {total:.6f} ||| {score:.6f}" for text, total, score in record.nbest]
-        self.put(line, "\n".join(entries), translated=record is not None)
+    def format(self, line: int, source: str, record: Record | None) -> str:
+        if record is None:
+            return f"{line} |||  ||| F0= 0 ||| 0"
+        return "\n".join(f"{line} ||| {text} ||| F0= {nats:.6f} ||| {score:.6f}" for text, nats, score in record.nbest)
 
 
 class Outputs:
-    """A context with every file of a run. `put` accepts lines in any order; a record that comes again is dropped."""
+    """Every file of a run. `put` accepts lines in any order; a record that comes again is dropped."""
 
-    def __init__(self, arguments: argparse.Namespace, total: int | None, explanations: OrderedWriter | None) -> None:
+    def __init__(
+        self, arguments: argparse.Namespace, total: int | None, explanations: OrderedWriter | None, files: ExitStack
+    ) -> None:
         """total: lines of the input, where that is known.   explanations: what decode.explain writes, in place of
-        translations where both go to standard output.
+        translations where both go to standard output.   files: closes them.
         """
         self.where = "on standard output" if arguments.output == "-" else f"in {arguments.output}"
         self.total = total
         self.writer = OrderedWriter(os.devnull if arguments.explain == arguments.output == "-" else arguments.output)
-        self.writers = [self.writer]
-        if arguments.details:
-            self.writers.append(DetailsWriter(arguments.details))
-        if nbest := nbest_path(arguments):
-            self.writers.append(NBestWriter(nbest))
-        if explanations:
-            self.writers.append(explanations)
+        details = DetailsWriter(arguments.details) if arguments.details else None
+        nbest = NBestWriter(path) if (path := nbest_path(arguments)) else None
+        self.writers = [w for w in (self.writer, details, nbest, explanations) if w is not None]
+        for writer in self.writers:
+            files.enter_context(writer)
+        self.progress = DecodeProgress(total)
+        files.callback(self.progress.stop)
         self.texts: dict[int, str] | None = {} if arguments.reference else None
         self.tokens = self.resumed = self.resumed_tokens = 0
-        self.files = ExitStack()
 
-    def __enter__(self) -> "Outputs":
-        for writer in self.writers:
-            self.files.enter_context(writer)
-        self.progress = DecodeProgress(self.total)
-        self.files.callback(self.progress.stop)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.files.__exit__(kind, error, trace)
-
-    def put_empty(self, lines: Sequence[int]) -> None:
-        """Lines that are blank or were skipped."""
-        for line in lines:
-            self._write(line, "", None)
-            self.progress.add(0)
+    def put_empty(self, line: int) -> None:
+        """A line that is blank or was skipped."""
+        self._write(line, "", None)
+        self.progress.add(0)
 
     def put(self, record: Record, source: str, resumed: bool = False) -> None:
         """source: the input's line.   resumed: an earlier run finished it; it does not count for the speed."""
         if record.line < self.writer.next or record.line in self.writer.waiting:
             return
-        self.tokens += len(record.tokens)
-        if resumed:
-            self.resumed += 1
-            self.resumed_tokens += len(record.tokens)
+        count = len(record.tokens)
+        self.tokens += count
+        self.resumed += resumed
+        self.resumed_tokens += count * resumed
         self._write(record.line, source, record)
-        self.progress.add(0 if resumed else len(record.tokens))
+        self.progress.add(count * (not resumed))
 
     def write_finished(self) -> str:
-        """After an interruption: write what is finished after unfinished lines too; says in words what was written."""
+        """After an interruption: write what is finished after unfinished lines too; returns what that is, in words."""
         gaps, *_ = [writer.write_finished() for writer in self.writers]
         of = f" of {self.total:,}" if self.total is not None else ""
         empty = f"; {gaps:,} empty lines between them are for unfinished sentences" if gaps else ""
@@ -238,35 +212,31 @@ class Outputs:
 
 
 class DecodeProgress:
-    """A bar on a terminal, a plain line now and then otherwise; on standard error."""
+    """A line on standard error: rewritten on a terminal, otherwise a new one every LINE_SECONDS."""
 
-    def __init__(self, total: int | None) -> None:
+    def __init__(self, total: int | None = None) -> None:
         self.total, self.done, self.tokens = total, 0, 0
         self.started = self.last = time.monotonic()
-        self.bar: Progress | None = None
-        console = Console(stderr=True)
-        if console.is_terminal:
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
-            self.bar = Progress(*columns, console=console, transient=True)
-            self.task = self.bar.add_task("", total=total, status="")
-            self.bar.start()
+        self.on_terminal = sys.stderr.isatty()
 
     def add(self, tokens: int) -> None:
         """One more sentence, of so many tokens."""
         self.done += 1
         self.tokens += tokens
         now = time.monotonic()
-        status = f"{self.tokens / max(now - self.started, 1e-9):,.0f} tokens/s"
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, status=status)
-        elif now - self.last >= LINE_SECONDS:
-            self.last = now
-            of = f" of {self.total:,}" if self.total is not None else ""
-            print(f"{self.done:,}{of} sentences, {status}", file=sys.stderr, flush=True)
+        if now - self.last < (0.1 if self.on_terminal else LINE_SECONDS):
+            return
+        self.last, seconds = now, now - self.started
+        of = left = ""
+        if self.total is not None:
+            of, left = f" of {self.total:,}", f", {(self.total - self.done) / self.done * seconds:,.0f} s left"
+        start, end = ("\r\033[K", "") if self.on_terminal else ("", "\n")
+        text = f"{start}{self.done:,}{of} sentences, {self.tokens / seconds:,.0f} tokens/s{left}"
+        print(text, end=end, file=sys.stderr, flush=True)
 
     def stop(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        if self.on_terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -275,13 +245,13 @@ def _uninterrupted() -> Iterator[None]:
 
     Python's handlers are exchanged: a signal mask would not do, other threads of the process would get the signal.
     """
-    held: list[int] = []
+    received: list[int] = []
     kinds = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(kind, lambda number, frame: held.append(number)) for kind in kinds]
+    before = {kind: signal.signal(kind, lambda number, frame: received.append(number)) for kind in kinds}
     try:
         yield
     finally:
-        for kind, handler in zip(kinds, before):
+        for kind, handler in before.items():
             signal.signal(kind, handler)
-    if held:
+    if received:
         raise KeyboardInterrupt
