@@ -29,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(arguments, _explanation_writer)
     except (PeerLost, DistError) as lost:
         reason = str(lost).split("\n")[0]
-        reason = reason if isinstance(lost, PeerLost) else f"torchrun's store does not answer ({reason})"
-        print(f"error: {reason}; finished sentences are saved, --resume does the rest", file=sys.stderr)
+        print(f"error: a process or its store does not answer ({reason}); --resume does the rest", file=sys.stderr)
         return 1
 
 

@@ -19,8 +19,8 @@ from typing import Any
 from decode.engine.attribution import Explanation
 from decode.engine.expression import format_weights
 from decode.pipeline.config import Options
+from decode.pipeline.journal import Record
 from decode.pipeline.output import OrderedWriter
-from decode.pipeline.record import Record
 from minillama import InputError
 from minillama.files import atomic_open
 

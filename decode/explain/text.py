@@ -22,8 +22,8 @@ from rich.text import Text
 
 from decode.engine.attribution import Explanation
 from decode.explain.page import ExplainedRun
+from decode.pipeline.journal import Record
 from decode.pipeline.output import OrderedWriter
-from decode.pipeline.record import Record
 
 # Unicode categories of characters that are invisible or move the cursor: shown as escapes.
 INVISIBLE = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"}

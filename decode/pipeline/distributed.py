@@ -31,7 +31,8 @@ class Distributed:
     """This process among `processes`; a plain run is process 0 of 1 and shares nothing.
 
     Its group of `tp_size` processes is `rank` of `world`; in it this process is `tp_rank`. `tp` has the collectives.
-    Raises torch.distributed.DistError where torchrun's store is lost.
+    is_main: it writes the output and the log.   is_leader: it takes chunks and writes a journal for its group. Raises
+    torch.distributed.DistError where torchrun's store is lost.
     """
 
     def __init__(self) -> None:
@@ -39,20 +40,11 @@ class Distributed:
         self.process, self.processes = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
         # Processes on this machine, which share its memory.
         self.local_world = 1 if alone else int(os.environ.get("LOCAL_WORLD_SIZE", self.processes))
-        self.rank, self.world, self.tp_rank, self.tp_size = self.process, self.processes, 0, 1
+        self.is_main = self.process == 0
+        self.form_groups(1)
         self.tp: TPGroup | None = None
         if not alone:
             self.store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes the output and talks to the user."""
-        return self.process == 0
-
-    @property
-    def is_leader(self) -> bool:
-        """Whether this process takes chunks and writes a journal for its group."""
-        return self.tp_rank == 0
 
     def log(self, text: str) -> None:
         """A line on standard error, from the main process alone."""
@@ -68,7 +60,7 @@ class Distributed:
                 f"(--nproc-per-node {tp_size})"
             )
         self.rank, self.tp_rank = divmod(self.process, tp_size)
-        self.world, self.tp_size = self.processes // tp_size, tp_size
+        self.world, self.tp_size, self.is_leader = self.processes // tp_size, tp_size, self.tp_rank == 0
 
     def join_group(self, on_gpu: bool) -> TPGroup | None:
         """Open the collectives of this process's group; None where it has no other process."""

@@ -12,7 +12,7 @@ from typing import TypeVar
 from corpora import iter_lines, open_binary
 from decode.engine.sequence import Sequence
 from decode.pipeline.config import Options
-from decode.pipeline.members import MemberSpec, encode_pair, encode_sentence
+from decode.pipeline.members import MemberSpec, encode_sentence
 from minillama.errors import InputError
 
 T = TypeVar("T")
@@ -88,24 +88,20 @@ class EncodedLine:
 
 
 def encode_lines(
-    texts: Iterable[str], members: SequenceOf[MemberSpec], options: Options, name: str
+    lines: Iterable[SequenceOf[str]], members: SequenceOf[MemberSpec], options: Options, name: str
 ) -> Iterator[EncodedLine]:
-    """Raises InputError at a line that is refused because it fits no context. name: of the texts, for messages."""
+    """lines: of a sentence, or of a sentence and a translation whose log-probabilities are requested.   name: of the
+    text, for messages. Raises InputError at a line that is refused because it fits no context.
+    """
     params, most = options.sampling_params, options.max_new_tokens
-    for number, text in enumerate(texts):
-        prompts, too_long = encode_sentence(text, 1, members, options, f"{name}:{number + 1}")
-        # Samples depend on the key, so the batch does not change them.
-        sequence = Sequence(prompts, params, most, key=number, explain=options.explain) if prompts else None
-        yield EncodedLine(number, text, sequence, too_long)
-
-
-def encode_pairs(
-    pairs: Iterable[SequenceOf[str]], members: SequenceOf[MemberSpec], options: Options, name: str
-) -> Iterator[EncodedLine]:
-    """The same for sentences with translations, whose log-probabilities are requested."""
-    for number, (sentence, translation) in enumerate(pairs):
-        prompts, target = encode_pair(sentence, translation, members, options, f"{name}:{number + 1}")
-        yield EncodedLine(number, sentence, Sequence(prompts, targets=target, key=number) if prompts else None)
+    for number, (sentence, *translation) in enumerate(lines):
+        target = members[0].tokenizer.encode(translation[0].strip()) if translation else None
+        new_tokens = 1 if target is None else len(target)
+        prompts, too_long = encode_sentence(sentence, new_tokens, members, options, f"{name}:{number + 1}")
+        sequence = None
+        if prompts:  # samples depend on the key, so the batch does not change them
+            sequence = Sequence(prompts, params, most, key=number, explain=options.explain, targets=target)
+        yield EncodedLine(number, sentence, sequence, too_long)
 
 
 def sequences_of(lines: Iterable[EncodedLine]) -> list[Sequence]:

@@ -1,7 +1,6 @@
 """The journal: finished sentences in a file beside the output until that is complete: `hyp.txt.journal`, `….rank1` …
 
-Lines of JSON, one file per process that translates. The head has the run's fingerprint, each other line is a sentence
-(see record.py).
+Lines of JSON, one file per process that translates. The head has the run's fingerprint, each other line is a `Record`.
 
 A record is one write, made when its sentence ends, so a killed process loses nothing that was finished. The file is
 synced every two seconds, so a machine that stops loses two seconds. Anything after the last complete line (torn by a
@@ -16,12 +15,11 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from decode.pipeline.config import Options
-from decode.pipeline.record import Record
 from minillama.errors import InputError
 from minillama.files import sync
 
@@ -60,6 +58,32 @@ def remove_journal(path: Path) -> None:
         file.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class Record:
+    """A finished sentence. line: from 0.   logprobs: in nats, one for each token.   finished: "stop" or "length".
+
+    nbest: the hypotheses listed for it, best first: text, log-probability in nats, score.   explanations: the fields of
+    each token's `decode.engine.attribution.Explanation`; after a "stop" the last is the stop token's.
+    """
+
+    line: int
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    finished: str
+    nbest: Sequence[Sequence[Any]] = ()
+    explanations: Sequence[Sequence[Any]] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object, lines from 1. Python writes floats so that they read back as the same bits."""
+        entry = {**vars(self), "line": self.line + 1}
+        return {name: value for name, value in entry.items() if value or name not in ("nbest", "explanations")}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "Record":
+        return cls(**{**entry, "line": entry["line"] - 1})
+
+
 class Journal:
     """A journal file open for appending, and locked: a context.
 
@@ -68,7 +92,17 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.descriptor = _open_locked(path)
+        try:
+            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self.descriptor)
+            raise InputError(f"{path}: another run is writing this output now; wait for it or end it") from None
+        except OSError:  # a file system without locks
+            pass
         self.synced = time.monotonic()
 
     def __enter__(self) -> "Journal":
@@ -154,7 +188,7 @@ class JournalReader:
                 try:
                     entry = json.loads(raw) if raw.endswith(b"\n") else None
                 except ValueError:
-                    return
+                    entry = None
                 if not isinstance(entry, dict):
                     return
                 self.offset += len(raw)
@@ -222,21 +256,3 @@ def _digest(pieces: Iterable[bytes]) -> str:
         digest.update(len(piece).to_bytes(8, "little"))
         digest.update(piece)
     return digest.hexdigest()[:16]
-
-
-def _open_locked(path: Path) -> int:
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise InputError(f"{path}: another run is writing this output now; wait for it or end it") from None
-        except OSError:  # a file system without locks
-            return descriptor
-        if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
-            return descriptor
-        os.close(descriptor)  # its last owner removed it between the two calls

@@ -76,10 +76,6 @@ class EnsembleSpec:
         used = {name: folders[name] for name in weights}
         return cls(used, weights, {name: where[name] for name in weights}, open_members(used, prompts, chats))
 
-    @property
-    def tp_size(self) -> int:
-        return max(placement.tp_size for placement in self.placements.values())
-
     def describe(self) -> tuple[str, str]:
         """`L + S (L 12.3 M, S 4.5 M)`, and where they are: `float32, cpu (AVX512, 8 threads)`."""
         sizes = ", ".join(f"{member.name} {member.checkpoint.parameters / 1e6:,.1f} M" for member in self.members)

@@ -26,9 +26,14 @@ CGROUP = Path("/sys/fs/cgroup")
 class MemoryBudget:
     """Computes the batch size that fits beside the weights on every device. Make it before the weights are loaded."""
 
-    def __init__(self, models: EnsembleSpec, memory: str | None = None, processes: int = 1) -> None:
-        """memory: the user's limit per device, such as 24G.   processes: those that share this machine's memory."""
+    def __init__(
+        self, models: EnsembleSpec, memory: str | None = None, processes: int = 1, may_lower: bool = True
+    ) -> None:
+        """memory: the user's limit per device, such as 24G.   processes: those that share this machine's memory.
+        may_lower: a batch size that does not fit.
+        """
         self.members, self.placements, self.memory = models.members, models.placements, memory
+        self.may_lower = may_lower
         self.weight_bytes: Counter[torch.device] = Counter()
         distinct = {(member.folder, self.placements[member.name]): member for member in self.members}
         for (_, placement), member in distinct.items():  # a folder named twice is held once
@@ -44,14 +49,14 @@ class MemoryBudget:
         limits = tp.all_reduce_min(torch.tensor(list(self.limits.values()))).tolist()
         self.limits = dict(zip(self.limits, limits))
 
-    def fit(self, sequences: SequenceOf[Sequence], batch_size: int, may_lower: bool) -> tuple[int, str]:
+    def fit(self, sequences: SequenceOf[Sequence], batch_size: int) -> tuple[int, str]:
         """How many of these sequences can be decoded together, at most `batch_size`, and the memory of that in words.
 
         Raises InputError, with the numbers, when not one fits, or fewer than `batch_size` and that may not be lowered.
         """
         positions = self.max_positions(sequences)
         fitting = batch_size
-        required = 1 if may_lower else batch_size
+        required = 1 if self.may_lower else batch_size
         for device, weights in self.weight_bytes.items():
             slot = self.slot_bytes(device, positions)
             slots = max(0, (self.limits[device] - weights) // slot - PREFIX_SLOTS)

@@ -8,9 +8,7 @@ import argparse
 import json
 import os
 import signal
-import stat
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,9 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from decode.pipeline.journal import journal_path
-from decode.pipeline.record import Record
+from decode.pipeline.journal import Record, journal_path
 from minillama.errors import InputError
+from minillama.files import sync
 
 # Seconds between two lines of progress where there is no terminal.
 LINE_SECONDS = 30.0
@@ -35,15 +33,8 @@ def check_writable(path: str, others: list[str]) -> None:
         raise InputError(f"{path}: is a folder; the output must be a file")
     if file.exists() and any(name != "-" and Path(name).exists() and file.samefile(name) for name in others):
         raise InputError(f"{path}: is also an input; writing it would lose the input")
-    try:
-        if file.exists():
-            with open(file, "ab"):
-                pass
-        else:
-            with tempfile.TemporaryFile(dir=file.parent):
-                pass
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    if not os.access(file if file.exists() else file.parent, os.W_OK) or not file.parent.is_dir():
+        raise InputError(f"{path}: cannot be written; it needs a folder that is there, and permission to write")
 
 
 def check_outputs(arguments: argparse.Namespace, processes: int) -> None:
@@ -80,8 +71,7 @@ class OrderedWriter:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.next = 0
-        self.count = 0
+        self.next = self.count = 0
         self.last = -1
         self.waiting: dict[int, str] = {}
 
@@ -114,23 +104,20 @@ class OrderedWriter:
 
         Where gaps are filled an unfinished line is empty, else it is left out.
         """
+        lines = range(self.next, self.last + 1)
         with _uninterrupted():
-            gaps = [line for line in range(self.next, self.last) if line not in self.waiting]
-            finished = {line: text for line, text in self.waiting.items() if line <= self.last}
-            if self.fills_gaps:
-                finished |= dict.fromkeys(gaps, "")
-            self.stream.writelines(finished[line] + "\n" for line in sorted(finished))
+            for line in lines:
+                if self.fills_gaps or line in self.waiting:
+                    self.stream.write(self.waiting.get(line, "") + "\n")
             self.stream.flush()
-        return len(gaps)
+        return sum(line not in self.waiting for line in lines)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # On the disk before a journal is removed.
-        if self.path != "-" and stat.S_ISREG(os.fstat(self.stream.fileno()).st_mode):
-            self.stream.flush()
-            os.fsync(self.stream.fileno())
         self.stream.close()
+        if self.path != "-" and Path(self.path).is_file():
+            sync(Path(self.path))  # before a journal is removed
 
 
 class DetailsWriter(OrderedWriter):
@@ -181,21 +168,22 @@ class Outputs:
         self.texts: dict[int, str] | None = {} if arguments.reference else None
         self.tokens = self.resumed = self.resumed_tokens = 0
 
-    def put_empty(self, line: int) -> None:
-        """A line that is blank or was skipped."""
-        self._write(line, "", None)
-        self.progress.add(0)
-
-    def put(self, record: Record, source: str, resumed: bool = False) -> None:
-        """source: the input's line.   resumed: an earlier run finished it; it does not count for the speed."""
-        if record.line < self.writer.next or record.line in self.writer.waiting:
+    def put(self, line: int, source: str, record: Record | None, resumed: bool = False) -> None:
+        """source: the input's line.   record: None for a line that is blank or was skipped.   resumed: an earlier run
+        finished it; it does not count for the speed.
+        """
+        if line < self.writer.next or line in self.writer.waiting:
             return
-        count = len(record.tokens)
-        self.tokens += count
-        self.resumed += resumed
-        self.resumed_tokens += count * resumed
-        self._write(record.line, source, record)
-        self.progress.add(count * (not resumed))
+        tokens = len(record.tokens) if record else 0
+        self.tokens += tokens
+        if resumed:
+            self.resumed += 1
+            self.resumed_tokens += tokens
+        for writer in self.writers:
+            writer.put_sentence(line, source, record)
+        if self.texts is not None:
+            self.texts[line] = record.text if record else ""
+        self.progress.add(0 if resumed else tokens)
 
     def write_finished(self) -> str:
         """After an interruption: write what is finished after unfinished lines too; returns what that is, in words."""
@@ -203,12 +191,6 @@ class Outputs:
         of = f" of {self.total:,}" if self.total is not None else ""
         empty = f"; {gaps:,} empty lines between them are for unfinished sentences" if gaps else ""
         return f"{self.writer.count:,}{of} sentences were finished and are {self.where}{empty}"
-
-    def _write(self, line: int, source: str, record: Record | None) -> None:
-        for writer in self.writers:
-            writer.put_sentence(line, source, record)
-        if self.texts is not None:
-            self.texts[line] = record.text if record else ""
 
 
 class DecodeProgress:

@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,11 +25,10 @@ LISTED = 1000
 
 @dataclass
 class RunStats:
-    """What a run did, without anything that grows with its input.
+    """What a run did.
 
     seconds: decoding alone, the longest of all processes.   steps: the sum of all processes.   first_token_seconds: the
-    earliest, since `started` (time.perf_counter()).   too_long_lines: numbers, from 1, of the first lines that were
-    skipped or truncated; too_long_counts: how many there were.
+    earliest, since `started` (time.perf_counter()).   too_long: numbers, from 1, of the lines.
     """
 
     started: float = field(default_factory=time.perf_counter)
@@ -39,16 +37,13 @@ class RunStats:
     steps: int = 0
     first_token_seconds: float | None = None
     lines: int = 0
-    too_long_lines: dict[str, list[int]] = field(default_factory=lambda: {"skipped": [], "truncated": []})
-    too_long_counts: Counter[str] = field(default_factory=Counter)
+    too_long: dict[str, list[int]] = field(default_factory=lambda: {"skipped": [], "truncated": []})
 
     def add_input(self, lines: "Sequence[EncodedLine]") -> None:
         self.lines += len(lines)
         for line in lines:
             if line.too_long:
-                self.too_long_counts[line.too_long] += 1
-                if self.too_long_counts[line.too_long] <= LISTED:
-                    self.too_long_lines[line.too_long].append(line.number + 1)
+                self.too_long[line.too_long].append(line.number + 1)
 
     def shared(self) -> dict[str, Any]:
         """What `merge` needs from another process."""
@@ -100,8 +95,8 @@ def describe_run(run: "TranslationRun") -> dict[str, Any]:
         "device": listed({name: machine.device_name(place.device) for name, place in models.placements.items()}),
         "dtype": listed({name: place.weight_dtype for name, place in models.placements.items()}),
         "versions": versions(),
-        **{f"{kind}_lines": lines for kind, lines in stats.too_long_lines.items()},
-        **{f"{kind}_count": count for kind, count in stats.too_long_counts.items() if count > LISTED},
+        **{f"{kind}_lines": lines[:LISTED] for kind, lines in stats.too_long.items()},
+        **{f"{kind}_count": len(lines) for kind, lines in stats.too_long.items() if len(lines) > LISTED},
         "load_seconds": round(stats.load_seconds, 4),
         "combine": run.arguments.combine or format_weights(models.weights),
         "weights": models.weights,

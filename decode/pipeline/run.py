@@ -22,10 +22,10 @@ from decode.pipeline import journal
 from decode.pipeline.config import DEFAULT_BATCH_SIZE, Options
 from decode.pipeline.distributed import Distributed
 from decode.pipeline.input import EncodedLine, check_aligned, encode_lines, group_available, open_lines, sequences_of
+from decode.pipeline.journal import Record
 from decode.pipeline.members import EnsembleSpec
 from decode.pipeline.memory import MemoryBudget
 from decode.pipeline.output import OrderedWriter, Outputs, check_outputs
-from decode.pipeline.record import Record
 from decode.pipeline.report import RunStats, describe_plan, describe_run, summary, write_report
 from minillama.errors import InputError, Interrupted
 from minillama.tensor_parallel import check_divides
@@ -84,11 +84,13 @@ class TranslationRun:
         if sentences is not None and arguments.reference:
             check_aligned(arguments.input, len(sentences), arguments.reference, len(self.references))
         self.models = EnsembleSpec.from_arguments(arguments, self.batch_size, arguments.tensor_parallel)
-        distributed.form_groups(self.models.tp_size)
+        distributed.form_groups(max(placement.tp_size for placement in self.models.placements.values()))
         for member in self.models.members:
             check_divides(member.checkpoint.config, self.models.placements[member.name].tp_size, member.name)
         check_outputs(arguments, distributed.processes)
-        self.budget = MemoryBudget(self.models, arguments.memory, distributed.local_world)
+        self.budget = MemoryBudget(
+            self.models, arguments.memory, distributed.local_world, may_lower=arguments.batch_size is None
+        )
         self.memory = ""  # described where it decides the batch size
         self.file: list[EncodedLine] | None = None
         self.journal: journal.Journal | None = None
@@ -102,9 +104,9 @@ class TranslationRun:
     def _open_file(self, sentences: list[str], stack: ExitStack) -> None:
         """Encode the file's lines, and open the journal: the main process first, which shares what is done."""
         arguments, distributed, options = self.arguments, self.distributed, self.options
-        self.file = list(encode_lines(sentences, self.models.members, options, arguments.input))
+        self.file = list(encode_lines(([text] for text in sentences), self.models.members, options, arguments.input))
         if any(line.sequence for line in self.file):
-            batch_size, memory = self._fit(sequences_of(self.file), options.batch_size)
+            batch_size, memory = self.budget.fit(sequences_of(self.file), options.batch_size)
             self.memory = memory if batch_size < options.batch_size or arguments.memory else ""
             self.options = replace(options, batch_size=batch_size)
         path = journal.journal_path(arguments.output)
@@ -186,12 +188,12 @@ class TranslationRun:
         for reader in journals:
             for record in reader.new_records():
                 if self.outputs:
-                    self.outputs.put(record, file[record.line].text, resumed=record.line in self.done)
+                    self.outputs.put(record.line, file[record.line].text, record, resumed=record.line in self.done)
 
     def _translate_stream(self, stack: ExitStack) -> None:
         """Standard input in groups of the lines that are there; the lines before one that is refused are translated."""
         texts, ready = open_lines("-", stack)
-        lines = encode_lines(texts, self.models.members, self.options, "standard input")
+        lines = encode_lines(([text] for text in texts), self.models.members, self.options, "standard input")
         for group in group_available(lines, self.options.batch_size, ready):
             self._add_input(group)
             self._decode([line for line in group if line.sequence])
@@ -200,7 +202,7 @@ class TranslationRun:
         self.stats.add_input(lines)
         for line in lines:
             if self.outputs and line.sequence is None:
-                self.outputs.put_empty(line.number)
+                self.outputs.put(line.number, line.text, None)
 
     def _decode(self, lines: list[EncodedLine]) -> None:
         """Translate lines that have sequences; each finished sentence goes to the journal and the outputs."""
@@ -215,20 +217,17 @@ class TranslationRun:
             if self.journal:
                 self.journal.write(record)
             if self.outputs:
-                self.outputs.put(record, lines[index].text)
+                self.outputs.put(record.line, lines[index].text, record)
             started = time.perf_counter()
         self.stats.seconds += time.perf_counter() - started
         self.stats.steps += engine.stats.steps - steps
         if self.stats.first_token_seconds is None and engine.stats.first_token_time is not None:
             self.stats.first_token_seconds = engine.stats.first_token_time - self.stats.started
 
-    def _fit(self, sequences: SequenceOf[Sequence], batch_size: int) -> tuple[int, str]:
-        return self.budget.fit(sequences, batch_size, may_lower=self.arguments.batch_size is None)
-
     def _engine_for(self, sequences: SequenceOf[Sequence]) -> Engine:
         """The last group's engine where its slots suffice, else a new one that memory has room for."""
         assert self.ensemble is not None
-        batch_size, _ = self._fit(sequences, min(self.options.batch_size, len(sequences)))
+        batch_size, _ = self.budget.fit(sequences, min(self.options.batch_size, len(sequences)))
         if self.engine is not None and self.engine.slots >= batch_size and self.engine.fits(sequences):
             return self.engine
         self.engine = None  # its memory is free before more is allocated

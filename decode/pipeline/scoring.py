@@ -18,7 +18,7 @@ from decode.engine.engine import Engine
 from decode.engine.ensemble import Ensemble
 from decode.engine.sequence import Completion
 from decode.pipeline.config import Options
-from decode.pipeline.input import EncodedLine, encode_pairs, group_available, open_lines, sequences_of
+from decode.pipeline.input import EncodedLine, encode_lines, group_available, open_lines, sequences_of
 from decode.pipeline.members import EnsembleSpec
 from decode.pipeline.output import DecodeProgress, OrderedWriter, check_writable
 from decode.pipeline.report import finite
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         ensemble, seconds = models.load()
         print(f"loaded in {seconds:.1f} s", file=sys.stderr)
         scorer = Scorer(ensemble, options.batch_size, arguments.json)
-        encoded = encode_pairs(pairs, models.members, options, texts)
+        encoded = encode_lines(pairs, models.members, options, texts)
         scorer.write(group_available(encoded, options.batch_size, ready), output)
     print(scorer.summary(), file=sys.stderr)
     return 0
