@@ -145,7 +145,7 @@ class Journal:
     def start(self, run: Mapping[str, Any]) -> None:
         """Drop a damaged end; write the head of a file without records."""
         reader = JournalReader(self.path)
-        if any(True for _ in reader.new_records()):
+        if sum(1 for _ in reader.new_records()):
             os.ftruncate(self.descriptor, reader.offset)
             return
         os.ftruncate(self.descriptor, 0)

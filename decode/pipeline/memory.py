@@ -26,9 +26,7 @@ CGROUP = Path("/sys/fs/cgroup")
 class MemoryBudget:
     """Computes the batch size that fits beside the weights on every device. Make it before the weights are loaded."""
 
-    def __init__(
-        self, models: EnsembleSpec, memory: str | None = None, processes: int = 1, may_lower: bool = True
-    ) -> None:
+    def __init__(self, models: EnsembleSpec, memory: str | None, processes: int = 1, may_lower: bool = True) -> None:
         """memory: the user's limit per device, such as 24G.   processes: those that share this machine's memory.
         may_lower: a batch size that does not fit.
         """

@@ -44,8 +44,7 @@ def check_outputs(arguments: argparse.Namespace, processes: int) -> None:
             raise InputError(f"--{option.replace('_', '-')} -: give a file; standard output is for translations")
     if arguments.nbest_output and not arguments.nbest:
         raise InputError("--nbest-output has no effect without --nbest; give --nbest too")
-    is_file = arguments.output != "-" and (not Path(arguments.output).exists() or Path(arguments.output).is_file())
-    if arguments.nbest and not arguments.nbest_output and not is_file:
+    if arguments.nbest and not arguments.nbest_output and journal_path(arguments.output) is None:
         raise InputError("--nbest: with translations on standard output, name a file for the lists by --nbest-output")
     others = [file for file in (arguments.input, arguments.reference) if file]
     for file in (arguments.output, arguments.report, arguments.details, nbest_path(arguments), arguments.explain):
@@ -194,7 +193,7 @@ class Outputs:
 
 
 class DecodeProgress:
-    """A line on standard error: rewritten on a terminal, otherwise a new one every LINE_SECONDS."""
+    """A line on standard error, rewritten on a terminal, else a new one every LINE_SECONDS."""
 
     def __init__(self, total: int | None = None) -> None:
         self.total, self.done, self.tokens = total, 0, 0
@@ -209,11 +208,9 @@ class DecodeProgress:
         if now - self.last < (0.1 if self.on_terminal else LINE_SECONDS):
             return
         self.last, seconds = now, now - self.started
-        of = left = ""
-        if self.total is not None:
-            of, left = f" of {self.total:,}", f", {(self.total - self.done) / self.done * seconds:,.0f} s left"
+        of = "" if self.total is None else f" of {self.total:,}"
         start, end = ("\r\033[K", "") if self.on_terminal else ("", "\n")
-        text = f"{start}{self.done:,}{of} sentences, {self.tokens / seconds:,.0f} tokens/s{left}"
+        text = f"{start}{self.done:,}{of} sentences, {self.tokens / seconds:,.0f} tokens/s"
         print(text, end=end, file=sys.stderr, flush=True)
 
     def stop(self) -> None:

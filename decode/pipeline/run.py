@@ -88,9 +88,8 @@ class TranslationRun:
         for member in self.models.members:
             check_divides(member.checkpoint.config, self.models.placements[member.name].tp_size, member.name)
         check_outputs(arguments, distributed.processes)
-        self.budget = MemoryBudget(
-            self.models, arguments.memory, distributed.local_world, may_lower=arguments.batch_size is None
-        )
+        may_lower = arguments.batch_size is None
+        self.budget = MemoryBudget(self.models, arguments.memory, distributed.local_world, may_lower)
         self.memory = ""  # described where it decides the batch size
         self.file: list[EncodedLine] | None = None
         self.journal: journal.Journal | None = None
