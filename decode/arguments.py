@@ -36,7 +36,7 @@ def collab_parser() -> argparse.ArgumentParser:
     add("--reference", metavar="FILE", help="line-aligned references: BLEU and chrF with signatures at the end")
     add("--report", metavar="FILE", help="write run.json: counts, speed, models, versions, scores")
     add("--details", metavar="FILE", help="JSON lines: text, tokens, their log-probabilities in nats, why it ended")
-    text = "why each token was chosen: an HTML page; -: text on standard output, in place of translations there"
+    text = "why each token was chosen: an HTML page; -: text on standard output, instead of translations there"
     add("--explain", metavar="FILE", help=text)
     text = "continue from OUTPUT.journal if it is there; --no-resume deletes it (default: a journal is refused)"
     add("--resume", action=SWITCH, default=None, help=text)
@@ -80,7 +80,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("models").add_argument
     add("--model", action="append", required=True, metavar="NAME=DIR", help="a member: name, and folder or hub id")
     add("--combine", metavar="EXPR", help='e.g. "L + 0.5*S_src - 0.5*S_base" (default: the plain sum of all models)')
-    add("--weights", metavar="FILE", help="the weights that decode.tune wrote, in place of --combine")
+    add("--weights", metavar="FILE", help="the weights that decode.tune wrote, instead of --combine")
     add("--source", required=True, type=language_code, metavar="LANG", help="language code of the input, such as ja")
     add("--target", required=True, type=language_code, metavar="LANG", help="language code of the output")
     text = """of the weights (default float32 on a CPU, bfloat16 on a GPU); int8: CPU only, one scale per row; auto: the

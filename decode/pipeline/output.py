@@ -75,7 +75,7 @@ class OrderedWriter:
         self.waiting: dict[int, str] = {}
 
     def __enter__(self) -> "OrderedWriter":
-        # Standard output through a descriptor of our own: UTF-8 and bare line feeds, whatever the locale says.
+        # Standard output through a descriptor of our own: UTF-8 and bare line feeds in any locale.
         target = os.dup(sys.stdout.fileno()) if self.path == "-" else self.path
         self.stream: TextIO = open(target, "w", encoding="utf-8", newline="\n")
         return self
@@ -151,7 +151,7 @@ class Outputs:
     def __init__(
         self, arguments: argparse.Namespace, total: int | None, explanations: OrderedWriter | None, files: ExitStack
     ) -> None:
-        """total: lines of the input, where that is known.   explanations: what decode.explain writes, in place of
+        """total: lines of the input, where that is known.   explanations: what decode.explain writes, instead of
         translations where both go to standard output.   files: closes them.
         """
         self.where = "on standard output" if arguments.output == "-" else f"in {arguments.output}"

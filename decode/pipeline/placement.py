@@ -35,7 +35,7 @@ class Placement:
 
     @property
     def packed_dtype(self) -> str:
-        """The weight dtype for PackedLlama: float32 in place of float16 on a CPU that cannot multiply float16."""
+        """The weight dtype for PackedLlama: float32 instead of float16 on a CPU that cannot multiply float16."""
         return "float32" if self.weight_dtype == "float16" and not has_float16_product() else self.weight_dtype
 
     @property

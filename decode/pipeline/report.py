@@ -92,8 +92,8 @@ def describe_run(run: "TranslationRun") -> dict[str, Any]:
         "prompts": {member.name: member.prompt.name for member in models.members},
         "chat": {member.name: member.chat.name for member in models.members},
         **asdict(run.options),
-        "device": listed({name: machine.device_name(place.device) for name, place in models.placements.items()}),
-        "dtype": listed({name: place.weight_dtype for name, place in models.placements.items()}),
+        "device": listed({name: machine.device_name(p.device) for name, p in models.placements.items()}),
+        "dtype": listed({name: p.weight_dtype for name, p in models.placements.items()}),
         "versions": versions(),
         **{f"{kind}_lines": lines[:LISTED] for kind, lines in stats.too_long.items()},
         **{f"{kind}_count": len(lines) for kind, lines in stats.too_long.items() if len(lines) > LISTED},
@@ -150,7 +150,7 @@ def write_report(path: str, report: Mapping[str, Any]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: null in their place."""
+    """JSON has no infinity and no NaN: null instead."""
     if isinstance(value, dict):
         return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list):
