@@ -52,7 +52,7 @@ class Engine:
         if slots < 1 or min(capacity) < 1:
             raise InputError(f"{slots} slots of {min(capacity)} positions: both must be at least 1")
         mode = check_mode(speculate)
-        self.ensemble, self.stats = ensemble, Stats()
+        self.ensemble, self.slots, self.stats = ensemble, slots, Stats()
         self.runner = ModelRunner(ensemble, slots, capacity, prefix or [[] for _ in members])
         self.scheduler = Scheduler(self.runner.slots)
         self.speculation = None if mode == "off" else Speculation(self.runner, mode)
@@ -244,8 +244,8 @@ class Engine:
     def _refusal(self, sequence: Sequence) -> str:
         """Why this engine cannot decode a sequence; empty if it can. Raises InputError where no engine could."""
         _prepare(self.ensemble, sequence, "the sequence's prompt")
-        if sequence.params.beams > self.runner.slots.count:
-            return f"needs {sequence.params.beams} slots, one for each beam; there are {self.runner.slots.count}"
+        if sequence.params.beams > self.slots:
+            return f"needs {sequence.params.beams} slots, one for each beam; there are {self.slots}"
         return self.runner.slots.check_room(sequence)
 
 

@@ -19,8 +19,8 @@ from typing import Any
 from decode.engine.attribution import Explanation
 from decode.engine.expression import format_weights
 from decode.pipeline.config import Options
+from decode.pipeline.journal import Record
 from decode.pipeline.output import OrderedWriter
-from decode.pipeline.record import Record
 from minillama import InputError
 from minillama.files import atomic_open
 
@@ -79,11 +79,9 @@ class PageWriter(OrderedWriter):
         self.stream.write(self.before_sentences)
         return self
 
-    def put_sentence(self, line: int, source: str, record: Record | None) -> None:
-        """record: None for a line that is blank or was skipped."""
-        self.put(line, "" if record is None else self._row(line, source, record), translated=record is not None)
-
-    def _row(self, line: int, source: str, record: Record) -> str:
+    def format(self, line: int, source: str, record: Record | None) -> str:
+        if record is None:
+            return ""
         explanations = [Explanation(*fields) for fields in record.explanations]
         for explanation in explanations:
             tokens = (explanation.token, explanation.runner_up, *explanation.bests)
