@@ -26,7 +26,7 @@ from kernels import Sampling, fused_logits
 
 Result = TypeVar("Result")
 
-# Bytes of the smallest member from which on a thread for each member is faster than all threads for each in turn.
+# Bytes of the smallest member from which on a thread for each member is faster than all threads for one after another.
 MEMBER_THREAD_BYTES = 100_000_000
 
 

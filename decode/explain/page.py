@@ -19,8 +19,8 @@ from typing import Any
 from decode.engine.attribution import Explanation
 from decode.engine.expression import format_weights
 from decode.pipeline.config import Options
+from decode.pipeline.journal import Record
 from decode.pipeline.output import OrderedWriter
-from decode.pipeline.record import Record
 from minillama import InputError
 from minillama.files import atomic_open
 
@@ -78,11 +78,9 @@ class PageWriter(OrderedWriter):
         self.stream.write(self.before_sentences)
         return self
 
-    def put_sentence(self, line: int, source: str, record: Record | None) -> None:
-        """record: None for a line that is blank or was skipped."""
+    def format(self, line: int, source: str, record: Record | None) -> str:
         if record is None:
-            self.put(line, "", translated=False)
-            return
+            return ""
         explanations = [Explanation(*fields) for fields in record.explanations]
         for e in explanations:
             self.used |= {token for token in (e.token, e.runner_up, *e.bests) if token is not None}
@@ -95,7 +93,7 @@ class PageWriter(OrderedWriter):
             # the explanation's fields in their order, then the deciding member, -1 for none
             "tokens": [[*_rounded([*e]), -1 if e.decider is None else e.decider] for e in explanations],
         }
-        self.put(line, _json(row))
+        return _json(row)
 
     def __exit__(self, *error: Any) -> None:
         whole = error[0] is None

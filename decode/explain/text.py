@@ -22,8 +22,8 @@ from rich.text import Text
 
 from decode.engine.attribution import Explanation
 from decode.explain.page import ExplainedRun
+from decode.pipeline.journal import Record
 from decode.pipeline.output import OrderedWriter
-from decode.pipeline.record import Record
 
 # Unicode categories of characters that are invisible or move the cursor: shown as escapes.
 INVISIBLE = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"}
@@ -38,11 +38,10 @@ class TextWriter(OrderedWriter):
         super().__init__("-")
         self.run = run
 
-    def put_sentence(self, line: int, source: str, record: Record | None) -> None:
-        """record: None for a line that is blank or was skipped."""
-        write = in_colours if sys.stdout.isatty() else plain
-        text = "" if record is None else write(self.run, line, source, record)
-        self.put(line, text, translated=record is not None)
+    def format(self, line: int, source: str, record: Record | None) -> str:
+        if record is None:
+            return ""
+        return (in_colours if sys.stdout.isatty() else plain)(self.run, line, source, record)
 
 
 def plain(run: ExplainedRun, line: int, source: str, record: Record) -> str:

@@ -115,9 +115,11 @@ def _fused_logits_kernel(
             tl.store(value_S + (2 + 2 * N * MEMBERS + k) * splits + split, best)
             tl.store(index_S + (2 + k) * splits + split, best_index)
     if SAMPLE:
-        words_C = random_words(tl.load(seed_R + row), tl.load(row_id_R + row), tl.load(position_R + row), start, SIZE)
+        score_C = x_C  # greedy: the best score is the best x
         temperature = tl.load(temperature_R + row)
-        score_C = x_C * (1.0 / tl.where(temperature == 0.0, 1.0, temperature)) + gumbel(words_C)
+        if temperature != 0.0:
+            seed, row_id, position = tl.load(seed_R + row), tl.load(row_id_R + row), tl.load(position_R + row)
+            score_C = x_C * (1.0 / temperature) + gumbel(random_words(seed, row_id, position, start, SIZE))
         score_C = tl.where(x_C > float("-inf"), score_C, float("-inf"))
         if TRUNCATED:
             kept_C = ordered_key(x_C).to(tl.int64) >= tl.load(threshold_key_R + row)
@@ -165,13 +167,11 @@ def _fused_logits_kernel(
             score_S = tl.load(line_S + offsets_S, mask=inside_S, other=float("-inf"), cache_modifier=".cg")
             sampled_S = tl.load(index_line_S + offsets_S, mask=inside_S, other=_LAST, cache_modifier=".cg")
             score = tl.max(score_S, axis=0)
-            greedy = tl.load(temperature_R + row) == 0.0
-            chosen = tl.where(greedy, token, tl.min(tl.where(score_S == score, sampled_S, _LAST), axis=0))
+            chosen = tl.min(tl.where(score_S == score, sampled_S, _LAST), axis=0)
             one_1 = tl.zeros((1,), tl.int32)
             x_1 = x_at(rows, weights, one_1 + tl.where(fine, chosen, 0), one_1 == 0, N, LEFT_OUT)
-            chosen_logprob_1 = tl.where(greedy, -log_total, x_1 - row_base - log_total)
             tl.store(sample_token_R + row, tl.where(fine, chosen, -1).to(tl.int64))
-            tl.store(sample_logprob_R + row + one_1, tl.where(fine, chosen_logprob_1, float("nan")))
+            tl.store(sample_logprob_R + row + one_1, tl.where(fine, x_1 - row_base - log_total, float("nan")))
         if TARGETS:
             offsets_G = tl.arange(0, TARGETS)
             here_G = offsets_G < target_count

@@ -105,7 +105,7 @@ def test_members_are_divided_evenly_among_streams():
     assert balanced([10, 1, 1], 2) == [[0], [1, 2]]
     assert balanced([1, 1, 10], 2) == [[2], [0, 1]]
     assert balanced([5], 2) == [[0]]
-    assert sorted(sum(balanced([3, 4, 5, 6, 7], 2), [])) == [0, 1, 2, 3, 4]
+    assert sorted(member for members in balanced([3, 4, 5, 6, 7], 2) for member in members) == [0, 1, 2, 3, 4]
 
 
 def test_shapes_are_few(models):

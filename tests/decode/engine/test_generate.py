@@ -72,12 +72,17 @@ def test_members_read_their_own_prompts_at_their_own_positions(models, reference
         assert tokens == by_hand(references, WEIGHTS, row, 8)[0]
 
 
+@pytest.fixture(scope="module")
+def alone(models):
+    """Each of eight prompts in an engine of its own."""
+    return [translate(Ensemble(models, WEIGHTS), [prompt], max_new_tokens=10) for prompt in prompts_of(5, 8)]
+
+
 @settings(max_examples=8)
 @given(batch_size=st.integers(1, 9), order=st.permutations(range(8)))
-def test_a_sentence_does_not_depend_on_its_batch(models, batch_size, order):
+def test_a_sentence_does_not_depend_on_its_batch(models, alone, batch_size, order):
     ensemble = Ensemble(models, WEIGHTS)
     prompts = prompts_of(5, 8)
-    alone = [translate(ensemble, [prompt], max_new_tokens=10) for prompt in prompts]
     result = translate(ensemble, [prompts[i] for i in order], max_new_tokens=10, batch_size=batch_size)
     for at, index in enumerate(order):
         assert (result.tokens[at], result.logprobs[at]) == (alone[index].tokens[0], alone[index].logprobs[0])

@@ -93,7 +93,7 @@ def counts_of(result):
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "samples"),
     [
-        (2.0, 8, 0.8, 1000),
+        (2.0, 8, 0.8, 600),
         pytest.param(1.0, 0, 1.0, 4000, marks=pytest.mark.slow),
         pytest.param(1.4, 5, 1.0, 4000, marks=pytest.mark.slow),
         pytest.param(0.7, 0, 0.9, 4000, marks=pytest.mark.slow),

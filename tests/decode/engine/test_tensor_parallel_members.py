@@ -88,7 +88,9 @@ def test_every_way_of_decoding_gives_the_tokens_of_one_process(folders, prompts,
     for (tokens, scores), (own_tokens, own_scores) in zip(parallel_worker.searched(models, prompts), group[0]["beam"]):
         assert own_tokens == tokens
         assert own_scores == pytest.approx(scores, abs=1e-5)
-    for (tokens, logprobs), (own_tokens, own_logprobs) in zip(parallel_worker.mixed(models, prompts), group[0]["mixed"]):
+    for (tokens, logprobs), (own_tokens, own_logprobs) in zip(
+        parallel_worker.mixed(models, prompts), group[0]["mixed"]
+    ):
         assert own_tokens == tokens
         assert own_logprobs == pytest.approx(logprobs, abs=1e-5)
 

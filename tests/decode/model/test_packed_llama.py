@@ -53,9 +53,11 @@ def one_at_a_time(packed, tokens):
 
 @torch.inference_mode()
 def ragged(packed, a, b, c, d):
-    """Four texts of 30, 41, 17 and 40 tokens in three forward passes with every kind of segment; logits of each text."""
+    """Logits of four texts of 30, 41, 17 and 40 tokens, in three forward passes with every kind of segment."""
     cache = packed.cache(4, 41)
-    first = read(packed, cache, [Segment(0, 1, 10), Segment(2, 1, 7), Segment(3, 1, 1)], [0, 0, 0], [a[:10], c[:7], d[:1]])
+    first = read(
+        packed, cache, [Segment(0, 1, 10), Segment(2, 1, 7), Segment(3, 1, 1)], [0, 0, 0], [a[:10], c[:7], d[:1]]
+    )
     further = [a[10:20], b[:10], c[7:17], d[1:11]]
     second = read(packed, cache, [Segment(0, 4, 10)], [10, 0, 7, 1], further)
     third = read(
@@ -69,7 +71,9 @@ def ragged(packed, a, b, c, d):
     )
 
 
-@pytest.mark.parametrize(("weight_dtype", "within"), [("float32", 1e-5), ("plain", 1e-5), ("bfloat16", 0.3), ("int8", 0.3)])
+@pytest.mark.parametrize(
+    ("weight_dtype", "within"), [("float32", 1e-5), ("plain", 1e-5), ("bfloat16", 0.3), ("int8", 0.3)]
+)
 @torch.inference_mode()
 def test_ragged_batches_give_the_models_own_logits(model, weight_dtype, within):
     packed = PackedLlama(model, weight_dtype)
