@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    from decode.pipeline.tuning import run  # with PyTorch: --help does not wait for it
+    from decode.fitting.tuning import run  # with PyTorch: --help does not wait for it
 
     return run(arguments)
 
