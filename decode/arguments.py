@@ -36,7 +36,7 @@ def collab_parser() -> argparse.ArgumentParser:
     add("--reference", metavar="FILE", help="line-aligned references: BLEU and chrF with signatures at the end")
     add("--report", metavar="FILE", help="write run.json: counts, speed, models, versions, scores")
     add("--details", metavar="FILE", help="JSON lines: text, tokens, their log-probabilities in nats, why it ended")
-    text = "why each token was chosen: an HTML page; -: text on standard output, instead of translations there"
+    text = "which member decided each token: an HTML page; -: text on standard output, instead of translations there"
     add("--explain", metavar="FILE", help=text)
     text = "continue from OUTPUT.journal if it is there; --no-resume deletes it (default: a journal is refused)"
     add("--resume", action=SWITCH, default=None, help=text)

@@ -5,7 +5,7 @@ it is negative where sampling or beam search took another token than the best. E
 
     contribution_i = w_i * (logit_i[token] - logit_i[runner-up]),    sum_i contribution_i = margin
 
-The members' softmax normalisers cancel in the difference. Nothing here takes part in the choice: tokens and
+The members' softmax normalisers cancel in the difference. Nothing here takes part in sampling: tokens and
 log-probabilities are those of a run without explanations, and an explanation does not depend on the batch.
 
     N members  R rows of logits, one a token  V vocabulary
@@ -59,7 +59,7 @@ class Explanation(NamedTuple):
         return self.pushes.index(max(self.pushes))
 
     def overruled(self, weights: Sequence[float]) -> list[int]:
-        """Members of positive weight that alone would have chosen another token."""
+        """Members of positive weight that alone would have sampled another token."""
         return [n for n, rank in enumerate(self.ranks) if rank is not None and rank > 1 and weights[n] > 0]
 
 
@@ -69,7 +69,7 @@ def explain(
     """One explanation for each row of the members' logits, N tensors (R, V).
 
     weights: (N,) or (N, R) float32; zero leaves a member out of that row.   tokens, logprobs: of each row the token
-    that was chosen and its log-probability in nats under the combined distribution.
+    that was sampled and its log-probability in nats under the combined distribution.
     """
     token_R = torch.tensor(tokens, device=logits[0].device)
     combined = fused_logits(logits, weights, members=True, top_k=2, targets=token_R)
@@ -95,7 +95,7 @@ def explain(
 
 def _alone(logits_RV: Tensor, token_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of one member, (R,) float64: how far the token's logit is below the largest, 1 + the number of larger logits, and
-    the token with the largest; of equal logits the chosen token's is the first.
+    the token with the largest; of equal logits the sampled token's is the first.
     """
     own_R1 = logits_RV.gather(1, token_R[:, None])
     behind_R = logits_RV.amax(dim=1).double() - own_R1[:, 0].double()

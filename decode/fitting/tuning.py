@@ -112,8 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
         },
         "prompts": {member.name: member.prompt.name for member in members},
         "chat": {member.name: member.chat.name for member in members},
-        "device": listed({name: device_name(place.device) for name, place in where.items()}),
-        "dtype": listed({name: place.weight_dtype for name, place in where.items()}),
+        "device": listed({name: device_name(placement.device) for name, placement in where.items()}),
+        "dtype": listed({name: placement.weight_dtype for name, placement in where.items()}),
         "versions": versions(),
     }
     if arguments.output:

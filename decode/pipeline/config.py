@@ -20,7 +20,7 @@ class Options:
     """How sentences are read and decoded. Languages are codes such as `ja`. `nbest` 0: no list is requested.
 
     One beam without `sample` is greedy decoding; see SamplingParams for the numbers. explain: record why each token was
-    chosen. Raises InputError for numbers out of range and for options that exclude one another or have no effect; the
+    sampled. Raises InputError for numbers out of range and for options that exclude one another or have no effect; the
     message names the option as the command line has it.
     """
 

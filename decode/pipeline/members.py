@@ -69,7 +69,7 @@ class EnsembleSpec:
     def from_arguments(
         cls, arguments: argparse.Namespace, batch_size: int, tp: str = "1", weights: dict[str, float] | None = None
     ) -> "EnsembleSpec":
-        """tp: as `--tensor-parallel` has it.   weights: in place of the command line's. Raises InputError."""
+        """tp: as `--tensor-parallel` has it.   weights: instead of the command line's. Raises InputError."""
         folders = named_folders(arguments.model)
         names = list(folders)
         weights = weights or combination(arguments, names)

@@ -1,4 +1,4 @@
-"""Weights in a TOML file: what decode.tune writes and `--weights` reads in place of `--combine`."""
+"""Weights in a TOML file: what decode.tune writes and `--weights` reads instead of `--combine`."""
 
 import argparse
 import tomllib
