@@ -57,7 +57,7 @@ class SlotInput:
 
 @dataclass(frozen=True)
 class SamplerOutput:
-    """For R positions the sampled token and its log-probability in nats, a flag (kernels.describe_flag), the best tokens
+    """For R positions the sampled token, its log-probability in nats, a flag (kernels.describe_flag), the best tokens
     where requested, and each member's logits (R, V), valid until the next step.
     """
 
