@@ -33,14 +33,12 @@ class LoraLinear(Linear):
     def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
-        self.weight, self.bias, self.scale = base.weight, base.bias, scale
-        with torch.device("meta"):
             self.lora_A = Linear(base.in_features, rank, bias=False)
             self.lora_B = Linear(rank, base.out_features, bias=False)
+        self.weight, self.bias, self.scale = base.weight, base.bias, scale
         for adapter in (self.lora_A, self.lora_B):
-            adapter.weight = nn.Parameter(
-                torch.zeros(adapter.weight.shape, dtype=torch.float32, device=base.weight.device)
-            )
+            zeros = torch.zeros(adapter.weight.shape, dtype=torch.float32, device=base.weight.device)
+            adapter.weight = nn.Parameter(zeros)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
@@ -57,22 +55,28 @@ class LoraLinear(Linear):
         return result
 
 
-def add_adapters(model: Llama, settings: Settings) -> None:
-    """Freeze the model and add adapters to the settings' layers: A random from the seed, B zero.
+def add_adapters(model: Llama, settings: Settings) -> Llama:
+    """With a `lora_rank`, freeze the model and add adapters to the settings' layers: A random from the seed, B zero.
 
-    Raises InputError for a layer number that the model does not have.
+    Returns the model. Raises InputError for a layer number that it does not have.
     """
+    if not settings.lora_rank:
+        return model
     model.requires_grad_(False)
-    layers = layer_numbers(settings.lora_layers, model.config.num_hidden_layers)
     scale = alpha_of(settings) / settings.lora_rank
-    for name in _adapted(model, settings.targets, layers):
-        layer = LoraLinear(_linear(model, name), settings.lora_rank, scale)
-        _replace(model, name, layer)
-        generator = torch.Generator().manual_seed(settings.seed ^ hash_of(name))
-        bound = 1 / math.sqrt(layer.in_features)  # kaiming_uniform with a = sqrt(5), as peft's
-        fresh = torch.empty(layer.lora_A.weight.shape).uniform_(-bound, bound, generator=generator)
-        with torch.no_grad():
-            layer.lora_A.weight.copy_(fresh)
+    for number in layer_numbers(settings.lora_layers, model.config.num_hidden_layers):
+        for local_name, _ in list(model.model.layers[number].named_modules()):
+            if local_name.rpartition(".")[2] not in settings.targets:
+                continue
+            name = f"model.layers.{number}.{local_name}"
+            layer = LoraLinear(_linear(model, name), settings.lora_rank, scale)
+            _replace(model, name, layer)
+            generator = torch.Generator().manual_seed(settings.seed ^ hash_of(name))
+            bound = 1 / math.sqrt(layer.in_features)  # kaiming_uniform with a = sqrt(5), as peft's
+            fresh = torch.empty(layer.lora_A.weight.shape).uniform_(-bound, bound, generator=generator)
+            with torch.no_grad():
+                layer.lora_A.weight.copy_(fresh)
+    return model
 
 
 def alpha_of(settings: Settings) -> float:
@@ -162,15 +166,6 @@ def _check_kind(config: dict[str, Any], folder: Path) -> None:
         raise InputError(f"{folder}: {what} cannot be merged; only plain LoRA can")
     if not all(isinstance(config.get(key), int | float) and config[key] > 0 for key in ("r", "lora_alpha")):
         raise InputError(f"{folder / CONFIG}: r and lora_alpha must be numbers above 0")
-
-
-def _adapted(model: Llama, targets: list[str], layers: list[int]) -> list[str]:
-    found = []
-    for number in layers:
-        for name, _ in model.model.layers[number].named_modules():
-            if name.rpartition(".")[2] in targets:
-                found.append(f"model.layers.{number}.{name}")
-    return found
 
 
 def _linear(model: Llama, name: str) -> nn.Linear:
