@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import threading
 import traceback
 import warnings
@@ -82,20 +81,18 @@ class Checkpoints:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs no group
 
     def save(self, progress: Progress, fingerprint: dict[str, Any], tensors: dict[str, Tensor], wait: bool) -> None:
-        """Write step-N. Unless `wait`, in a thread from a copy on the host; the next call raises its failure.
+        """Write step-N in a thread, from a copy on the host. Unless `wait`, the next call raises its failure.
 
         Raises InputError if it cannot be written; earlier checkpoints are then intact.
         """
         self.wait()
         record = json.dumps({"progress": vars(progress), "fingerprint": fingerprint}, indent=1)
-        if wait:
-            self._write(progress.step, record, tensors)
-            self.wait()
-            return
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         # not a daemon: an interpreter that ends normally waits for the file
         self.thread = threading.Thread(target=self._write, args=(progress.step, record, copies), name="checkpoint")
         self.thread.start()
+        if wait:
+            self.wait()
 
     def wait(self) -> None:
         """Wait for the last save; raises what it raised."""
@@ -110,18 +107,15 @@ class Checkpoints:
             self.thread.join()
             self.thread = None
 
-    def newest(self, fingerprint: Callable[[dict[str, Any]], None]) -> Progress | None:
-        """The progress of the last intact checkpoint, or None if there is no checkpoint.
+    def newest(self) -> dict[str, Any] | None:
+        """state.json of the last intact checkpoint, or None if there is no checkpoint.
 
-        `fingerprint` may reject its settings. A damaged one is named on standard error and the one before it is used.
-        Raises InputError if all are damaged.
+        A damaged one is named on standard error and the one before it is used. Raises InputError if all are damaged.
         """
         found = self.world.on_main(self._newest)
-        if found is None:
-            return None
-        fingerprint(found["fingerprint"])
-        self.saved_step = found["progress"]["step"]
-        return Progress(**found["progress"])
+        if found is not None:
+            self.saved_step = found["progress"]["step"]
+        return found
 
     def load(self, step: int, tensors: dict[str, Tensor]) -> None:
         """Fill `tensors` in place from step-N, whatever the number of ranks that wrote it."""
@@ -207,11 +201,9 @@ class Checkpoints:
 
 def finish(output: Path, write: Callable[[Path], None]) -> None:
     """Move the files that `write` makes into OUTPUT, config.json last: without it a folder is no model."""
+    temporary = output / ".finished"
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=".finished.", dir=output))
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written ({error.strerror})") from None
-    try:
+        temporary.mkdir(exist_ok=True)
         write(temporary)
         files = sorted(temporary.iterdir(), key=lambda path: path.name in LAST_FILES)
         for file in files:
@@ -255,7 +247,7 @@ def _verified(path: Path) -> dict[str, Any]:
 def digest_of(path: Path) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as stream:
-        return hashlib.filedigest_of(stream, "sha256").hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _system_reason(error: BaseException | None) -> str | None:

@@ -8,7 +8,6 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,11 +64,11 @@ def add_adapters(model: Llama, settings: Settings) -> Llama:
     model.requires_grad_(False)
     scale = alpha_of(settings) / settings.lora_rank
     for number in layer_numbers(settings.lora_layers, model.config.num_hidden_layers):
-        for local_name, _ in list(model.model.layers[number].named_modules()):
-            if local_name.rpartition(".")[2] not in settings.targets:
+        for local_name, linear in list(model.model.layers[number].named_modules()):
+            if local_name.rpartition(".")[2] not in settings.targets or not isinstance(linear, nn.Linear):
                 continue
             name = f"model.layers.{number}.{local_name}"
-            layer = LoraLinear(_linear(model, name), settings.lora_rank, scale)
+            layer = LoraLinear(linear, settings.lora_rank, scale)
             _replace(model, name, layer)
             generator = torch.Generator().manual_seed(settings.seed ^ hash_of(name))
             bound = 1 / math.sqrt(layer.in_features)  # kaiming_uniform with a = sqrt(5), as peft's
@@ -135,29 +134,6 @@ def write_adapter(model: Llama, settings: Settings, base: str, folder: Path) -> 
 def load_adapter(model: Llama, folder: Path) -> None:
     """Add the adapter of a folder of peft's or `write_adapter`'s. Raises InputError if it does not fit the model."""
     config = read_json(folder / CONFIG)
-    _check_kind(config, folder)
-    rank = config["r"]
-    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder / WEIGHTS}: cannot be read ({error})") from None
-    names = {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
-    for name in sorted(names):
-        try:
-            layer = LoraLinear(_linear(model, name), rank, scale)
-        except AttributeError:
-            raise InputError(f"{folder}: the adapter has {name}, which the model does not have") from None
-        for part in ("lora_A", "lora_B"):
-            adapter, tensor = getattr(layer, part), tensors.get(f"{PREFIX}{name}.{part}.weight")
-            if tensor is None or tensor.shape != adapter.weight.shape:
-                found = "missing" if tensor is None else str(list(tensor.shape))
-                raise InputError(f"{folder}: {name}.{part} is {found}; expected {list(adapter.weight.shape)}")
-            adapter.weight = nn.Parameter(tensor.float().to(layer.weight.device))
-        _replace(model, name, layer)
-
-
-def _check_kind(config: dict[str, Any], folder: Path) -> None:
     unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
     if config.get("bias", "none") != "none":
         unsupported.append("bias")
@@ -166,14 +142,25 @@ def _check_kind(config: dict[str, Any], folder: Path) -> None:
         raise InputError(f"{folder}: {what} cannot be merged; only plain LoRA can")
     if not all(isinstance(config.get(key), int | float) and config[key] > 0 for key in ("r", "lora_alpha")):
         raise InputError(f"{folder / CONFIG}: r and lora_alpha must be numbers above 0")
-
-
-def _linear(model: Llama, name: str) -> nn.Linear:
-    """Raises AttributeError if the model has no linear layer of that name."""
-    module = model.get_submodule(name)
-    if not isinstance(module, nn.Linear):
-        raise AttributeError(name)
-    return module
+    rank = config["r"]
+    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder / WEIGHTS}: cannot be read ({error})") from None
+    names = {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
+    for name in sorted(names):
+        linear = dict(model.named_modules()).get(name)
+        if not isinstance(linear, nn.Linear):
+            raise InputError(f"{folder}: the adapter has {name}, which the model does not have")
+        layer = LoraLinear(linear, rank, scale)
+        for part in ("lora_A", "lora_B"):
+            adapter, tensor = getattr(layer, part), tensors.get(f"{PREFIX}{name}.{part}.weight")
+            if tensor is None or tensor.shape != adapter.weight.shape:
+                found = "missing" if tensor is None else str(list(tensor.shape))
+                raise InputError(f"{folder}: {name}.{part} is {found}; expected {list(adapter.weight.shape)}")
+            adapter.weight = nn.Parameter(tensor.float().to(layer.weight.device))
+        _replace(model, name, layer)
 
 
 def _replace(model: Llama, name: str, module: nn.Module) -> None:

@@ -1,14 +1,13 @@
 """The records of a run (metrics.jsonl, timing.jsonl, TensorBoard) and its progress on standard error.
 
 metrics.jsonl holds what was computed, so it has the same bytes in two runs with the same weights; timing.jsonl holds
-seconds and memory. Progress is a bar on a terminal, otherwise a line every LINE_SECONDS.
+seconds and memory. Progress is a line: renewed on a terminal, otherwise printed every LINE_SECONDS.
 """
 
 import json
 import math
 import os
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from minillama.errors import InputError
 
@@ -77,7 +75,14 @@ class Records:
         timing = output / "timing.jsonl"
         # a killed process may have left half a line
         self.timing = JsonLines(timing, timing.read_bytes().rfind(b"\n") + 1 if step and timing.exists() else 0)
-        self.board = _tensorboard_writer(output, step + 1) if tensorboard else None
+        self.board: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise InputError("--tensorboard: the package is not installed; pip install tensorboard") from None
+            # what a killed run wrote after the last checkpoint is dropped
+            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
         self.device, self.last = device, time.monotonic()
 
     def write(self, record: dict[str, Any]) -> None:
@@ -110,17 +115,7 @@ def peak_bytes(device: torch.device) -> int:
     """Peak memory so far: allocated on a GPU, resident (getrusage) on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes if sys.platform == "darwin" else kilobytes * 1024
-
-
-def _tensorboard_writer(output: Path, first_step: int) -> Any:
-    """A SummaryWriter that drops what a killed run wrote from `first_step` on. Raises InputError if not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("--tensorboard: the package is not installed; pip install tensorboard") from None
-    return SummaryWriter(str(output / "tensorboard"), purge_step=first_step)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Reporter:
@@ -128,35 +123,31 @@ class Reporter:
 
     def __init__(self, silent: bool = False) -> None:
         self.console = Console(stderr=True, quiet=silent)
-        self.silent = silent
-        self.bar: Progress | None = None
+        self.status = self.console.status("")
 
     def start(self, step: int, total: int) -> None:
         self.total, self.first = total, step
         self.started = self.last_line = time.monotonic()
         self.tokens, self.smooth = 0, math.nan
-        if self.console.is_terminal and not self.silent:
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
-            self.bar = Progress(*columns, console=self.console)
-            self.task = self.bar.add_task("", total=total, completed=step, status="")
-            self.bar.start()
+        if self.console.is_terminal:
+            self.status.start()
 
     def step(self, step: int, loss: float, tokens: int) -> None:
         self.tokens += tokens
         self.smooth = loss if math.isnan(self.smooth) else 0.98 * self.smooth + 0.02 * loss
         now = time.monotonic()
         seconds = max(now - self.started, 1e-9)
-        status = f"loss {self.smooth:.4f}  {self.tokens / seconds:,.0f} tokens/s"
-        if self.bar is not None:
-            self.bar.update(self.task, completed=step, status=status)
-        elif not self.silent and (now - self.last_line >= LINE_SECONDS or step == self.total):
+        left = seconds / (step - self.first) * (self.total - step)
+        speed = f"{self.tokens / seconds:,.0f} tokens/s"
+        line = f"step {step}/{self.total}  loss {self.smooth:.4f}  {speed}  {left:,.0f} s left"
+        if self.console.is_terminal:
+            self.status.update(line)
+        elif now - self.last_line >= LINE_SECONDS or step == self.total:
             self.last_line = now
-            left = seconds / (step - self.first) * (self.total - step)
-            self.note(f"step {step}/{self.total}  {status}  {left:,.0f} s left")
+            self.note(line)
 
     def note(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def stop(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        self.status.stop()

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from train.checkpoint import digest_of, finish, is_finished
 from train.config import Settings, check_output
 from train.distributed import DistributedContext, started, unsharded
 from train.dry_run import show
-from train.lora import add_adapters, layer_numbers, merge, write_adapter
+from train.lora import add_adapters, merge, write_adapter
 from train.metrics import Reporter
 from train.packing import Example
 from train.trainer import Trainer
@@ -108,8 +109,6 @@ def _load_start(arguments: argparse.Namespace, world: DistributedContext) -> Sta
             f"the tokenizer has {len(tokenizer)} entries, the model only {config.vocab_size}; "
             "vocab_size must be at least the tokenizer's"
         )
-    if arguments.lora_rank:
-        layer_numbers(arguments.lora_layers, config.num_hidden_layers)  # raises InputError
     return Start(config, tokenizer, folder)
 
 
@@ -122,16 +121,15 @@ def _train(
     tokens, labels = sum(len(e.tokens) for e in examples), sum(e.num_labels for e in examples)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     trained = sum(sizes[name] for name in trainer.optimizer.parameters)
-    ranks = f" ({world.size} ranks)" if world.size > 1 else ""
     world.log(
-        f"{len(examples):,} examples, {tokens:,} tokens ({labels / tokens:.0%} targets), {len(data.held_out):,} held out; "
-        f"{trainer.total_steps:,} steps in {settings.epochs} epochs on {world.device}{ranks}, "
-        f"{trained:,} of {sum(sizes.values()):,} parameters in {settings.dtype}"
+        f"{len(examples):,} examples, {tokens:,} tokens ({labels / tokens:.0%} targets), "
+        f"{trainer.total_steps:,} steps on {world.device}"
     )
+    names = [name for option in ("text", "train", "valid") for name in getattr(arguments, option, None) or []]
     record = {
         "settings": asdict(settings),
         "data": data.notes,
-        "sha256": _checksums(arguments),
+        "sha256": {name: digest_of(Path(name)) for name in names if Path(name).is_file()},  # a named split has none
         "examples_digest": trainer.fingerprint["examples"],
         "examples": len(examples),
         "tokens": tokens,
@@ -142,7 +140,15 @@ def _train(
         "versions": versions(*PACKAGES),
     }
     world.on_main(lambda: _write_record(output, arguments, record))
-    outcome = trainer.run(arguments.resume, Reporter(silent=not world.is_main))
+    started_at = time.monotonic()
+    progress = trainer.run(arguments.resume, Reporter(silent=not world.is_main))
+    outcome = {
+        "steps": progress.step,
+        "epochs": settings.epochs,
+        "best_loss": progress.best_loss if progress.best_step else None,
+        "best_step": progress.best_step or None,
+        "seconds": time.monotonic() - started_at,
+    }
     result = unsharded(model, world, lambda: add_adapters(Llama(start.config), settings))
 
     def write(folder: Path) -> None:
@@ -155,13 +161,12 @@ def _train(
         start.tokenizer.save(folder)
         if data.prompt is not None:
             data.prompt.save(folder)
-        (folder / "run.json").write_text(_json({**record, **asdict(outcome)}), encoding="utf-8")
+        (folder / "run.json").write_text(_json(record | outcome), encoding="utf-8")
 
     world.on_main(lambda: finish(output, write))
     if world.is_main and not arguments.leave_checkpoints:
         shutil.rmtree(trainer.checkpoints.folder, ignore_errors=True)
-    best = f", best validation loss {outcome.best_loss:.4f} at step {outcome.best_step}" if outcome.best_loss else ""
-    world.log(f"{output}: {outcome.steps:,} steps in {outcome.seconds:,.0f} s{best}")
+    world.log(f"{output}: {progress.step:,} steps in {outcome['seconds']:,.0f} s")
 
 
 def _is_finished(arguments: argparse.Namespace, settings: Settings) -> bool:
@@ -193,12 +198,6 @@ def _write_record(output: Path, arguments: argparse.Namespace, record: dict[str,
         atomic_write(output / "run.json", _json(record))
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror})") from None
-
-
-def _checksums(arguments: argparse.Namespace) -> dict[str, str]:
-    """SHA-256 of every file that --text, --train and --valid name; a named split has none."""
-    names = [name for option in ("text", "train", "valid") for name in getattr(arguments, option, None) or []]
-    return {name: digest_of(Path(name)) for name in names if Path(name).is_file()}
 
 
 def _json(record: dict[str, Any]) -> str:

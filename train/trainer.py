@@ -16,7 +16,7 @@ import threading
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -53,17 +53,6 @@ def target_loss(model: Llama, batch: Batch) -> Tensor:
     hidden_BTD = model.hidden(batch.inputs_BT, packed=batch.packed)
     hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, batch.label_positions_M)
     return linear_cross_entropy(hidden_MD, model.output_weight, batch.labels_M)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Results of a finished run; without a validation the best loss and its step are None."""
-
-    steps: int
-    epochs: int
-    best_loss: float | None
-    best_step: int | None
-    seconds: float
 
 
 class StopRequest:
@@ -127,12 +116,12 @@ class Trainer:
         self.records: Records | None = None  # of rank 0, while it trains
         self.stop = StopRequest()
 
-    def run(self, resume: bool, reporter: Reporter) -> Outcome:
+    def run(self, resume: bool, reporter: Reporter) -> Progress:
         """Train; afterwards the model has the last or the best weights. Raises InputError if the loss is not finite."""
         self.output.mkdir(parents=True, exist_ok=True)
         if resume:
             self._restore()
-        started, progress = time.monotonic(), self.progress
+        progress = self.progress
         self.model.train()
         self.reporter = reporter
         reporter.start(progress.step, self.total_steps)
@@ -154,8 +143,7 @@ class Trainer:
         if self.settings.keep == "best" and progress.best_step not in (0, progress.step):
             self.checkpoints.load(progress.best_step, self._weights())
         self.model.eval()
-        best = (progress.best_loss, progress.best_step) if progress.best_step else (None, None)
-        return Outcome(progress.step, self.settings.epochs, *best, time.monotonic() - started)
+        return progress
 
     def _train(self) -> None:
         progress, device = self.progress, self.world.device
@@ -298,19 +286,17 @@ class Trainer:
         return {**self._weights(), **self.optimizer.tensors(), "generator": torch.get_rng_state()}
 
     def _restore(self) -> None:
-        found = self.checkpoints.newest(self._check_fingerprint)
-        if found is None:
+        state = self.checkpoints.newest()
+        if state is None:
             return
-        tensors = self._tensors()
-        self.checkpoints.load(found.step, tensors)
-        self.optimizer.set_step(found.step)
-        torch.set_rng_state(tensors["generator"])
-        self.progress = found
-
-    def _check_fingerprint(self, saved: dict[str, Any]) -> None:
-        now = self.fingerprint
+        saved, now = state["fingerprint"], self.fingerprint
         if changed := [f"{n} (was {saved.get(n)}, now {now[n]})" for n in now if saved.get(n) != now[n]]:
             raise InputError(f"--resume {self.output}: the run was started with other settings: {', '.join(changed)}")
+        self.progress = Progress(**state["progress"])
+        tensors = self._tensors()
+        self.checkpoints.load(self.progress.step, tensors)
+        self.optimizer.set_step(self.progress.step)
+        torch.set_rng_state(tensors["generator"])
 
 
 def _fingerprint(model: Llama, examples: Sequence[Example], settings: Settings) -> dict[str, Any]:
