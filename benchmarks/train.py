@@ -89,9 +89,8 @@ class Transformers:
             ids_BT[row, :length], mask_BT[row, :length] = torch.tensor(example.tokens), 1
             labels_BT[row, example.prompt_len : length] = ids_BT[row, example.prompt_len : length]
         batch = {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
-        return self.model(
-            **{name: tensor.to(self.model.device) for name, tensor in batch.items()}, use_cache=False
-        ).loss
+        batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+        return self.model(**batch, use_cache=False).loss
 
 
 # The system and the optimizer of this worker.
@@ -153,20 +152,18 @@ def compare_speed(
     name: str, workers: Sequence[ProcessPoolExecutor], batches: Iterator[list[Example]]
 ) -> dict[str, Any]:
     """Medians of both systems' labels per second and of their ratio, and peak memory; the first step warms up."""
-    seconds: list[tuple[float, float]] = []
-    counts: list[int] = []
+    speeds: list[tuple[float, float]] = []
     on_each(workers, take_peak)  # the memory of loading is not training's
     for number, batch in enumerate(batches):
         (ours, _), (theirs, _) = on_each(workers, step, batch)
-        if number:
-            seconds.append((ours, theirs))
-            counts.append(sum(example.num_labels for example in batch))
+        labels = sum(example.num_labels for example in batch)
+        speeds.append((labels / ours, labels / theirs))
         print(f"{name}: step {number}, {ours:.2f} s and {theirs:.2f} s", file=sys.stderr, flush=True)
-    peaks = on_each(workers, take_peak)
+    peaks, timed = on_each(workers, take_peak), speeds[1:]
     return {
-        "ours_per_second": statistics.median(n / ours for n, (ours, _) in zip(counts, seconds)),
-        "theirs_per_second": statistics.median(n / theirs for n, (_, theirs) in zip(counts, seconds)),
-        "ratio": statistics.median(theirs / ours for ours, theirs in seconds),
+        "ours_per_second": statistics.median(ours for ours, _ in timed),
+        "theirs_per_second": statistics.median(theirs for _, theirs in timed),
+        "ratio": statistics.median(ours / theirs for ours, theirs in timed),
         "ours_peak_bytes": peaks[0],
         "theirs_peak_bytes": peaks[1],
     }
@@ -239,11 +236,8 @@ def _random_sequences(config: LlamaConfig, options: argparse.Namespace, count: i
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m benchmarks.train",
-        description="Our training step against transformers', on the same weights and data.",
-        epilog=EXAMPLES,
-    )
+    description = "Our training step against transformers', on the same weights and data."
+    parser = Parser(prog="python -m benchmarks.train", description=description, epilog=EXAMPLES)
     parser.add_argument("--json", action="store_true", help="print all figures, not only the four ratios")
     parser.add_argument("--model", metavar="DIR", help="folder or hub id of a Llama, instead of --shape")
     parser.add_argument("--shape", default="smollm2-135m", help="a shape that train.plan knows, weights from --seed")
@@ -264,9 +258,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: the first GPU, else the CPU")
     parser.add_argument("--output", type=Path, help="folder of the results (benchmarks/results/train)")
     options = parser.parse_args(argv)
-    for name in ("rounds", "batch-size", "steps", "curve-batch-size", "sequences", "length"):
-        if (value := getattr(options, name.replace("-", "_"))) < 1:
-            raise InputError(f"--{name} is {value}; it must be at least 1")
+    sizes = options.rounds, options.batch_size, options.steps, options.curve_batch_size, options.sequences
+    if min(*sizes, options.length) < 1:
+        raise InputError("--rounds, --batch-size, --steps, --curve-batch-size, --sequences, --length must be above 0")
     options.device = str(pick_device(options.device))
     result = measure(options)
     path = save(result, "train", options.output)
