@@ -28,8 +28,9 @@ def crash(monkeypatch):
             if number == at:
                 raise RuntimeError("crash")
 
-        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
+        with monkeypatch.context() as patch:
             patch.setattr(Reporter, "step", step)
-            yield
+            with pytest.raises(RuntimeError, match="crash"):
+                yield
 
     return crashing

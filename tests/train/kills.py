@@ -99,7 +99,7 @@ def environment() -> dict[str, str]:
 
 
 def kill_and_resume(folder: Path, kills: int, writes: int, seed: int) -> list[Kill]:
-    """Train on train.tsv and valid.tsv of `folder`, once unbroken and once with `kills` kills, `writes` of them while a checkpoint is written; compare.
+    """Train on train.tsv of `folder` once unbroken and once with `kills` kills, `writes` of them during a checkpoint.
 
     Raises AssertionError where the two runs differ, or where the run ended before it had been killed so often.
     """
