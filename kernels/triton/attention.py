@@ -6,7 +6,7 @@ A program has one position and one key head: the queries that share it (padded t
 values in blocks, as many as the slot has filled. That number is read from device memory, so one CUDA graph serves every
 length. A position's bits depend neither on the other positions of the batch nor on the capacity of the cache.
 
-Bytes: keys and values once for each position, which is the lower bound of a step; a prompt reads its keys again from L2.
+Bytes: keys and values once for each position, which is the lower bound of a step; a prompt reads keys again from L2.
 
     R positions  H query heads  K key/value heads  G = H/K  C head width  S keys  P positions of a cache
     J = 2 * K * C numbers of each
