@@ -19,12 +19,11 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from kernels.triton.launch import Launch, Variant
+from kernels.triton.launch import SHORT, Launch, Variant
 
 EXAMPLES = """examples:
   python -m kernels.resources                                   a table of all kernels, variants and targets
@@ -39,13 +38,7 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "gfx942": ("hip", "gfx942", 64),
 }
 KERNEL_FILES = ("fused_logits", "top_k_top_p", "softmax_minus_target", "layer", "gemv", "attention")
-POINTERS = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-}
+POINTERS = {dtype: f"*{name}" for dtype, name in SHORT.items()} | {torch.int64: "*i64", torch.int32: "*i32"}
 AMD_LOADS = {"ubyte": 1, "sbyte": 1, "ushort": 2, "sshort": 2, "short_d16": 2, "short_d16_hi": 2}
 AMD_LOADS |= {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 
@@ -154,18 +147,22 @@ def main(arguments: list[str] | None = None) -> int:
     if not selected:
         print(f"no kernel {options.kernel or ''} has a variant named '{options.variant}'", file=sys.stderr)
         return 2
-    layout = "{kernel:21}{variant:36}{target:8}{registers:>10}{spills:>8}{shared_bytes:>13}{load_bytes:>11}"
-    columns = ("kernel", "variant", "target", "registers", "spills", "shared_bytes", "load_bytes")
-    if not options.json:
-        print(layout.format(**{name: name for name in columns}))
-    rows = []
-    for variant in selected:
-        for target in options.target or TARGETS:
-            rows.append(measure(variant, target))
-            if not options.json:
-                print(layout.format(**rows[-1]), flush=True)
+    rows = (measure(variant, target) for variant in selected for target in options.target or TARGETS)
     if options.json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(list(rows), indent=1))
+        return 0
+    widths = {
+        "kernel": 21,
+        "variant": 36,
+        "target": 8,
+        "registers": 11,
+        "spills": 8,
+        "shared_bytes": 14,
+        "load_bytes": 10,
+    }
+    print("".join(f"{name:{width}}" for name, width in widths.items()))
+    for row in rows:
+        print("".join(f"{row[name]:<{width}}" for name, width in widths.items()), flush=True)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The one way in which a kernel is launched, and how `python -m kernels.resources` sees launches without a GPU."""
+"""The one way to launch a kernel, and to record launches on a machine without a GPU. Does not import Triton."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
