@@ -62,37 +62,29 @@ def fused_logits(request: Request, dtype: torch.dtype = torch.float32) -> FusedL
     def at(values_BV: Tensor, token_BG: Tensor) -> Tensor:
         return result(entries(values_BV, token_BG))
 
-    sample_token_B = sample_logprob_B = top_token_BK = top_logprob_BK = None
+    results: dict[str, Tensor] = {}
     if request.sample is not None:
         sample_token_B = sample(x_BV, request.sample)
-        sample_logprob_B = at(logprob_BV, sample_token_B[:, None])[:, 0]
+        results["sample_token"] = torch.where(fine_B, sample_token_B, -1)
+        results["sample_logprob"] = at(logprob_BV, sample_token_B[:, None])[:, 0]
     if request.top_k:
         best_BK = x_BV.sort(dim=1, descending=True, stable=True).indices[:, : request.top_k]
         best_logprob_BK = logprob_BV.gather(1, best_BK)
-        top_token_BK = torch.where(fine_B[:, None] & (best_logprob_BK > -torch.inf), best_BK, -1)
-        top_logprob_BK = result(best_logprob_BK)
-    member_logprob_NB = member_target_logprob_NBG = None
+        results["top_token"] = torch.where(fine_B[:, None] & (best_logprob_BK > -torch.inf), best_BK, -1)
+        results["top_logprob"] = result(best_logprob_BK)
+    if request.targets is not None:
+        results["target_logprob"] = at(logprob_BV, request.targets)
     if request.members:
         own_NBV = [
             torch.where((weights_B == 0)[:, None], torch.nan, torch.log_softmax(logits_BV.to(dtype), dim=1))
             for logits_BV, weights_B in zip(request.logits, request.weights_NB, strict=True)
         ]
-        chosen_B1 = (token_B if sample_token_B is None else sample_token_B)[:, None]
-        member_logprob_NB = torch.stack([at(own_BV, chosen_B1)[:, 0] for own_BV in own_NBV])
+        token_B1 = (token_B if request.sample is None else sample_token_B)[:, None]
+        results["member_logprob"] = torch.stack([at(own_BV, token_B1)[:, 0] for own_BV in own_NBV])
         if request.targets is not None:
-            member_target_logprob_NBG = torch.stack([at(own_BV, request.targets) for own_BV in own_NBV])
-    return FusedLogits(
-        token=torch.where(fine_B, token_B, -1),
-        logprob=at(logprob_BV, token_B[:, None])[:, 0],
-        flag=flag_B,
-        member_logprob=member_logprob_NB,
-        member_target_logprob=member_target_logprob_NBG,
-        top_token=top_token_BK,
-        top_logprob=top_logprob_BK,
-        target_logprob=None if request.targets is None else at(logprob_BV, request.targets),
-        sample_token=None if sample_token_B is None else torch.where(fine_B, sample_token_B, -1),
-        sample_logprob=sample_logprob_B,
-    )
+            results["member_target_logprob"] = torch.stack([at(own_BV, request.targets) for own_BV in own_NBV])
+    logprob_B = at(logprob_BV, token_B[:, None])[:, 0]
+    return FusedLogits(torch.where(fine_B, token_B, -1), logprob_B, flag_B, **results)
 
 
 def entries(values_BV: Tensor, token_BG: Tensor) -> Tensor:

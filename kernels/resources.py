@@ -1,9 +1,8 @@
 """What the compiler makes of every kernel, on a machine without a GPU: `python -m kernels.resources [--json]`.
 
 Each variant is compiled ahead of time for NVIDIA sm_80 (A100), sm_90 (H100, H200), sm_100 (B200) and AMD gfx942
-(MI300X), from the arguments that a launch passes, specialised as Triton specialises them (16-byte alignment,
-divisibility by 16, the value 1). Registers and spills are read from the cubin's resource usage or the AMD metadata, the
-width of the main loop's global loads from the instructions. Nothing is run.
+(MI300X), specialised for the arguments of a recorded launch. Registers and spills are read from the cubin or the AMD
+metadata, the width of the main loop's global loads from the instructions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Arguments and results shared by all backends of `fused_logits` and `fused_head`, the flags, and all checks.
 
-Every backend (Triton, CPU, eager) receives the same checked request and fills the same result, so the checks are here,
-once. This file knows no arithmetic.
+Every backend (Triton, CPU, eager) receives the same checked request and fills the same result.
 
     B sequences  V vocabulary  N members  G target tokens  K best  D model width
 """
@@ -10,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -48,8 +47,7 @@ class Sampling:
     """How to sample. A sample depends on (seed, row_id, position) and on the sequence's own logits, on nothing else.
 
     Each parameter is one number for all sequences or a tensor (B,) with one for each.
-    seed: int64.   row_id, position: (B,) int64, each within 0 .. 2**31 - 1.   temperature: float32, 0 or more; 0 is
-    greedy: `sample_token` and `sample_logprob` are exactly `token` and `logprob`.
+    seed: int64.   row_id, position: (B,) int64 within 0 .. 2**31 - 1.   temperature: float32, 0 or more; 0 is greedy.
     top_k: int64; a token is kept if fewer than top_k are strictly more probable; 0 keeps all.
     top_p: float32 or float64, above 0 up to 1; a token is kept if those strictly more probable have a mass below top_p
     at that temperature; 1 keeps all. A token must pass both; tokens of equal probability are kept or dropped together.
@@ -127,10 +125,6 @@ class Request:
         return self.logits[0].shape[1]
 
     @property
-    def device(self) -> torch.device:
-        return self.logits[0].device
-
-    @property
     def weights_NB(self) -> Tensor:
         """The weights with one column a sequence (a view where they are shared)."""
         return self.weights if self.weights.dim() == 2 else self.weights[:, None].expand(-1, self.batch)
@@ -147,8 +141,8 @@ class FusedHead:
     """Results of the output layers, one entry a sequence; a flagged one has token -1 and NaN in every float result.
 
     token (B,) int64, logprob (B,) float32 nats, flag (B,) int32; target_logprob (B, G) float32, NaN outside 0 .. V-1.
-    With moments: mean (N, B) and covariance (N, N, B) float32 of the members' logits under the combined distribution,
-    and target_logits (N, B, G) float32, the members' own logits of the targets.
+    With moments, float32: mean (N, B) and covariance (N, N, B) of the members' logits under the combined distribution,
+    and target_logits (N, B, G), the members' own logits of the targets.
     """
 
     token: Tensor
@@ -255,11 +249,10 @@ def check_sampling(sample: Sampling, batch: int, device: torch.device) -> Sampli
 
 
 def copy_into(out: Any, result: Any) -> Any:
-    """`out` with its tensors overwritten by those of a result like it, for a caller that keeps addresses fixed."""
-    for field in fields(out):
-        ours, theirs = getattr(out, field.name), getattr(result, field.name)
-        if isinstance(ours, Tensor):
-            ours.copy_(theirs)
+    """`out` with its tensors overwritten by those of a result like it."""
+    for name, values in vars(out).items():
+        if isinstance(values, Tensor):
+            values.copy_(getattr(result, name))
     return out
 
 

@@ -10,9 +10,8 @@ every call. y = x Wᵀ + b in four weight dtypes:
 | bfloat16 | packed by oneDNN, or plain without the instructions | bf16 x bf16 into float32, result in bf16 | 2e-2 |
 | int8 | plain, one scale an output row | int8 x bf16 into float32, result in bf16 | 4e-2 |
 
-(normal weights and inputs; the errors contain the rounding of the weights.) float16 holds every bfloat16 number from
-2^-17 to 65,504 exactly and smaller ones within 2^-25; FBGEMM takes 70 ns to pack a number where the others take 8. How
-a call is computed depends on the weight dtype and the number of rows only: two runs give the same bits.
+(normal weights and inputs; with the rounding of the weights.) float16 holds every bfloat16 number from 2^-17 to 65,504
+exactly and smaller ones within 2^-25. How a call is computed depends on the weight dtype and the number of rows only.
 
 With `invariant=True` a row's bits do not depend on the other rows either. For FBGEMM that is always so; MKL and oneDNN
 add in one order for any number of rows from two on, so a lone row gets a second one. The numbers of rows for which that
@@ -39,8 +38,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 EXPECTED_ROWS = 64
 # Up to here the int8 matmul is the fastest. With D not a multiple of 16 it was seen to run past the end of a row.
 INT8_ROWS, INT8_VECTOR = 16, 16
-# With AVX-512 oneDNN reads a packed weight faster for 4 rows than for 1 to 3 (the matmuls of a SmolLM2 step, one core:
-# 31 ms against 38, 45 and 43 in float32), so fewer are padded.
+# With AVX-512 oneDNN is faster for 4 rows than for 1 to 3 (SmolLM2's matmuls, one core: 31 ms against 38, 45 and 43).
 AVX512_LEAST_ROWS = 4
 # oneDNN keeps a compiled matmul, some 0.2 MB, for every number of rows: beyond so many it is a multiple of 4.
 EVERY_ROWS, ROWS_MULTIPLE = 16, 4
@@ -60,9 +58,7 @@ _TRYING = threading.Lock()  # layers may be packed on several threads
 
 @functools.cache
 def has_bfloat16_instructions() -> bool:
-    """Whether this processor multiplies bf16, and oneDNN packed weights of it: tried, since environment variables may
-    forbid it. With AVX-512 but without the instructions oneDNN would emulate.
-    """
+    """Whether oneDNN multiplies packed bf16 weights by instructions for them: tried, since it can be switched off."""
     if not torch.backends.mkldnn.is_available():
         return False
     if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported():
@@ -105,20 +101,14 @@ def mkl_is_faster() -> bool:
 class PackedLinear(nn.Module):
     """`nn.Linear` for inference on a CPU, without gradients.
 
-    linear: an `nn.Linear`, or a weight (O, D) with `bias` (O,), copied: the caller may drop its own.
-    x: (..., D) of any float dtype; the result (..., O) has x's dtype.
-    invariant: a row's result has the same bits whatever the other rows are, and however many.
+    linear: an `nn.Linear`, or a weight (O, D) with `bias` (O,), copied.   dtype: of the weight, one of `DTYPES`.
+    x: (..., D) of any float dtype; the result (..., O) has x's dtype.   invariant: rows do not depend on each other.
     Raises ValueError for an unknown dtype, a weight that is not 2-dimensional, not on the CPU or too large for float16,
     and an x of another width.
     """
 
     def __init__(
-        self,
-        linear: nn.Linear | Tensor,
-        bias: Tensor | None = None,
-        *,
-        dtype: str = "auto",
-        invariant: bool = False,
+        self, linear: nn.Linear | Tensor, bias: Tensor | None = None, *, dtype: str = "auto", invariant: bool = False
     ) -> None:
         super().__init__()
         weight_OD = (linear.weight if isinstance(linear, nn.Linear) else linear).detach()
@@ -143,12 +133,15 @@ class PackedLinear(nn.Module):
         self._bias_O = None if bias is None else bias.detach().float()
         self._packed_matmul: Callable[[Tensor], Tensor] | None = None
         self._own: torch.dtype | None = None  # the dtype of x that `_packed_matmul` takes
-        self._by_mkl = False
         self._least_rows, self._multiple = 1, 1
         if dtype == "float16":
-            self._pack_float16(weight_OD)
+            self._weight = torch.ops.quantized.linear_prepack_fp16(weight_OD.float().contiguous(), self._bias_O)
+            self._packed_matmul, self._own = functools.partial(_fbgemm_matmul, self._weight), torch.float32
         elif dtype == "float32" and mkl_is_faster():
-            self._pack_with_mkl(weight_OD)
+            self._weight = torch.ops.mkl._mkl_reorder_linear_weight(weight_OD.float().contiguous(), EXPECTED_ROWS)
+            shape_OD = weight_OD.new_zeros((), dtype=torch.float32).expand(weight_OD.shape)  # asked for its sizes
+            self._packed_matmul = functools.partial(_mkl_matmul, self._weight, shape_OD, self._bias_O)
+            self._own = torch.float32
         elif dtype == "float32" or (dtype == "bfloat16" and has_bfloat16_instructions()):
             self._pack_with_onednn(weight_OD.to(getattr(torch, dtype)))
         elif dtype == "bfloat16":
@@ -164,18 +157,6 @@ class PackedLinear(nn.Module):
                     _STEADY[key] = self._steady_rows()
             least, self._most_rows = _STEADY[key]
             self._least_rows = max(least, self._least_rows)
-
-    def _pack_float16(self, weight_OD: Tensor) -> None:
-        self._weight = torch.ops.quantized.linear_prepack_fp16(weight_OD.float().contiguous(), self._bias_O)
-        self._own = torch.float32
-        self._packed_matmul = functools.partial(_fbgemm_matmul, self._weight)
-
-    def _pack_with_mkl(self, weight_OD: Tensor) -> None:
-        self._by_mkl = True
-        self._weight = torch.ops.mkl._mkl_reorder_linear_weight(weight_OD.float().contiguous(), EXPECTED_ROWS)
-        self._own = torch.float32
-        shape_OD = torch.zeros((), dtype=torch.float32).expand(weight_OD.shape)  # the operation asks it for its sizes
-        self._packed_matmul = functools.partial(_mkl_matmul, self._weight, shape_OD, self._bias_O)
 
     def _pack_with_onednn(self, weight_OD: Tensor) -> None:
         """A build without oneDNN keeps the weight plain."""
@@ -198,14 +179,14 @@ class PackedLinear(nn.Module):
         return self.out_features * self.in_features * itemsize
 
     def unpacked(self) -> Tensor:
-        """The weight (O, D), float32 for float32 and float16, else bfloat16; if stored plain, the stored tensor itself."""
+        """The weight (O, D): float32 for float32 and float16, else bfloat16; if stored plain, the stored tensor."""
         if self._scale_O is not None:
             return (self._weight.float() * self._scale_O.float()[:, None]).bfloat16()
         if self.dtype == "float16":
             return torch.ops.quantized.linear_unpack_fp16(self._weight)[0]
         if not self._weight.is_mkldnn:
             return self._weight
-        if not self._by_mkl:
+        if self.dtype != "float32" or not mkl_is_faster():
             return self._weight.to_dense()
         # MKL cannot unpack: its matmuls with unit vectors are the columns of the weight, exactly.
         weight_OD = torch.empty(self.out_features, self.in_features)
@@ -225,9 +206,7 @@ class PackedLinear(nn.Module):
             return self._packed_matmul(x)  # type: ignore[misc]  # there is one where there is an own type
         with torch.no_grad():
             x_RD = x.reshape(-1, self.in_features)
-            if self._fits(x_RD.shape[0]):
-                y_RO = self._matmul(x_RD)
-            elif x_RD.shape[0] <= self._most_rows or not self.invariant:
+            if x_RD.shape[0] <= self._most_rows or not self.invariant:
                 y_RO = self._padded(x_RD)
             else:
                 y_RO = torch.cat([self._padded(part_RD) for part_RD in x_RD.split(self._most_rows)])

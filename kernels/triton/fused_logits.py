@@ -10,9 +10,8 @@ flag). The program that finishes a row last (it gets the row's last ticket) join
 Bytes: N * B * V * itemsize read once, which over the device's copy bandwidth is the lower bound; about 16 bytes a split
 of partial results. `members` reads its tile a second time, from cache.
 
-A row's bits do not depend on the batch, on alignment or on the compiler's layout: maxima and indices do not depend on
-order; exponentials are added in groups of four in a fixed order, then as 64-bit integers, in which addition is exact.
-Products and sums are not fused, so x has the same bits as on the CPU.
+A row's bits do not depend on the batch, on alignment or on the compiler's layout: exponentials are added in groups of
+four in a fixed order, then as 64-bit integers. Products and sums are not fused, so x has the same bits as on the CPU.
 
     R rows (the batch)  V vocabulary  N members  S splits  K best  G target tokens
 """
@@ -20,12 +19,12 @@ Products and sums are not fused, so x has the same bits as on the CPU.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from kernels.triton.combine import (
     FLOAT32_MAX,
@@ -214,8 +213,8 @@ def _fused_logits_kernel(
                 tl.store(top_logprob_RK + row64 * TOP_K + k, tl.where(fine, best - row_base - log_total, float("nan")))
 
 
-# A split fills 8 warps with 16 entries a thread (two 16-byte loads of bf16 a member), without spills at 8 members of
-# float32. Without fusion a product is rounded before it is added, as on the CPU.
+# A split fills 8 warps with 16 entries a thread, without spills at 8 members of float32. Without fusion a product is
+# rounded before it is added, as on the CPU.
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 # For the next token of few members of half precision 64 registers are enough, and four programs share a multiprocessor
 # instead of three: measured on an H200, 20 µs instead of 23 at B = 64, 64 instead of 82 at 256.
@@ -234,17 +233,12 @@ def _options(request: Request) -> dict[str, Any]:
 
 def allocate(request: Request) -> FusedLogits:
     """Results and working memory of a request, for use as `out` of every later call like it."""
-    rows, members, device = request.batch, len(request.logits), request.device
+    rows, members, device = request.batch, len(request.logits), request.logits[0].device
     splits = triton.cdiv(request.vocabulary, SPLIT)
     sample = request.sample is not None
     count = 0 if request.targets is None else request.targets.shape[1]
-
-    def floats(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-
-    def tokens(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int64, device=device)
-
+    floats = partial(torch.empty, dtype=torch.float32, device=device)
+    tokens = partial(torch.empty, dtype=torch.int64, device=device)
     values_RFS = floats(rows, 2 + 2 * members * request.members + request.top_k + sample, splits)
     indices_RIS = torch.empty((rows, 2 + request.top_k + sample, splits), dtype=torch.int32, device=device)
     tickets_R = torch.zeros(rows, dtype=torch.int32, device=device)  # each launch leaves them zero
@@ -298,35 +292,30 @@ def variants() -> Iterator[Variant]:
     """Every combination that launches meet in practice; what can be requested is shown on three members of bf16."""
     mixed = (torch.bfloat16, torch.float16, torch.float32)
     three, eight = mixed[:1] * 3, mixed[2:] * 8
-    everything: dict[str, Any] = {"members": True, "top_k": 16, "sample": True}
+    long_B, targets = torch.zeros(4, dtype=torch.int64), torch.zeros(4, 4, dtype=torch.int64)
+    sample = SamplingTensors(long_B, long_B, long_B, torch.ones(4))
     for dtype in mixed:
         for members in (1, 3, 8):
             yield _variant(f"argmax N={members} {SHORT[dtype]}", (dtype,) * members)
     yield _variant("argmax N=3 mixed", mixed)
     yield _variant("argmax N=3 bf16, rows not aligned", three, vocabulary=50_257)
-    yield _variant("weights per row N=3 bf16", three, own=True)
+    yield _variant("weights per row N=3 bf16", three, weights=(3, 4))
     yield _variant("members N=3 bf16", three, members=True)
-    yield _variant("members and targets N=3 bf16", three, members=True, targets=4)
+    yield _variant("members and targets N=3 bf16", three, members=True, targets=targets)
     yield _variant("top_k=16 N=3 bf16", three, top_k=16)
     yield _variant("top_k=32 N=3 bf16", three, top_k=32)
-    yield _variant("targets N=3 bf16", three, targets=4)
-    yield _variant("sample N=3 bf16", three, sample=True)
-    yield _variant("everything N=3 mixed", mixed, targets=4, **everything)
+    yield _variant("targets N=3 bf16", three, targets=targets)
+    yield _variant("sample N=3 bf16", three, sample=sample)
+    everything: dict[str, Any] = {"members": True, "top_k": 16, "sample": sample}
+    yield _variant("everything N=3 mixed", mixed, targets=targets, **everything)
     yield _variant("everything N=8 fp32", eight, **everything)
-    yield _variant("all, weights per row N=8 fp32", eight, own=True, targets=4, **everything)
+    yield _variant("all, weights per row N=8 fp32", eight, weights=(8, 4), targets=targets, **everything)
 
 
 def _variant(
-    name: str, dtypes: tuple, *, vocabulary: int = 128_256, targets: int = 0, sample=False, own=False, **requested: Any
+    name: str, dtypes: tuple, *, vocabulary: int = 128_256, weights: tuple[int, ...] = (), **requested: Any
 ) -> Variant:
-    long_B, members = torch.zeros(4, dtype=torch.int64), len(dtypes)
-    request = Request(
-        tuple(torch.empty(4, vocabulary, dtype=dtype) for dtype in dtypes),
-        torch.ones(members, 4) if own else torch.ones(members),
-        targets=torch.zeros(4, targets, dtype=torch.int64) if targets else None,
-        sample=SamplingTensors(long_B, long_B, long_B, torch.ones(4)) if sample else None,
-        **requested,
-    )
+    logits = tuple(torch.empty(4, vocabulary, dtype=dtype) for dtype in dtypes)
     with recording() as launches:
-        run(request)
+        run(Request(logits, torch.ones(weights or len(dtypes)), **requested))
     return Variant("fused_logits", name, *launches, vocabulary % 16 == 0)

@@ -50,23 +50,16 @@ def _gemv_kernel(
     square_D = tl.zeros((BLOCK_D,), tl.float32)
     for at in range(0, D, BLOCK_D):
         weight_at_OD = weight_OD + row_O[:, None] * weight_stride + (at + offset_D)[None, :]
-        inside_D = at + offset_D < D
-        if EVEN:
-            w_OD = tl.load(weight_at_OD)
-            x = tl.load(x_D + at + offset_D).to(tl.float32)
-        else:
-            w_OD = tl.load(weight_at_OD, mask=inside_D[None, :], other=0.0)
-            x = tl.load(x_D + at + offset_D, mask=inside_D, other=0.0).to(tl.float32)
+        inside_D = (at + offset_D < D) | EVEN  # always true folds to loads without masks
+        w_OD = tl.load(weight_at_OD, mask=inside_D[None, :], other=0.0)
+        x = tl.load(x_D + at + offset_D, mask=inside_D, other=0.0).to(tl.float32)
         if NORM:
             square_D += x * x
             x = x * tl.load(scale_D + at + offset_D, mask=inside_D, other=0.0)
         sum_OD += w_OD.to(tl.float32) * x[None, :]
         if GATED:
             weight_at_OD += O.to(tl.int64) * weight_stride
-            if EVEN:
-                w_OD = tl.load(weight_at_OD)
-            else:
-                w_OD = tl.load(weight_at_OD, mask=inside_D[None, :], other=0.0)
+            w_OD = tl.load(weight_at_OD, mask=inside_D[None, :], other=0.0)
             up_OD += w_OD.to(tl.float32) * x[None, :]
     sum_O = tl.sum(sum_OD, axis=1)
     factor = 1.0
@@ -106,8 +99,8 @@ class NormBefore:
 class RopeAfter:
     """RoPE and the write into the KV cache after the matmul of queries, keys and values.
 
-    rope_C2: (C/2, 2) float32, cosine and sine for each pair of channels side by side.   slot_1: the position's index
-    among entries_PJ (P, J): keys, then values.   queries, keys: heads.
+    rope_C2: (C/2, 2) float32, cosine and sine for each pair of channels.   slot_1: the position's index among
+    entries_PJ (P, J): keys, then values.   queries, keys: heads.
     """
 
     rope_C2: Tensor
@@ -138,13 +131,9 @@ def gemv(
     """
     outputs, inputs = weight_OD.shape
     if tuple(x_1D.shape) != (1, inputs) or x_1D.stride(1) != 1 or weight_OD.stride(1) != 1:
-        raise ValueError(
-            f"x must be (1, {inputs}), columns contiguous as those of the weight, found {tuple(x_1D.shape)}"
-        )
-    if gated and outputs % 2:
-        raise ValueError(f"a gated layer has as many gates as ups, found {outputs} rows")
+        raise ValueError(f"x must be (1, {inputs}), it and the weight contiguous, found {tuple(x_1D.shape)}")
     if add_to is not None and add_to.dtype != torch.float32:
-        raise ValueError(f"what is added to must be float32, found {add_to.dtype}")
+        raise ValueError(f"add_to must be float32, found {add_to.dtype}")
     if gated:
         outputs //= 2
     block_o, block_d = GATED if gated else PLAIN if rope is None else ROPE

@@ -7,7 +7,7 @@ and their mass. Counts and masses are 64-bit integers (a mass is exp((x - peak) 
 the order of the atomic additions does not matter. For a row with k = 0 and p = 1 every digit is 0: all is kept.
 
 Bytes: N * B * V * itemsize ten times: for the peak, for eight digits, and by the fused kernel that samples among x >= t
-and computes what else was requested. The host does not wait, so all ten can be captured in a CUDA graph.
+and computes what else was requested. The host does not wait.
 
     R rows (the batch)  V vocabulary  N members  C entries of a split
 """
@@ -98,20 +98,15 @@ def _digit_kernel(
         tl.store(above + 16 + offsets, tl.zeros_like(mass_J))
 
 
-def allocate(request: Request) -> FusedLogits:
-    """Results and working memory: those of the fused kernel, the keys, the counters and the tickets."""
-    out = fused_logits.allocate(request)
-    rows, device = request.batch, request.device
-    keys_R = torch.empty(rows, dtype=torch.int64, device=device)
-    above_R32 = torch.zeros((rows, 32), dtype=torch.int64, device=device)
-    tickets_R = torch.zeros(rows, dtype=torch.int32, device=device)
-    return replace(out, workspace=(*out.workspace, keys_R, above_R32, tickets_R))
-
-
 def run(request: Request, out: FusedLogits | None = None) -> FusedLogits:
     """All results of a request whose sample is truncated, in ten launches."""
-    out, sample = out or allocate(request), request.sample
+    sample = request.sample
     assert sample is not None
+    if out is None:
+        out = fused_logits.allocate(request)
+        above_R32 = torch.zeros((request.batch, 32), dtype=torch.int64, device=out.token.device)
+        tickets_R = torch.zeros(request.batch, dtype=torch.int32, device=out.token.device)
+        out = replace(out, workspace=(*out.workspace, torch.empty_like(out.token), above_R32, tickets_R))
     fused_logits.run(Request(request.logits, request.weights), replace(out, workspace=out.workspace[:3]))
     keys_R, above_R32, tickets_R = out.workspace[3:]
     keys_R.zero_()
