@@ -1,13 +1,10 @@
-"""The weighted sum of logits on a CPU: tiles of the vocabulary that stay in cache, whole-tensor operations inside a
-tile.
+"""The weighted sum of logits on a CPU: tiles of the vocabulary in cache, whole-tensor operations inside a tile.
 
 Mathematics and corner cases are those of reference.py; the layout of the work is that of the Triton kernel: (maximum,
-log of the sum of exponentials about it) per split of 4,096 entries, joined in a fixed order. A tile is as many splits
-as fit the cache, so its width follows the batch while the bits of a row do not. Products are formed and added one after
-the other, never as a fused multiply-add: the sum has the same bits as the Triton kernel's.
+log of the sum of exponentials about it) per split of 4,096 entries, joined in a fixed order, so a row's bits do not
+depend on the width of the tile, which follows the batch. The sum has the Triton kernel's bits: no fused multiply-add.
 
-Bytes: every logit is read once from memory (`members` again from cache); a truncated sample (top-k, top-p) sorts its
-rows, a few megabytes at a time.
+Bytes: every logit once (`members` again from cache); a truncated sample sorts its rows, a few megabytes at a time.
 
     R rows (the batch)  I rows that are sampled  V vocabulary  N members  S splits  C columns of a tile
     U bundles  K best  G target tokens
@@ -93,7 +90,7 @@ def run(request: Request) -> FusedLogits:
 
 def combined_tile(request: Request, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
     """x_RC for columns start .. stop, -inf where masked, and the rows' flags, None if there is nothing unusual."""
-    parts = _zero_where_left_out([logits_RV[:, start:stop] for logits_RV in request.logits], request.left_out_NB)
+    parts = _zero_where_left_out(request, [logits_RV[:, start:stop] for logits_RV in request.logits])
     return _quick_sum(parts, request.weights_NB)
 
 
@@ -103,11 +100,11 @@ def combined_at(request: Request, token_RG: Tensor) -> Tensor:
 
 
 def _columns(request: Request, token_RG: Tensor) -> list[Tensor]:
-    return _zero_where_left_out([logits_RV.gather(1, token_RG) for logits_RV in request.logits], request.left_out_NB)
+    return _zero_where_left_out(request, [logits_RV.gather(1, token_RG) for logits_RV in request.logits])
 
 
-def _zero_where_left_out(parts: list[Tensor], left_out_NR: Tensor | None) -> list[Tensor]:
-    if left_out_NR is None:
+def _zero_where_left_out(request: Request, parts: list[Tensor]) -> list[Tensor]:
+    if (left_out_NR := request.left_out_NB) is None:
         return parts
     return [part_RC.masked_fill(out_R[:, None], 0.0) for part_RC, out_R in zip(parts, left_out_NR, strict=True)]
 
@@ -173,10 +170,7 @@ def _joined(log_total_RS: Tensor, peak_RS: Tensor, peak_R: Tensor) -> Tensor:
 
 
 def _own_logprobs(request: Request, token_R: Tensor) -> Tensor:
-    """(N, R, 1 + G): log_softmax of each member at one token and at the targets, NaN where the member is left out.
-
-    Sums are formed split by split as those of the combined logits.
-    """
+    """(N, R, 1 + G): log_softmax of each member at one token and at the targets, NaN where the member is left out."""
     target_RG = token_R[:, None] if request.targets is None else torch.cat((token_R[:, None], request.targets), dim=1)
     inside_RG = (target_RG >= 0) & (target_RG < request.vocabulary)
     column_RG = torch.where(inside_RG, target_RG, 0)

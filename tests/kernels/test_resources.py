@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from kernels.resources import TARGETS, load_bytes, occupancy
+from kernels.resources import TARGETS, load_bytes
 
 KEYS = {"kernel", "variant", "target", "registers", "spills", "shared_bytes", "load_bytes"}
 
@@ -30,7 +30,6 @@ def assert_within_limits(rows):
             least = 8 if (row["kernel"], row["target"]) == ("row_linear", "gfx942") else 16
             assert row["load_bytes"] in ((least, 16) if row["aligned"] else (2,)), row
         assert 0 < row["registers"] <= 255, row
-        assert row["occupancy"] >= 0.125, row
 
 
 def test_no_spills_and_wide_loads_where_most_is_computed():
@@ -72,13 +71,6 @@ def test_load_width_is_read_from_the_instructions():
         load_bytes("global_load_dwordx4 v[0:3], v[4:5], off\n" * 4 + "global_load_dword v1, v[2:3], off sc1\n" * 9)
         == 16
     )
-
-
-def test_occupancy_follows_the_scarcest_resource():
-    target = TARGETS["sm_90"]
-    assert occupancy(target, registers=32, shared=0, warps=8) == 1.0
-    assert occupancy(target, registers=128, shared=0, warps=8) == 0.25
-    assert occupancy(target, registers=32, shared=100 << 10, warps=8) == 0.25
 
 
 def test_interpreted_kernels_are_refused(monkeypatch):
