@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -17,6 +18,9 @@ from kernels.types import FusedLogits, Request
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CORNERS = ("none", "ties", "mask one member", "mask all members", "mask a row", "nan", "+inf", "3e38", "equal rows")
 FEW_ROUNDINGS = 4 * 2.0**-23
+# What takes the interpreter long: dozens of launches, of which each runs program after program.
+SLOW_INTERPRETED = pytest.param("triton", marks=pytest.mark.gpu if torch.cuda.is_available() else pytest.mark.slow)
+BOTH_PATHS = pytest.mark.parametrize("path", ["cpu", SLOW_INTERPRETED], indirect=True)
 
 
 def device(path: str) -> str:

@@ -1,8 +1,7 @@
 """A sequence's results are the same bits alone, in any batch, at any position of it and at any memory alignment."""
 
-import pytest
 import torch
-from kernel_cases import Case, device
+from kernel_cases import BOTH_PATHS, Case, device
 
 from kernels import Sampling, fused_logits
 
@@ -25,14 +24,22 @@ def everything(logits, weights_NB, target_BG, row_id_B, truncated=False):
     return fused_logits(logits, weights_NB, members=True, top_k=4, targets=target_BG, sample=sample)
 
 
-# Truncated and interpreted, a third of a second for each sequence: test_sequence_parameters.py has one mixed batch.
-@pytest.mark.parametrize("truncated", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_sequence_alone_and_in_random_batches(path, truncated):
+@BOTH_PATHS
+def test_a_truncated_sample_alone_and_in_random_batches(path):
+    """Plain runs have one mixed batch for Triton, in test_sequence_parameters.py."""
+    compare(path, truncated=True)
+
+
+def test_every_result_of_one_launch_alone_and_in_random_batches(path):
+    compare(path, truncated=False)
+
+
+def compare(path, truncated):
     interpreted = path == "triton" and device(path) == "cpu"
-    rows, vocabulary = 12, 4_200 if interpreted else 20_000
+    rows, vocabulary = (6, 4_200) if interpreted else (12, 20_000)
     case = Case(rows, vocabulary, DTYPES, (0, 3, 8), (1.0, -0.3, 0.7), True, True, "mask one member", 4.0, seed=11)
     request = case.request(device(path))
-    request.logits[0][3, 5] = torch.nan
+    request.logits[0][rows - 1, 5] = torch.nan
     generator = torch.Generator().manual_seed(1)
     target_RG = torch.randint(0, vocabulary, (rows, 2), generator=generator).to(device(path))
     row_id_R = torch.arange(100, 100 + rows, device=device(path))
@@ -42,8 +49,8 @@ def test_a_sequence_alone_and_in_random_batches(path, truncated):
         return everything(logits, weights_NI, target_RG[rows_I], row_id_R[rows_I], truncated)
 
     alone = [some(torch.tensor([row])) for row in range(rows)]
-    for _ in range(12 if interpreted else 50):
-        size = int(torch.randint(1, 4 if interpreted else rows + 1, (), generator=generator))
+    for _ in range(5 if interpreted else 50):
+        size = int(torch.randint(2, 4 if interpreted else rows + 1, (), generator=generator))
         rows_I = torch.randperm(rows, generator=generator)[:size]
         result = some(rows_I)
         for index, row in enumerate(rows_I.tolist()):

@@ -50,7 +50,7 @@ def test_whole_vocabularies(path, vocabulary, corner):
 
 
 def test_eight_members_and_many_rows(path):
-    rows = 1024 if device(path) == "cuda" or path == "cpu" else 70
+    rows = 1024 if device(path) == "cuda" or path == "cpu" else 17
     weights, padding = tuple((-1.0) ** n * (n + 1) / 4 for n in range(8)), tuple(range(8))
     case = Case(rows, 70, (DTYPES * 3)[:8], padding, weights, True, True, "mask one member", 3.0, seed=8)
     request = case.request(device(path), members=True)

@@ -11,23 +11,34 @@ pytest.importorskip("triton")
 
 from kernels.resources import TARGETS, load_bytes, occupancy
 
+FIRST_OF_EACH = """
+import json
+from kernels.resources import measure, variants
+chosen = [v for v in variants() if v.kernel != "fused_logits" or v.name.startswith("argmax N=3 bf16")]
+first = {variant.kernel: variant for variant in reversed(chosen)}
+print(json.dumps([measure(variant, target) for variant in first.values() for target in ("sm_90", "gfx942")]))
+"""
+KERNELS = {"fused_logits", "truncated_sample", "linear_cross_entropy", "layer", "row_linear", "attend"}
 KEYS = {"kernel", "variant", "target", "registers", "spills", "shared_bytes", "load_bytes"}
 
 
-def resources(*arguments, interpreted="0"):
-    command = [sys.executable, "-m", "kernels.resources", *arguments]
+def run_python(*arguments, interpreted="0"):
     environment = os.environ | {"TRITON_INTERPRET": interpreted}
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
-def rows_of(*arguments):
-    done = resources("--json", *arguments)
+@pytest.mark.parametrize(
+    ("arguments", "targets"),
+    [
+        (("-c", FIRST_OF_EACH), {"sm_90", "gfx942"}),
+        pytest.param(("-m", "kernels.resources", "--json"), set(TARGETS), marks=pytest.mark.slow),
+    ],
+)
+def test_no_spills_and_wide_loads(arguments, targets):
+    done = run_python(*arguments)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def assert_within_limits(rows):
-    assert rows
+    rows = json.loads(done.stdout)
+    assert {(row["kernel"], row["target"]) for row in rows} == {(k, target) for k in KERNELS for target in targets}
     for row in rows:
         assert row.keys() >= KEYS
         assert row["spills"] == 0, row
@@ -37,19 +48,6 @@ def assert_within_limits(rows):
             assert row["load_bytes"] in ((least, 16) if row["aligned"] else (2,)), row
         assert 0 < row["registers"] <= 255, row
         assert row["occupancy"] >= 0.125, row
-
-
-def test_no_spills_and_wide_loads_where_most_is_computed():
-    assert_within_limits(rows_of("--kernel", "fused_logits", "--variant", "argmax N=3", "--target", "sm_90"))
-
-
-@pytest.mark.slow
-def test_no_spills_and_wide_loads_for_every_variant_and_target():
-    rows = rows_of()
-    assert {row["target"] for row in rows} == set(TARGETS)
-    kernels = {"fused_logits", "truncated_sample", "linear_cross_entropy", "layer", "row_linear", "attend"}
-    assert {row["kernel"] for row in rows} == kernels
-    assert_within_limits(rows)
 
 
 def test_load_width_is_read_from_the_instructions():
@@ -70,6 +68,6 @@ def test_occupancy_follows_the_scarcest_resource():
 
 
 def test_interpreted_kernels_are_refused():
-    done = resources(interpreted="1")
+    done = run_python("-m", "kernels.resources", interpreted="1")
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import cases, device
+from kernel_cases import BOTH_PATHS, cases, device
 from scipy.stats import chisquare
 
 from kernels import Sampling, fused_logits, reference
@@ -50,18 +50,9 @@ def exact_V(logits, temperature=1.0, top_k=0, top_p=1.0):
     return q_V / q_V.sum()
 
 
-PLAIN, SHARP = (1.0, 0, 1.0), (0.7, 0, 1.0)
-TRUNCATED = (1.0, 20, 1.0), (1.0, 0, 0.6), (1.5, 300, 0.8)
-
-
+@pytest.mark.parametrize("number", [SAMPLES // 5, pytest.param(SAMPLES, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p", "number"),
-    [
-        (*PLAIN, SAMPLES),
-        (*SHARP, SAMPLES),
-        *((*options, SAMPLES // 5) for options in TRUNCATED),
-        *(pytest.param(*options, SAMPLES, marks=pytest.mark.slow) for options in TRUNCATED),
-    ],
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 20, 1.0), (1.0, 0, 0.6), (1.5, 300, 0.8)]
 )
 def test_samples_follow_the_exact_distribution(temperature, top_k, top_p, number):
     logits = logits_of_two()
@@ -78,12 +69,18 @@ def test_samples_follow_the_exact_distribution(temperature, top_k, top_p, number
     assert outcome.pvalue > 1e-3, outcome
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (1, 1.0), (20, 1.0), (0, 0.6), (0, 1e-6), (300, 0.8)])
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 1.0), (300, 0.6), slow(1, 1.0), slow(20, 1.0), slow(0, 0.6), slow(0, 1e-6), slow(300, 0.8)]
+)
 def test_all_paths_sample_the_same(monkeypatch, top_k, top_p):
     tokens = {}
     for name in ("cpu", "eager", "triton"):
         monkeypatch.setenv("COLLAB_KERNELS", name)
-        tokens[name] = samples(logits_of_two(device(name)), 12, top_k=top_k, top_p=top_p)
+        tokens[name] = samples(logits_of_two(device(name)), 5, top_k=top_k, top_p=top_p)
     assert torch.equal(tokens["cpu"], tokens["eager"])
     assert torch.equal(tokens["cpu"], tokens["triton"])
     if top_k == 1 or top_p == 1e-6:
@@ -93,6 +90,7 @@ def test_all_paths_sample_the_same(monkeypatch, top_k, top_p):
 TOP_K, TOP_P = st.sampled_from((0, 1, 5, 1000)), st.sampled_from((1.0, 0.9, 0.3))
 
 
+@BOTH_PATHS
 @given(case=cases(vocabularies=(1, 2, 7, 130, 1000)), data=st.data())
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_a_sample_is_one_of_the_kept_tokens(path, case, data):

@@ -46,19 +46,8 @@ def mixed(seed, count):
 
 def again(sequence):
     """The same request, not yet decoded."""
-    names = [
-        "prompts",
-        "params",
-        "max_new_tokens",
-        "stop_tokens",
-        "weights",
-        "key",
-        "explain",
-        "top_logprobs",
-        "targets",
-        "keep_hidden",
-    ]
-    return Sequence(**{name: getattr(sequence, name) for name in names})
+    names = "prompts params max_new_tokens stop_tokens weights key explain top_logprobs targets keep_hidden"
+    return Sequence(**{name: getattr(sequence, name) for name in names.split()})
 
 
 def plain_values(completion):
