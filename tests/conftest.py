@@ -1,4 +1,4 @@
-"""For every test: no hub, and small models that the rooms above `minillama` share."""
+"""For every test: no hub, and small models that several folders share."""
 
 import os
 

@@ -4,10 +4,11 @@ from itertools import chain
 
 import pytest
 import torch
+from engine_requests import CAPACITY, COMBINE, KINDS, mixed
 from fake_cuda import fake_cuda, fake_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import TINY, tiny_model
+from tiny import TINY
 
 from decode import Ensemble
 from decode.engine.cuda_graph import Buffers, GraphRunner, Shape, balanced, keys_read
@@ -15,61 +16,26 @@ from decode.engine.engine import Engine
 from decode.engine.sequence import SamplingParams, Sequence
 from minillama import InputError
 
-EXPRESSION = "L + 0.5*S - 0.25*A"
-SAMPLED = SamplingParams(0.7, 20, 0.9, seed=-4)
 
-
-@pytest.fixture(scope="module")
-def models():
-    """Members of different depths, widths and contexts: a bucket of keys is each one's own."""
-    return {
-        "L": tiny_model(0, max_position_embeddings=200),
-        "S": tiny_model(1, num_hidden_layers=1, max_position_embeddings=150),
-        "A": tiny_model(2, hidden_size=48, num_attention_heads=6, num_key_value_heads=3, max_position_embeddings=200),
-    }
-
-
-@pytest.fixture(scope="module")
-def both(models):
-    return Ensemble(models, EXPRESSION, graphs=False), Ensemble(models, EXPRESSION, graphs=True)
-
-
-PARAMS = (SamplingParams(), SamplingParams(1.1, seed=5), SAMPLED, SamplingParams(1.5, 0, 0.8, 2**64 - 1))
-
-
-@st.composite
-def requests(draw):
-    """Sequences with parameters, weights and lengths of their own; some make a step eager."""
-    lengths = st.integers(1, 40)
-    prompts = tuple([(7 * at + n) % 300 + 2 for at in range(draw(lengths))] for n in range(3))
-    fields = {
-        "params": draw(st.sampled_from(PARAMS)),
-        "weights": draw(st.sampled_from((None, None, (1.0, 0.0, 0.0), (0.0, 1.0, -0.5), (0.3, 0.3, 0.4)))),
-        "max_new_tokens": draw(st.integers(1, 40)),
-        "key": draw(st.integers(0, 2**31 - 1)),
-        "stop_tokens": draw(st.sampled_from((None, frozenset(range(2, 12))))),
-    }
-    if draw(st.integers(0, 9)) == 0:
-        fields |= {"params": SamplingParams(beams=2), "max_new_tokens": 5}
-    return prompts, fields
-
-
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
-    kinds=st.lists(requests(), min_size=1, max_size=9),
-    slots=st.integers(2, 6),
+    seed=st.integers(0, 2**20),
+    count=st.integers(1, 9),
+    kinds=st.sampled_from((KINDS[:4], KINDS[:4], KINDS[:5])),  # a step with beams is eager
+    slots=st.integers(4, 6),
     cancelled=st.integers(0, 20),
     speculate=st.sampled_from(("off", "off", 2)),
 )
-def test_every_step_and_cache_is_that_of_the_eager_engine(both, kinds, slots, cancelled, speculate):
+def test_every_step_and_cache_is_that_of_the_eager_engine(models, seed, count, kinds, slots, cancelled, speculate):
     """Sequences start, end, are cancelled and change slots between steps; logits and caches are compared too."""
-    engines = [Engine(ensemble, slots, 120, speculate) for ensemble in both]
+    both = Ensemble(models, COMBINE, graphs=False), Ensemble(models, COMBINE, graphs=True)
+    engines = [Engine(ensemble, slots, CAPACITY, speculate) for ensemble in both]
     eager, replayed = engines
     assert eager.runner.graphs is None
     step = 0
-    for prompts, fields in kinds:
-        for engine in engines:
-            engine.add(Sequence(prompts, **fields))
+    for engine in engines:
+        for sequence in mixed(seed, count, kinds, longest=40, new=40):  # more keys than one bucket has
+            engine.add(sequence)
     while eager.has_work:
         if step == cancelled:
             for engine in engines:
@@ -103,7 +69,7 @@ def test_members_are_divided_evenly_among_streams():
 
 
 def test_shapes_are_few(models):
-    ensemble = Ensemble(models, EXPRESSION, graphs=True)
+    ensemble = Ensemble(models, COMBINE, graphs=True)
     sequences = [Sequence(([5, 6, 7],) * 3, max_new_tokens=100, stop_tokens=frozenset()) for _ in range(5)]
     engine = Engine(ensemble, 5, 103)
     dict(engine.generate(sequences))
@@ -112,7 +78,11 @@ def test_shapes_are_few(models):
     sequences = [Sequence(([5, 6, 7],) * 3, max_new_tokens=count, stop_tokens=frozenset()) for count in (9, 9, 5)]
     dict(engine.generate(sequences))
     assert {shape.slots for shape in buffers} == {2, 4, 5}
-    kinds = [{"params": SamplingParams(0.5)}, {"params": SAMPLED}, {"weights": (1.0, 1.0, 1.0)}]
+    kinds = [
+        {"params": SamplingParams(0.5)},
+        {"params": SamplingParams(0.7, 20, 0.9, seed=-4)},
+        {"weights": (1.0, 1.0, 1.0)},
+    ]
     dict(engine.generate([Sequence(([5],) * 3, max_new_tokens=4, **kind) for kind in kinds]))
     assert {(shape.own_weights, shape.sampled, shape.truncated) for shape in buffers} == {
         (False, False, False),

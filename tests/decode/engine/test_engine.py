@@ -153,19 +153,6 @@ def test_generate_raises_with_the_number_of_the_prompt(models):
         dict(engine.generate([Sequence(([5], [5, 6]), max_new_tokens=2), Sequence(([5], [5, 40]), max_new_tokens=2)]))
 
 
-def test_a_token_that_every_member_masks_is_an_error_not_a_token():
-    model = tiny_model(0, vocab_size=60, tie_word_embeddings=False, mlp_bias=True)
-    with torch.no_grad():
-        model.model.norm.weight.zero_()
-        model.model.norm.weight[0] = -math.inf
-        model.lm_head.weight[:, 0] = model.lm_head.weight[:, 0].abs()
-    engine = Engine(Ensemble({"L": model}, weight_dtype="plain"), 1, 20)
-    engine.add(Sequence(([5],), max_new_tokens=9))
-    (completion,) = run_to_the_end(engine)[0].values()
-    assert completion.finish_reason == "error"
-    assert completion.tokens == []
-
-
 def test_caches_of_members_that_are_left_out_are_not_read(ensemble):
     """They hold NaN, which any reader would show; with a graph's function too."""
     for graphs in (False, True):
