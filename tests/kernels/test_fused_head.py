@@ -82,16 +82,6 @@ def test_a_wrong_hidden_state_is_flagged(path):
         assert result.target_logprob[2].isnan().all()
 
 
-def test_results_are_written_where_they_were(path):
-    hidden, output = tensors(5, 300, (16, 16), [torch.float32] * 2, 2, device(path))
-    first = fused_head(hidden, output, [1.0, 1.0])
-    expected = fused_head(hidden, output, [1.0, -1.0])
-    for _ in range(2):
-        again = fused_head(hidden, output, [1.0, -1.0], out=first)
-        assert again.token.data_ptr() == first.token.data_ptr()
-        assert torch.equal(again.logprob, expected.logprob)
-
-
 def test_what_does_not_fit_is_refused():
     hidden, output = tensors(2, 10, (4, 6), [torch.float32] * 2, 0, "cpu")
     with pytest.raises(ValueError, match="do not fit"):

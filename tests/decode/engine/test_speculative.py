@@ -173,7 +173,7 @@ def plan_of(ensemble, rates, sequences=1, matches=0, mode="auto", costs=None):
     return policy._plan(sequences)
 
 
-def test_auto_drafts_where_it_pays_and_only_there(pair):
+def test_a_fixed_number_is_drafted_by_the_best_proposer_and_auto_drafts_only_where_it_pays(pair):
     cheap = {0: 0.9, 1: 0.1}
     assert plan_of(pair, {}) == (None, 0)  # nothing is known yet
     member, length = plan_of(pair, {None: 0.1, 0: 0.9, 1: 0.8}, costs=cheap)
@@ -183,6 +183,9 @@ def test_auto_drafts_where_it_pays_and_only_there(pair):
     proposer, length = plan_of(pair, {None: 0.7, 0: 0.1, 1: 0.1}, matches=1, costs=cheap)
     assert (proposer, length > 1) == (None, True)
     assert plan_of(pair, {None: 0.7, 0: 0.1, 1: 0.1}, matches=0, costs=cheap) == (None, 0)  # no match
+    assert plan_of(pair, {None: 0.1, 0: 0.9, 1: 0.8}, 1, 1, mode=3, costs=cheap) == (1, 3)
+    assert plan_of(pair, {None: 0.9, 0: 0.9, 1: 0.8}, 1, 1, mode=3, costs=cheap) == (None, 3)
+    assert plan_of(pair, {None: 0.9, 0: 0.9, 1: 0.8}, 1, 0, mode=3, costs=cheap) == (1, 3)
 
 
 @given(rate=st.floats(0, 1), cost=st.floats(0.01, 1))
@@ -199,14 +202,6 @@ def test_the_length_is_the_one_with_the_largest_speed_up(pair, rate, cost):
         assert speed_up(length) == pytest.approx(best)
     else:
         assert length == 0
-
-
-def test_a_fixed_number_is_drafted_by_the_best_proposer(pair):
-    """The large member agrees more often with what it dominates, and costs most."""
-    cheap = {0: 0.9, 1: 0.1}
-    assert plan_of(pair, {None: 0.1, 0: 0.9, 1: 0.8}, 1, 1, mode=3, costs=cheap) == (1, 3)
-    assert plan_of(pair, {None: 0.9, 0: 0.9, 1: 0.8}, 1, 1, mode=3, costs=cheap) == (None, 3)
-    assert plan_of(pair, {None: 0.9, 0: 0.9, 1: 0.8}, 1, 0, mode=3, costs=cheap) == (1, 3)
 
 
 def test_a_draft_has_the_probability_that_was_required(pair, prompts, monkeypatch):
