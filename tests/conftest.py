@@ -1,4 +1,4 @@
-"""For every test: no hub, and small models that the rooms above `minillama` share."""
+"""For every test: no hub, and small models that several folders share."""
 
 import os
 
@@ -6,7 +6,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 
 from pathlib import Path
 
-import counts
 import pytest
 import torch
 from hypothesis import settings
@@ -23,10 +22,6 @@ settings.register_profile("no clock", deadline=None)
 settings.load_profile("no clock")
 
 
-def pytest_configure(config):
-    config.pluginmanager.register(counts.Totals())
-
-
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """The models here are so small that a second thread only costs, above all on a machine that has other work.
@@ -37,6 +32,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

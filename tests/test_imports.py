@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# package -> the packages that it may import (DESIGN.md's layout)
+# package -> the packages that it may import (CONTRIBUTING.md's layout)
 ALLOWED = {
     "minillama": set(),
     "kernels": set(),

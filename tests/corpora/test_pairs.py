@@ -25,25 +25,19 @@ KNOWN = [
 ]
 
 
-def write_tsv(folder, pairs):
-    path = folder / "pairs.tsv"
-    path.write_bytes("".join(f"{ja}\t{en}\n" for ja, en in pairs).encode())
-    return [path]
+def lines_writer(line, suffix):
+    def write(folder, pairs):
+        path = folder / f"pairs.{suffix}"
+        path.write_bytes("".join(f"{line(ja, en)}\n" for ja, en in pairs).encode())
+        return [path]
+
+    return write
 
 
 def write_aligned(folder, pairs):
     for side, name in enumerate(["text.ja", "text.en"]):
         (folder / name).write_bytes("".join(pair[side] + "\n" for pair in pairs).encode())
     return [folder / "text.ja", folder / "text.en"]
-
-
-def json_writer(record):
-    def write(folder, pairs):
-        path = folder / "pairs.jsonl"
-        path.write_text("".join(json.dumps(record(ja, en)) + "\n" for ja, en in pairs), encoding="utf-8", newline="\n")
-        return [path]
-
-    return write
 
 
 def table_of(pairs, kind):
@@ -72,11 +66,11 @@ def table_writer(kind, suffix):
 
 
 WRITERS = {
-    "tsv": write_tsv,
+    "tsv": lines_writer("{}\t{}".format, "tsv"),
     "aligned": write_aligned,
-    "json-codes": json_writer(lambda ja, en: {"en": en, "ja": ja, "id": 3}),
-    "json-translation": json_writer(lambda ja, en: {"translation": {"ja": ja, "en": en}}),
-    "json-source-target": json_writer(lambda ja, en: {"source": ja, "target": en}),
+    "json-codes": lines_writer(lambda ja, en: json.dumps({"en": en, "ja": ja, "id": 3}), "jsonl"),
+    "json-translation": lines_writer(lambda ja, en: json.dumps({"translation": {"ja": ja, "en": en}}), "jsonl"),
+    "json-source-target": lines_writer(lambda ja, en: json.dumps({"source": ja, "target": en}), "jsonl"),
     **{
         f"{suffix}-{kind}": table_writer(kind, suffix)
         for suffix in ("parquet", "feather", "arrow")
@@ -103,31 +97,22 @@ def test_every_format_gives_the_same_pairs(tmp_path, writer, zipped):
 @given(pairs=PAIRS)
 def test_no_pair_is_lost_and_none_is_blank(tmp_path_factory, pairs):
     folder = tmp_path_factory.mktemp("pairs")
-    for writer in (write_tsv, write_aligned, WRITERS["json-codes"], WRITERS["parquet-nested"]):
-        if writer is write_tsv and set(pairs[0]) in ({"ja", "en"}, {"source", "target"}):
+    for kind in ("tsv", "aligned", "json-codes", "parquet-nested"):
+        if kind == "tsv" and set(pairs[0]) in ({"ja", "en"}, {"source", "target"}):
             continue
-        read = read_pairs(writer(folder, pairs), "ja", "en")
+        read = read_pairs(WRITERS[kind](folder, pairs), "ja", "en")
         assert len(read) + read.dropped == len(pairs)
         assert list(zip(read.source, read.target)) == [pair for pair in pairs if pair[0].strip() and pair[1].strip()]
 
 
-@pytest.mark.parametrize("writer", [WRITERS["json-codes"], WRITERS["parquet-nested"], WRITERS["arrow-flat"]])
-def test_records_know_their_language(tmp_path, writer):
-    pairs = read_pairs(writer(tmp_path, [("犬", "dog")]), "en", "ja")
+@pytest.mark.parametrize("kind", ["json-codes", "parquet-nested", "arrow-flat", "tsv"])
+def test_records_and_a_header_of_codes_give_the_direction(tmp_path, kind):
+    pairs = read_pairs(WRITERS[kind](tmp_path, [*([("ja", "en")] if kind == "tsv" else []), ("犬", "dog")]), "en", "ja")
     assert (pairs.source, pairs.target) == (["dog"], ["犬"])
 
 
-def test_a_header_of_codes_gives_the_direction(tmp_path):
-    path = tmp_path / "pairs.tsv"
-    path.write_text("en\tja\ndog\t犬\n", encoding="utf-8")
-    assert read_pairs(path, "ja", "en").source == ["犬"]
-    assert read_pairs(path, "en", "ja").source == ["dog"]
-
-
 def test_a_sentence_is_one_line(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps({"ja": "一\n二\r\n", "en": "one \n two"}), encoding="utf-8")
-    pairs = read_pairs(path, "ja", "en")
+    pairs = read_pairs(WRITERS["json-codes"](tmp_path, [("一\n二\r\n", "one \n two")]), "ja", "en")
     assert (pairs.source, pairs.target) == (["一 二"], ["one two"])
 
 
@@ -162,21 +147,18 @@ def test_what_does_not_fit_is_named(tmp_path, name, content, message):
     assert "\n" not in str(error.value)
 
 
-def test_unequal_line_counts_name_both(tmp_path):
+def test_files_that_are_no_pair_are_an_error(tmp_path):
     (tmp_path / "a").write_text("1\n2\n3\n")
     (tmp_path / "b").write_text("1\n2\n")
-    with pytest.raises(InputError, match=r"a has 3 lines and .*b has 2, expected the same number"):
-        read_pairs([tmp_path / "a", tmp_path / "b"], "ja", "en")
-
-
-def test_the_wrong_number_of_files_is_an_error(tmp_path):
-    for files in ([], ["a", "b", "c"]):
-        with pytest.raises(InputError, match=f"found {len(files)} files"):
+    for files, message in (
+        ([tmp_path / "a", tmp_path / "b"], r"a has 3 lines and .*b has 2, expected the same number"),
+        ([], "found 0 files"),
+        (["a", "b", "c"], "found 3 files"),
+        (["a.txt", "b.tsv"], r"b\.tsv: already holds pairs"),
+        (["-", "-"], "both source and target"),
+    ):
+        with pytest.raises(InputError, match=message):
             read_pairs(files, "ja", "en")
-    with pytest.raises(InputError, match=r"b\.tsv: already holds pairs"):
-        read_pairs(["a.txt", "b.tsv"], "ja", "en")
-    with pytest.raises(InputError, match="both source and target"):
-        read_pairs(["-", "-"], "ja", "en")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "feather"])
@@ -190,9 +172,6 @@ def test_tables_that_do_not_fit_are_named(tmp_path, kind):
     pa.parquet.write_table(pa.table({"ja": [1], "en": ["x"]}), tmp_path / "numbers.parquet")
     with pytest.raises(InputError, match="column 'ja' is int64, expected text"):
         read_pairs(tmp_path / "numbers.parquet", "ja", "en")
-
-
-def test_text_in_a_table_that_is_not_utf8_is_named_by_row(tmp_path):
     broken = pa.array([b"fine", b"\xff\xfe"], pa.binary()).view(pa.string())
     pa.parquet.write_table(pa.table({"ja": broken, "en": ["a", "b"]}), tmp_path / "broken.parquet")
     with pytest.raises(InputError, match=r"broken\.parquet: row group 0, row 1: not valid UTF-8"):
@@ -201,8 +180,7 @@ def test_text_in_a_table_that_is_not_utf8_is_named_by_row(tmp_path):
 
 def test_the_sample_is_aligned_in_both_directions():
     pairs = sample()
-    assert len(pairs) == 40
-    assert pairs.dropped == 0
+    assert (len(pairs), pairs.dropped) == (40, 0)
     assert dict(zip(pairs.source, pairs.target))["食事の前に手を洗いなさい。"] == "wash your hands before meals."
     assert (sample("en", "ja").source, sample("en", "ja").target) == (pairs.target, pairs.source)
     with pytest.raises(InputError, match="not de and en"):

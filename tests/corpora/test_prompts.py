@@ -1,32 +1,27 @@
 """A prompt is data: what is in the file and the sentence is what the messages say, and nothing more. TOML is checked
 with tomllib."""
 
+import re
 import tomllib
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from corpora import LANGUAGES, Prompt, language_code, language_name, prompt_names
+from corpora import LANGUAGES, Prompt, language_code, language_name
 from minillama.cli import Parser
 from minillama.errors import InputError
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=40)
-TRICKY = st.lists(
-    st.sampled_from(
-        ["{source}", "{target_language}", "{", "}", "{{", "}}", "{0}", "%s", "$source", "\\1", "\n", "犬", '"']
-    )
-).map("".join)
+PARTS = ["{source}", "{target_language}", "{", "}", "{{", "}}", "{0}", "%s", "$source", "\\1", "\n", "犬", '"']
+TRICKY = st.lists(st.sampled_from(PARTS)).map("".join)
 
 PAPER = "Translate the following sentence from German to English.\nGerman:Guten Tag.\nEnglish:"
 
 
-def test_the_papers_instruction_is_as_printed():
+def test_the_papers_instruction_is_as_printed_and_the_plain_prompt_labels_two_lines():
     assert Prompt.load("paper").messages("Guten Tag.", "de", "en") == [("system", PAPER)]
     assert Prompt.load("paper-user").messages("Guten Tag.", "de", "en") == [("user", PAPER)]
-
-
-def test_the_plain_prompt_labels_two_lines():
     [(_, content)] = Prompt.load("plain").messages("食べる。", "ja", "en")
     assert content == "Japanese: 食べる。\nEnglish:"
 
@@ -46,32 +41,19 @@ def test_a_saved_prompt_is_the_same_prompt(tmp_path_factory, before, after, role
     escaped = [text.replace("{", "{{").replace("}", "}}") for text in (before, after)]
     template = f"{escaped[0]}{{source}}{escaped[1]}"
     prompt = Prompt("made", (("system", "{source_language}"), (role, template)))
-    data = tomllib.loads(prompt.to_toml())
-    assert data == {
-        "messages": [{"role": "system", "content": "{source_language}"}, {"role": role, "content": template}]
-    }
+    messages = [{"role": "system", "content": "{source_language}"}, {"role": role, "content": template}]
+    assert tomllib.loads(prompt.to_toml()) == {"messages": messages}
     folder = tmp_path_factory.mktemp("model")
     prompt.save(folder)
     loaded = Prompt.load(folder)
     assert loaded.templates == prompt.templates
-    assert Prompt.load(folder / "prompt.toml").templates == prompt.templates
     assert loaded.messages("x", "ja", "en") == [("system", "Japanese"), (role, f"{before}x{after}")]
-
-
-@pytest.mark.parametrize("name", prompt_names())
-def test_every_built_in_prompt_survives_saving(tmp_path, name):
-    prompt = Prompt.load(name)
-    prompt.save(tmp_path / "other.toml")
-    assert Prompt.load(tmp_path / "other.toml").templates == prompt.templates
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (
-            '[[messages]]\nrole = "user"\ncontent = "{source} {langauge}"',
-            "unknown field {langauge}, expected one of {source_",
-        ),
+        ('[[messages]]\nrole = "user"\ncontent = "{source} {langauge}"', "unknown field {langauge}, expected one of"),
         ('[[messages]]\nrole = "user"\ncontent = "{source} {"', "a lone '{'"),
         ('[[messages]]\nrole = "user"\ncontent = "{source} {}"', "unknown field {}"),
         ('[[messages]]\nrole = "user"\ncontent = "hello"', "no message contains {source}"),
@@ -85,10 +67,8 @@ def test_every_built_in_prompt_survives_saving(tmp_path, name):
 def test_a_prompt_file_that_does_not_fit_is_named(tmp_path, content, message):
     path = tmp_path / "bad.toml"
     path.write_text(content)
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=f"bad.toml.*{re.escape(message)}") as error:
         Prompt.load(path)
-    assert message in str(error.value)
-    assert "bad.toml" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -100,14 +80,8 @@ def test_an_unknown_prompt_lists_the_known(tmp_path):
 
 
 def test_languages_have_english_names():
-    assert [language_name(code) for code in ("ja", "en", "de", "pt-BR", "zh_Hans", "EN")] == [
-        "Japanese",
-        "English",
-        "German",
-        "Portuguese",
-        "Chinese",
-        "English",
-    ]
+    codes = {"ja": "Japanese", "pt-BR": "Portuguese", "zh_Hans": "Chinese", "EN": "English"}
+    assert {code: language_name(code) for code in codes} == codes
     assert all(name[0].isupper() for name in LANGUAGES.values())
 
 
@@ -125,6 +99,4 @@ def test_a_language_option_of_argparse_has_the_same_message():
 )
 def test_an_unknown_language_is_an_error_with_a_hint(code, hint):
     with pytest.raises(InputError, match=hint):
-        language_name(code)
-    with pytest.raises(InputError):
         Prompt.load("plain").messages("x", code, "en")

@@ -1,15 +1,13 @@
 """A sequence's results are the same bits alone, in any batch, at any position of it and at any memory alignment."""
 
-import pytest
 import torch
-from kernel_cases import Case, count, device
+from kernel_cases import BOTH_PATHS, Case, device
 
 from kernels import Sampling, fused_logits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RESULTS = ("token", "logprob", "flag", "member_logprob", "member_target_logprob", "top_token", "top_logprob")
 RESULTS += ("target_logprob", "sample_token", "sample_logprob")
-TRUNCATED = ("token", "logprob", "flag", "sample_token", "sample_logprob")
 
 
 def bits(result, name, rows_I):
@@ -18,59 +16,50 @@ def bits(result, name, rows_I):
     return values.view(torch.int32) if values.dtype == torch.float32 else values
 
 
-def everything(logits, weights_NB, target_BG, row_id_B):
-    """Every result; a third of the sequences is greedy, the others have temperatures and seeds of their own."""
+def everything(logits, weights_NB, target_BG, row_id_B, truncated=False):
+    """Every result; a third of the sequences is greedy, the others have sampling parameters of their own."""
     temperature_B = (row_id_B % 3).float() * 0.4
-    sample = Sampling(row_id_B * 2**40 - 7, row_id_B, row_id_B * 3, temperature_B)
+    truncation = {"top_k": row_id_B % 5 * 9, "top_p": 1 - (row_id_B % 4) * 0.2} if truncated else {}
+    sample = Sampling(row_id_B * 2**40 - 7, row_id_B, row_id_B * 3, temperature_B, **truncation)
     return fused_logits(logits, weights_NB, members=True, top_k=4, targets=target_BG, sample=sample)
 
 
-@pytest.mark.parametrize(
-    ("names", "interpreted_batches"),
-    [
-        pytest.param(RESULTS, 20, id="all results of one launch"),
-        # ten launches a sample: interpreted, a third of a second for each sequence
-        pytest.param(TRUNCATED, 4, id="truncated sample"),
-        pytest.param(TRUNCATED, 50, id="truncated sample, longer", marks=pytest.mark.slow),
-    ],
-)
-def test_a_sequence_alone_and_in_random_batches(path, names, interpreted_batches):
+@BOTH_PATHS
+def test_a_truncated_sample_alone_and_in_random_batches(path):
+    """Plain runs have one mixed batch for Triton, in test_sequence_parameters.py."""
+    compare(path, truncated=True)
+
+
+def test_every_result_of_one_launch_alone_and_in_random_batches(path):
+    compare(path, truncated=False)
+
+
+def compare(path, truncated):
     interpreted = path == "triton" and device(path) == "cpu"
-    rows, vocabulary = 12, 4_200 if interpreted else 20_000
+    rows, vocabulary = (6, 4_200) if interpreted else (12, 20_000)
     case = Case(rows, vocabulary, DTYPES, (0, 3, 8), (1.0, -0.3, 0.7), True, True, "mask one member", 4.0, seed=11)
     request = case.request(device(path))
-    request.logits[0][3, 5] = torch.nan
+    request.logits[0][rows - 1, 5] = torch.nan
     generator = torch.Generator().manual_seed(1)
     target_RG = torch.randint(0, vocabulary, (rows, 2), generator=generator).to(device(path))
     row_id_R = torch.arange(100, 100 + rows, device=device(path))
-    # a mixture: some greedy, some truncated by top_k, by top_p, by both, by neither
-    temperature_R = torch.tensor([0.8, 0.0, 1.3]).repeat(rows)[:rows].to(device(path))
-    top_k_R = torch.tensor([0, 40, 0, 3, 1]).repeat(rows)[:rows].to(device(path))
-    top_p_R = torch.tensor([1.0, 0.9, 0.5, 1.0]).repeat(rows)[:rows].to(device(path))
 
     def some(rows_I):
-        logits = [logits_RV[rows_I] for logits_RV in request.logits]
-        weights_NI = request.weights[:, rows_I].contiguous()
-        if names == RESULTS:
-            return everything(logits, weights_NI, target_RG[rows_I], row_id_R[rows_I])
-        parameters = (temperature_R[rows_I], top_k_R[rows_I], top_p_R[rows_I])
-        sample = Sampling(row_id_R[rows_I], row_id_R[rows_I], row_id_R[rows_I] * 3, *parameters)
-        return fused_logits(logits, weights_NI, sample=sample)
+        logits, weights_NI = [l_RV[rows_I] for l_RV in request.logits], request.weights[:, rows_I].contiguous()
+        return everything(logits, weights_NI, target_RG[rows_I], row_id_R[rows_I], truncated)
 
     alone = [some(torch.tensor([row])) for row in range(rows)]
-    for _ in range(interpreted_batches if interpreted else 50):
-        size = int(torch.randint(1, 4 if interpreted else rows + 1, (), generator=generator))
+    for _ in range(5 if interpreted else 50):
+        size = int(torch.randint(2, 4 if interpreted else rows + 1, (), generator=generator))
         rows_I = torch.randperm(rows, generator=generator)[:size]
         result = some(rows_I)
         for index, row in enumerate(rows_I.tolist()):
-            for name in names:
+            for name in RESULTS:
                 assert torch.equal(bits(result, name, [index]), bits(alone[row], name, [0])), name
-        count(f"rows bit for bit in random batches, {'one launch' if names == RESULTS else 'truncated sample'}", size)
 
 
-def test_large_batches_on_the_cpu():
+def test_large_batches_on_the_cpu(two_threads):
     """Tiles become narrower with the batch; two threads share the larger ones."""
-    torch.set_num_threads(2)
     case = Case(64, 9001, DTYPES, (0, 1, 0), (1.0, 0.5, -1.0), False, False, "none", 4.0, seed=12)
     request = case.request("cpu")
     target_RG, row_id_R = torch.zeros(64, 1, dtype=torch.int64), torch.arange(64)

@@ -1,12 +1,10 @@
 """Properties of the weighted sum of logits, on the CPU path and in Triton."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, FEW_ROUNDINGS, Case, assert_means_the_same, cases, count, device
+from kernel_cases import DTYPES, FEW_ROUNDINGS, Case, assert_means_the_same, cases, device
 from scipy.special import log_softmax
 
 from kernels import describe_flag, fused_logits
@@ -15,13 +13,9 @@ from kernels.types import ALL_MASKED, INFINITE, NAN, OVERFLOW
 FIXTURES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-def options(request, **more):
-    """What a request asks for, as `fused_logits` takes it."""
-    return {name: getattr(request, name) for name in ("members", "top_k", "targets")} | more
-
-
-def run(request):
-    return fused_logits(request.logits, request.weights, **options(request))
+def run(request, out=None):
+    options = {name: getattr(request, name) for name in ("members", "top_k", "targets")}
+    return fused_logits(request.logits, request.weights, **options, out=out)
 
 
 def compare(path, case, data):
@@ -37,20 +31,15 @@ def compare(path, case, data):
     assert_means_the_same(request, run(request))
 
 
-@given(case=cases(), data=st.data())
-@settings(max_examples=30, suppress_health_check=FIXTURES)
-def test_every_result_means_what_float64_says(path, case, data):
-    compare(path, case, data)
+def examples(number):
+    return settings(max_examples=number, suppress_health_check=FIXTURES)(given(case=cases(), data=st.data())(compare))
 
 
-@pytest.mark.slow
-@given(case=cases(), data=st.data())
-@settings(max_examples=2000, suppress_health_check=FIXTURES)
-def test_every_result_means_what_float64_says_in_many_more_cases(path, case, data):
-    compare(path, case, data)
+test_every_result_means_what_float64_says = examples(25)
+test_every_result_means_what_float64_says_in_many_more_cases = pytest.mark.slow(examples(2000))
 
 
-@pytest.mark.parametrize("vocabulary", [49_152, 128_256])
+@pytest.mark.parametrize("vocabulary", [50_257, pytest.param(262_144, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("corner", ["none", "ties", "mask one member", "nan", "3e38"])
 def test_whole_vocabularies(path, vocabulary, corner):
     weights, seed = (1.0, -0.5, 2.0), vocabulary + len(corner)
@@ -60,24 +49,15 @@ def test_whole_vocabularies(path, vocabulary, corner):
     assert_means_the_same(request, run(request))
 
 
-@given(case=cases(vocabularies=(262_143, 262_144, 128_256, 49_152, 50_257), max_batch=2, max_members=3))
-@settings(max_examples=6, suppress_health_check=FIXTURES)
-def test_whole_vocabularies_on_the_cpu(case):
-    request = case.request("cpu", members=True, top_k=3)
-    assert_means_the_same(request, run(request))
-
-
 def test_eight_members_and_many_rows(path):
-    rows = 1024 if device(path) == "cuda" or path == "cpu" else 70
-    weights = tuple((-1.0) ** n * (n + 1) / 4 for n in range(8))
-    case = Case(
-        rows, 70, (DTYPES * 3)[:8], (0, 1, 2, 3, 4, 5, 6, 7), weights, True, True, "mask one member", 3.0, seed=8
-    )
+    rows = 1024 if device(path) == "cuda" or path == "cpu" else 17
+    weights, padding = tuple((-1.0) ** n * (n + 1) / 4 for n in range(8)), tuple(range(8))
+    case = Case(rows, 70, (DTYPES * 3)[:8], padding, weights, True, True, "mask one member", 3.0, seed=8)
     request = case.request(device(path), members=True)
     assert_means_the_same(request, run(request))
 
 
-@given(case=cases(vocabularies=(1, 7, 1000, 4097)))
+@given(case=cases(vocabularies=(1, 7, 1000)))
 @settings(max_examples=10, suppress_health_check=FIXTURES)
 def test_scipy_agrees_with_the_log_softmax(path, case):
     request = case.request(device(path), targets=torch.arange(case.vocabulary)[None].repeat(case.batch, 1)[:, :64])
@@ -94,7 +74,6 @@ def test_scipy_agrees_with_the_log_softmax(path, case):
         ours_G = result.target_logprob[row].cpu()
         theirs_G = truth_V[: len(ours_G)]
         assert (((ours_G - theirs_G).abs() <= allowed) | (ours_G == theirs_G)).all()
-        count("rows against scipy's log_softmax")
 
 
 def test_sums_have_the_same_bits_on_both_paths(monkeypatch):
@@ -146,13 +125,8 @@ def test_a_mask_holds_whatever_the_sign_of_the_weight(path):
         assert result.token.item() != 3
         assert result.target_logprob.item() == -torch.inf
         assert result.flag.item() == 0
-
-
-def test_an_overflow_under_a_mask_is_no_error(path):
-    logits = [torch.zeros(1, 10, device=device(path)) for _ in range(3)]
-    logits[0][0, 4] = logits[1][0, 4] = 3e38
-    logits[2][0, 4] = -torch.inf
-    assert fused_logits(logits, [1.0, 1.0, 1.0]).flag.item() == 0
+    logits[0, 3] = 3e38  # an overflow under a mask is no error
+    assert fused_logits([logits, logits, masking], [1.0, 1.0, 1.0]).flag.item() == 0
 
 
 def test_results_are_written_where_they_were(path):
@@ -163,7 +137,7 @@ def test_results_are_written_where_they_were(path):
     expected = run(again)
     addresses = [first.token.data_ptr(), first.logprob.data_ptr(), first.member_logprob.data_ptr()]
     for _ in range(2):  # twice: a launch must leave the tickets at zero
-        result = fused_logits(again.logits, again.weights, **options(again, out=first))
+        result = run(again, out=first)
         assert [result.token.data_ptr(), result.logprob.data_ptr(), result.member_logprob.data_ptr()] == addresses
         for name in ("token", "logprob", "member_logprob", "top_token", "top_logprob"):
             assert torch.equal(getattr(result, name), getattr(expected, name))
@@ -186,10 +160,3 @@ def test_what_does_not_fit_is_refused_in_one_line(logits, weights, message):
     with pytest.raises(ValueError, match=message) as error:
         fused_logits(logits, weights)
     assert "\n" not in str(error.value)
-
-
-def test_triton_on_cpu_tensors_needs_the_interpreter(monkeypatch):
-    monkeypatch.setenv("COLLAB_KERNELS", "triton")
-    monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "0")
-    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
-        fused_logits([torch.zeros(1, 5)], [1.0])

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from counts import count
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,10 +22,22 @@ def normal(seed, *shape, dtype=torch.float32):
     return torch.randn(shape, generator=generator).to(WHERE, dtype)
 
 
-def close(found, expected, dtype):
+def close(found, expected, dtype, within=(3e-6, 2**-7)):
     """Within a few roundings of what was written."""
-    within = {torch.float32: 3e-6, torch.bfloat16: 2**-7}[dtype]
-    torch.testing.assert_close(found.double(), expected, rtol=within, atol=within)
+    allowed = within[dtype == torch.bfloat16]
+    torch.testing.assert_close(found.double(), expected, rtol=allowed, atol=allowed)
+
+
+def normed(x_RD, scale_D):
+    """In float64."""
+    return x_RD.double() / (x_RD.double().square().mean(dim=1, keepdim=True) + 1e-5).sqrt() * scale_D.double()
+
+
+def assert_cached(entries_PJ, before_PJ, slot_R, expected_RJ, check, dtype):
+    """These slots hold what is expected, and the others what they held before."""
+    check(entries_PJ[slot_R], expected_RJ, dtype)
+    others = [slot for slot in range(len(entries_PJ)) if slot not in slot_R.tolist()]
+    assert torch.equal(entries_PJ[others], before_PJ[others])
 
 
 @QUICK
@@ -40,9 +51,7 @@ def test_a_norm_includes_the_addition_before_it(rows, width, dtype, adds, seed):
     close(stream_RE[:, :width], expected_RD, torch.float32)
     assert torch.equal(stream_RE[:, width:], tail)
     assert found_RD.dtype == dtype
-    mean_R1 = expected_RD.square().mean(dim=1, keepdim=True)
-    close(found_RD, expected_RD / (mean_R1 + 1e-5).sqrt() * scale_D.double(), dtype)
-    count("layer", RAN)
+    close(found_RD, normed(expected_RD, scale_D), dtype)
 
 
 @QUICK
@@ -62,10 +71,7 @@ def test_queries_and_keys_are_rotated_and_cached(rows, heads, width, dtype, seed
     expected_RO = torch.view_as_real(whole_RHC).flatten(1)
     assert query_RQ.dtype == dtype
     close(query_RQ, expected_RO[:, : queries * width], dtype)
-    close(entries_PJ[slot_R], expected_RO[:, queries * width :], dtype)
-    others = [slot for slot in range(9) if slot not in slot_R.tolist()]
-    assert torch.equal(entries_PJ[others], before_PJ[others])
-    count("layer", RAN)
+    assert_cached(entries_PJ, before_PJ, slot_R, expected_RO[:, queries * width :], close, dtype)
 
 
 @QUICK
@@ -75,22 +81,18 @@ def test_the_gate_is_multiplied(rows, width, dtype, seed):
     found_RF = layer.silu_and_mul(torch.cat((gate_RF, up_RF), dim=1))
     assert found_RF.dtype == dtype
     close(found_RF, torch.nn.functional.silu(gate_RF.double()) * up_RF.double(), dtype)
-    count("layer", RAN)
 
 
 def near(found, expected, dtype):
     """Within the roundings of sums of some hundred products, of numbers near one."""
-    within = {torch.float32: 2e-4, torch.bfloat16: 2e-2}[dtype]
-    torch.testing.assert_close(found.double(), expected, rtol=within, atol=within)
+    close(found, expected, dtype, (2e-4, 2e-2))
 
 
 @QUICK
 @given(st.sampled_from((5, 64, 576, 1100)), st.sampled_from((1, 6, 130)), DTYPES, st.booleans(), st.integers(0, 10**6))
 def test_one_row_of_a_linear_layer(inputs, outputs, dtype, bias, seed):
-    x_1D, weight_OD = (
-        normal(seed, 1, inputs, dtype=dtype),
-        normal(seed + 1, outputs, inputs, dtype=dtype) * inputs**-0.5,
-    )
+    x_1D = normal(seed, 1, inputs, dtype=dtype)
+    weight_OD = normal(seed + 1, outputs, inputs, dtype=dtype) * inputs**-0.5
     bias_O = normal(seed + 2, outputs, dtype=dtype) if bias else None
     expected_1O = x_1D.double() @ weight_OD.double().T + (bias_O.double() if bias else 0.0)
     found_1O = row.gemv(x_1D, weight_OD, bias_O)
@@ -101,7 +103,6 @@ def test_one_row_of_a_linear_layer(inputs, outputs, dtype, bias, seed):
     row.gemv(x_1D, weight_OD, bias_O, add_to=stream_1E[:, :outputs])
     near(stream_1E[:, :outputs], before_1E[:, :outputs].double() + expected_1O, dtype)
     assert torch.equal(stream_1E[:, outputs:], before_1E[:, outputs:])
-    count("layer", RAN)
 
 
 @QUICK
@@ -110,11 +111,10 @@ def test_one_row_is_normed_and_gated(inputs, width, dtype, bias, seed):
     x_1D, scale_D = normal(seed, 1, inputs), normal(seed + 1, inputs)
     weight_OD = normal(seed + 2, 2 * width, inputs, dtype=dtype) * inputs**-0.5
     bias_O = normal(seed + 3, 2 * width, dtype=dtype) if bias else None
-    h_1D = x_1D.double() / (x_1D.double().square().mean() + 1e-5).sqrt() * scale_D.double()
+    h_1D = normed(x_1D, scale_D)
     gate_1F, up_1F = (h_1D @ weight_OD.double().T + (bias_O.double() if bias else 0.0)).chunk(2, dim=1)
     found_1F = row.gemv(x_1D, weight_OD, bias_O, norm=row.NormBefore(scale_D, 1e-5), gated=True)
     near(found_1F, torch.nn.functional.silu(gate_1F) * up_1F, dtype)
-    count("layer", RAN)
 
 
 @QUICK
@@ -129,16 +129,12 @@ def test_one_rows_queries_and_keys_are_rotated_and_cached(heads, width, dtype, s
     slot_1 = torch.tensor([seed % 9], device=WHERE)
     rope = row.RopeAfter(torch.stack((angle_C.cos(), angle_C.sin()), dim=1), slot_1, entries_PJ, queries, keys)
     query_1Q = row.gemv(x_1D, weight_OD, norm=row.NormBefore(scale_D, 1e-5), rope=rope)
-    h_1D = x_1D.double() / (x_1D.double().square().mean() + 1e-5).sqrt() * scale_D.double()
-    pairs_HC = torch.view_as_complex((h_1D @ weight_OD.double().T).view(-1, width // 2, 2))
+    pairs_HC = torch.view_as_complex((normed(x_1D, scale_D) @ weight_OD.double().T).view(-1, width // 2, 2))
     rope_C = torch.polar(torch.ones_like(angle_C), angle_C).to(torch.complex128)
     pairs_HC = torch.cat((pairs_HC[: queries + keys] * rope_C, pairs_HC[queries + keys :]))
     expected_O = torch.view_as_real(pairs_HC).flatten()
     near(query_1Q[0], expected_O[: queries * width], dtype)
-    near(entries_PJ[slot_1[0]], expected_O[queries * width :], dtype)
-    others = [slot for slot in range(9) if slot != seed % 9]
-    assert torch.equal(entries_PJ[others], before_PJ[others])
-    count("layer", RAN)
+    assert_cached(entries_PJ, before_PJ, slot_1, expected_O[None, queries * width :], near, dtype)
 
 
 def test_a_rows_bits_do_not_depend_on_the_others():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import count, device
+from kernel_cases import device
 
 import kernels.chunked_cross_entropy as chunked
 from kernels import linear_cross_entropy, reference
@@ -31,7 +31,7 @@ def close(found, expected, allowed):
 
 
 @given(
-    rows=st.sampled_from((1, 2, 7, 64)),
+    rows=st.sampled_from((0, 1, 2, 7, 64)),
     vocabulary=st.sampled_from((1, 2, 129, 1000, 4097)),
     width=st.sampled_from((1, 16, 33)),
     dtype=st.sampled_from((torch.float64, torch.float32, torch.bfloat16)),
@@ -47,7 +47,6 @@ def test_loss_and_gradients_are_those_of_all_logits(path, monkeypatch, rows, voc
     loss = linear_cross_entropy(hidden, weight, target)
     (loss * 0.25).backward()
     expected = truth(hidden, weight, target, 0.25)
-    count("losses and gradients against float64")
     allowed = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert abs(loss - expected[0]) <= allowed * (rows + abs(expected[0]))
@@ -57,18 +56,22 @@ def test_loss_and_gradients_are_those_of_all_logits(path, monkeypatch, rows, voc
     assert hidden.grad.dtype == weight.grad.dtype == dtype
 
 
-def test_a_very_unlikely_target_has_a_finite_loss(path):
+def test_a_very_unlikely_target_has_a_finite_loss_and_nan_a_nan(path):
     hidden = torch.tensor([[1.0]], device=device(path))
     weight = torch.tensor([[500.0], [0.0], [-300.0]], device=device(path))
     loss = linear_cross_entropy(hidden, weight, torch.tensor([2], device=device(path)))
     assert loss.item() == pytest.approx(800.0)
-
-
-def test_what_is_not_finite_makes_the_loss_so(path):
-    hidden, weight, target = tensors(3, 100, 8, torch.float32, 0, device(path))
     with torch.no_grad():
-        hidden[1, 2] = torch.nan
-    assert linear_cross_entropy(hidden, weight, target).isnan()
+        hidden[0] = torch.nan
+        assert linear_cross_entropy(hidden, weight, torch.tensor([2], device=device(path))).isnan()
+
+
+def test_under_autocast_matmuls_are_half_and_gradients_as_wide_as_the_weights():
+    hidden, weight, target = tensors(40, 300, 32, torch.float32, 5, "cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        linear_cross_entropy(hidden.bfloat16(), weight, target).backward()
+    assert weight.grad.dtype == torch.float32
+    assert close(weight.grad, truth(hidden.bfloat16(), weight, target)[2], 2e-2)
 
 
 def test_only_what_is_trained_gets_a_gradient(path):
@@ -90,25 +93,6 @@ def test_a_tied_weight_gets_both_its_gradients(path):
         hidden = torch.nn.functional.embedding(tokens, exact).tanh()
         reference.linear_cross_entropy(hidden, exact, target).backward()
     assert close(weight.grad, exact.grad, 2e-6)
-
-
-def test_no_rows_give_zero_and_zero_gradients(path):
-    hidden, weight, target = tensors(0, 100, 8, torch.float32, 0, device(path))
-    loss = linear_cross_entropy(hidden, weight, target)
-    loss.backward()
-    assert loss.item() == 0.0
-    assert not weight.grad.any()
-
-
-def test_under_autocast_products_are_half_and_gradients_as_wide_as_the_weights():
-    hidden, weight, target = tensors(40, 300, 32, torch.float32, 5, "cpu")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = linear_cross_entropy(hidden.bfloat16(), weight, target)
-    loss.backward()
-    expected = truth(hidden.bfloat16(), weight, target)
-    assert weight.grad.dtype == torch.float32
-    assert abs(loss - expected[0]) <= 1e-2 * expected[0]
-    assert close(weight.grad, expected[2], 2e-2)
 
 
 def test_memory_over_inputs_and_gradients_is_one_chunk():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from kernel_cases import assert_means_the_same
 
-from kernels import Sampling, fused_head, fused_logits, reference
-from kernels.types import ALL_MASKED, Request
+from kernels import Sampling, fused_logits
+from kernels.types import Request
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -67,23 +67,3 @@ def test_a_captured_step_follows_its_inputs(truncated):
         assert torch.equal(out.member_logprob.isnan(), weights == 0)
         greedy = temperature == 0
         assert torch.equal(out.sample_token[greedy], out.token[greedy])
-
-
-def test_weights_that_are_all_zero_are_flagged():
-    logits, weights = logits_of(4, 50_257), torch.ones(3, 4, device="cuda")
-    weights[:, 2] = 0
-    assert fused_logits(logits, weights).flag.tolist() == [0, 0, ALL_MASKED * 16, 0]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("rows", [1, 64, 300])
-def test_the_fused_head(rows, dtype):
-    torch.manual_seed(rows)
-    widths = (256, 128)
-    hidden = tuple(torch.randn(rows, width, device="cuda", dtype=dtype) for width in widths)
-    output = tuple(torch.randn(50_000, width, device="cuda", dtype=dtype) / 8 for width in widths)
-    weights, targets = torch.tensor([1.0, -0.5], device="cuda"), torch.randint(0, 50_000, (rows, 1), device="cuda")
-    result = fused_head(hidden, output, weights, targets=targets)
-    truth = reference.fused_head(hidden, output, weights, targets, dtype=torch.float64)
-    torch.testing.assert_close(result.logprob, truth.logprob, rtol=0, atol=1e-3)
-    torch.testing.assert_close(result.target_logprob, truth.target_logprob, rtol=0, atol=1e-3)

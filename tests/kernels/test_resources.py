@@ -7,21 +7,38 @@ import sys
 
 import pytest
 
+pytest.importorskip("triton")
+
 from kernels.resources import TARGETS, load_bytes
 
+FIRST_OF_EACH = """
+import json
+from kernels.resources import measure, variants
+chosen = [v for v in variants() if v.kernel != "fused_logits" or v.name.startswith("argmax N=3 bf16")]
+first = {variant.kernel: variant for variant in reversed(chosen)}
+print(json.dumps([measure(variant, target) for variant in first.values() for target in ("sm_90", "gfx942")]))
+"""
+KERNELS = {"fused_logits", "truncated_sample", "linear_cross_entropy", "layer", "row_linear", "attend"}
 KEYS = {"kernel", "variant", "target", "registers", "spills", "shared_bytes", "load_bytes"}
 
 
-def rows_of(*arguments):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kernels.resources", "--json", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+def run_python(*arguments, interpreted="0"):
+    environment = os.environ | {"TRITON_INTERPRET": interpreted}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "targets"),
+    [
+        (("-c", FIRST_OF_EACH), {"sm_90", "gfx942"}),
+        pytest.param(("-m", "kernels.resources", "--json"), set(TARGETS), marks=pytest.mark.slow),
+    ],
+)
+def test_no_spills_and_wide_loads(arguments, targets):
+    done = run_python(*arguments)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def assert_within_limits(rows):
-    assert rows
+    rows = json.loads(done.stdout)
+    assert {(row["kernel"], row["target"]) for row in rows} == {(k, target) for k in KERNELS for target in targets}
     for row in rows:
         assert row.keys() >= KEYS
         assert row["spills"] == 0, row
@@ -32,50 +49,17 @@ def assert_within_limits(rows):
         assert 0 < row["registers"] <= 255, row
 
 
-def test_no_spills_and_wide_loads_where_most_is_computed():
-    pytest.importorskip("triton")
-    for kernel, name in (
-        ("fused_logits", "argmax N=3"),
-        ("truncated_sample", ""),
-        ("linear_cross_entropy", ""),
-        ("layer", ""),
-        ("row_linear", ""),
-        ("attend", ""),
-    ):
-        assert_within_limits(rows_of("--kernel", kernel, "--variant", name, "--target", "sm_90", "--target", "gfx942"))
-
-
-@pytest.mark.slow
-def test_no_spills_and_wide_loads_for_every_variant_and_target():
-    rows = rows_of()
-    assert {row["target"] for row in rows} == set(TARGETS)
-    kernels = {
-        "fused_logits",
-        "truncated_sample",
-        "linear_cross_entropy",
-        "layer",
-        "row_linear",
-        "attend",
-    }
-    assert {row["kernel"] for row in rows} == kernels
-    assert_within_limits(rows)
-
-
 def test_load_width_is_read_from_the_instructions():
     wide = "ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd1];\n" * 6
     scalar = "ld.global.b32 {%r1}, [%rd2];\n"
     assert load_bytes(wide + scalar) == 16
     assert load_bytes("ld.global.b16 {%rs1}, [%rd1];\n" * 48 + scalar) == 2
     assert load_bytes("cp.async.cg.shared.global [%r1 + 0], [%rd1 + 0], 0x10, %r2;\n" * 4) == 16
-    assert (
-        load_bytes("global_load_dwordx4 v[0:3], v[4:5], off\n" * 4 + "global_load_dword v1, v[2:3], off sc1\n" * 9)
-        == 16
-    )
+    amd = "global_load_dwordx4 v[0:3], v[4:5], off\n" * 4 + "global_load_dword v1, v[2:3], off sc1\n" * 9
+    assert load_bytes(amd) == 16
 
 
-def test_interpreted_kernels_are_refused(monkeypatch):
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "kernels.resources"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+def test_interpreted_kernels_are_refused():
+    done = run_python("-m", "kernels.resources", interpreted="1")
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1

@@ -32,14 +32,10 @@ def random_llama_config(seed: int, **fixed):
     }
     rope = {"rope_theta": rng.choice([10000.0, 500.0, 500000.0]), "rope_type": "default"}
     if rng.random() < 0.6:
-        # The original context is so short that wavelengths lie on both sides of the ramp and on it.
-        rope |= {
-            "rope_type": "llama3",
-            "factor": rng.choice([4.0, 8.0, 32.0]),
-            "low_freq_factor": 1.0,
-            "high_freq_factor": rng.choice([4.0, 2.0, 16.0]),
-            "original_max_position_embeddings": rng.choice([16, 32, 64]),
-        }
+        rope |= {"rope_type": "llama3", "factor": rng.choice([4.0, 8.0, 32.0]), "low_freq_factor": 1.0}
+        rope["high_freq_factor"] = rng.choice([4.0, 2.0, 16.0])
+        # So short that wavelengths lie on both sides of the ramp and on it.
+        rope["original_max_position_embeddings"] = rng.choice([16, 32, 64])
     return LlamaConfig(**{**settings, "rope_parameters": rope, **fixed})
 
 

@@ -7,15 +7,8 @@ from hypothesis import strategies as st
 
 from minillama import KVCache, Llama, LlamaConfig
 
-CONFIG = LlamaConfig(
-    vocab_size=50,
-    hidden_size=24,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=6,
-)
+CONFIG = LlamaConfig(vocab_size=50, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+                     num_key_value_heads=2, head_dim=6)  # fmt: skip
 CAPACITY = 14
 
 
@@ -108,27 +101,14 @@ def test_past_the_end_is_an_error_that_leaves_the_cache_usable(model):
     assert cache.lengths_B.tolist() == [CAPACITY - 1, CAPACITY - 1]
     logits = model(tokens[:, -1:], cache=cache)
     torch.testing.assert_close(logits[:, 0], model(tokens)[:, -1], rtol=1e-9, atol=1e-9)
-    with pytest.raises(ValueError, match="past the end"):
-        model(tokens[:, :1], cache=cache)
-
-
-@torch.no_grad()
-def test_one_full_row_stops_a_batch_and_a_truncated_one_does_not(model):
-    cache = new_cache(2)
-    model(torch.zeros(2, CAPACITY, dtype=torch.int64), cache=cache)
-    cache.lengths_B[1] = 3
-    step = torch.zeros(2, 1, dtype=torch.int64)
-    with pytest.raises(ValueError, match="past the end"):
-        model(step, cache=cache)
-    cache.lengths_B[0] = 5
-    assert model(step, cache=cache).shape == (2, 1, CONFIG.vocab_size)
-    assert cache.lengths_B.tolist() == [6, 4]
-
-
-@torch.no_grad()
-def test_another_number_of_rows_is_an_error(model):
+    for full in (0, 1):  # one full row stops the batch
+        with pytest.raises(ValueError, match="past the end"):
+            model(tokens[:, :1], cache=cache)
+        cache.lengths_B[full] = 3 + full
+    assert model(tokens[:, :1], cache=cache).shape == (2, 1, CONFIG.vocab_size)
+    assert cache.lengths_B.tolist() == [4, 5]
     with pytest.raises(ValueError, match="3 rows of tokens, but the cache has 2"):
-        model(torch.zeros(3, 1, dtype=torch.int64), cache=new_cache(2))
+        model(torch.zeros(3, 1, dtype=torch.int64), cache=cache)
 
 
 @torch.no_grad()
@@ -146,9 +126,7 @@ def test_stale_entries_are_never_read(model):
 
 def test_the_cache_is_allocated_once_in_the_size_that_it_says():
     cache = KVCache(CONFIG, 5, 33, dtype=torch.bfloat16)
-    layers, kv_heads, width = CONFIG.num_hidden_layers, CONFIG.num_key_value_heads, CONFIG.head_dim
-    nbytes = cache.entries_LBSEKC.nbytes
-    assert nbytes == 2 * layers * 5 * kv_heads * 33 * width * 2
-    assert nbytes == 5 * 33 * KVCache.bytes_per_position(CONFIG, torch.bfloat16)
+    assert cache.entries_LBSEKC.nbytes == 2 * (2 * 5 * 2 * 33 * 6) * 2
+    assert cache.entries_LBSEKC.nbytes == 5 * 33 * KVCache.bytes_per_position(CONFIG, torch.bfloat16)
     assert (cache.batch_size, cache.capacity, cache.filled) == (5, 33, 0)
     assert cache.lengths_B.tolist() == [0] * 5

@@ -24,11 +24,7 @@ CHATML_TEMPLATE = (
     "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-CORPUS = [
-    "system user assistant",
-    "Translate this sentence into German.\n\n",
-    "It is  a\nlazy\n\n\ndog, isn't it?",
-] * 30
+CORPUS = ["system user assistant", "Translate this into German.\n\n", "It is  a\nlazy\n\n\ndog, isn't it?"] * 30
 CONTROL = {
     "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
     "chatml": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
@@ -48,13 +44,9 @@ def tokenizers(tmp_path_factory):
     made = {}
     for name, control in CONTROL.items():
         library = Library(models.BPE())
-        pattern = LLAMA3_PATTERN if name == "llama3" else GPT2_PATTERN
-        library.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(pattern), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN if name == "llama3" else GPT2_PATTERN), "isolated")
+        bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        library.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_alone])
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         library.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet))
         library.add_special_tokens(control)
@@ -86,6 +78,8 @@ def test_the_format_is_recognised_from_the_control_tokens(name, tokenizers):
     ours, _ = tokenizers[name]
     assert recognise(ours) is chat_format(None, ours) is chat_format("auto", ours) is FORMATS[name]
     assert chat_format("plain", ours) is FORMATS["plain"]  # any model can be given plain text
+    end_of_turn = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}.get(name)
+    assert stop_tokens(FORMATS[name], ours) == ((ours.special(end_of_turn),) if end_of_turn else ())
     for other in TEMPLATES.keys() - {name}:
         with pytest.raises(InputError, match=rf"chat format {other} needs <\|\w+\|>, .*this tokenizer does not have"):
             chat_format(other, ours)
@@ -124,15 +118,3 @@ def test_plain_is_the_texts_alone(tokenizers):
     # A tokenizer without any begin-of-text token: the text and nothing else.
     chatml, _ = tokenizers["chatml"]
     assert render([("user", "a dog")], FORMATS["plain"], chatml, None) == chatml.encode("a dog")
-
-
-def test_the_end_of_turn_joins_the_models_own_stop_tokens(tokenizers, random_model, tmp_path):
-    from minillama import Llama
-
-    random_model(0, eos_token_id=[2, 5]).save_pretrained(tmp_path)
-    own = Llama.from_pretrained(tmp_path).stop_tokens
-    llama3, chatml, plain = (stop_tokens(FORMATS[name], tokenizers[name][0]) for name in FORMATS)
-    assert llama3 == (tokenizers["llama3"][0].special("<|eot_id|>"),)
-    assert chatml == (tokenizers["chatml"][0].special("<|im_end|>"),)
-    assert plain == ()
-    assert set(own + llama3) == {2, 5, *llama3}

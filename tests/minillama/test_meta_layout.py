@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from meta_names import meta_name
 
 from minillama import InputError, Llama, LlamaConfig
 
@@ -20,30 +21,19 @@ def to_meta_rows(weight, head_dim):
     for head in range(weight.shape[0] // head_dim):
         for channel in range(head_dim):
             pair, second = divmod(channel, 2)
-            rows.append(weight[head * head_dim + pair + second * (head_dim // 2)])
+            rows.append(weight.detach()[head * head_dim + pair + second * (head_dim // 2)])
     return torch.stack(rows)
 
 
 def write_meta(model, folder, shards=1, write_output=True, **params):
     """Meta's folder of a transformers model; model-parallel files as fairscale splits them."""
-    config, state = model.config, {name: p.detach() for name, p in model.named_parameters()}
-    head_dim = config.head_dim
-    whole = {"tok_embeddings.weight": state["model.embed_tokens.weight"], "norm.weight": state["model.norm.weight"]}
+    config, head_dim = model.config, model.config.head_dim
+    whole = {}
+    for name, parameter in model.named_parameters():
+        permuted = name.endswith(("q_proj.weight", "k_proj.weight"))
+        whole[meta_name(name)] = to_meta_rows(parameter, head_dim) if permuted else parameter.detach()
     if write_output:
         whole["output.weight"] = model.lm_head.weight.detach()
-    for n in range(config.num_hidden_layers):
-        hf, meta = f"model.layers.{n}.", f"layers.{n}."
-        whole |= {
-            f"{meta}attention.wq.weight": to_meta_rows(state[f"{hf}self_attn.q_proj.weight"], head_dim),
-            f"{meta}attention.wk.weight": to_meta_rows(state[f"{hf}self_attn.k_proj.weight"], head_dim),
-            f"{meta}attention.wv.weight": state[f"{hf}self_attn.v_proj.weight"],
-            f"{meta}attention.wo.weight": state[f"{hf}self_attn.o_proj.weight"],
-            f"{meta}feed_forward.w1.weight": state[f"{hf}mlp.gate_proj.weight"],
-            f"{meta}feed_forward.w2.weight": state[f"{hf}mlp.down_proj.weight"],
-            f"{meta}feed_forward.w3.weight": state[f"{hf}mlp.up_proj.weight"],
-            f"{meta}attention_norm.weight": state[f"{hf}input_layernorm.weight"],
-            f"{meta}ffn_norm.weight": state[f"{hf}post_attention_layernorm.weight"],
-        }
     folder.mkdir(exist_ok=True)
     for shard in range(shards):
         part = {}
@@ -54,31 +44,18 @@ def write_meta(model, folder, shards=1, write_output=True, **params):
             part[name] = tensor.clone()
         part["rope.freqs"] = torch.ones(head_dim // 2)
         torch.save(part, folder / f"consolidated.{shard:02}.pth")
-    written = {
-        "dim": config.hidden_size,
-        "n_layers": config.num_hidden_layers,
-        "n_heads": config.num_attention_heads,
-        "n_kv_heads": config.num_key_value_heads,
-        "vocab_size": -1,
-        "multiple_of": MULTIPLE,
-        "norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_parameters["rope_theta"],
-    }
+    written = {"dim": WIDTH, "n_layers": 2, "n_heads": HEADS, "n_kv_heads": KV_HEADS, "vocab_size": -1}
+    written |= {"multiple_of": MULTIPLE, "norm_eps": 1e-5, "rope_theta": config.rope_parameters["rope_theta"]}
     (folder / "params.json").write_text(json.dumps(written | params))
 
 
 @pytest.fixture
 def make_model(random_model):
-    def make(seed, tied=False, scaled=False, **fixed):
+    def make(seed, tied=False, scaled=False):
         rope = {"rope_theta": 500000.0, "rope_type": "default"}
         if scaled:  # what Meta's code has built in for the release: 32 for the tied models, else 8
-            rope |= {
-                "rope_type": "llama3",
-                "factor": 32.0 if tied else 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            }
+            rope |= {"rope_type": "llama3", "factor": 32.0 if tied else 8.0, "low_freq_factor": 1.0}
+            rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
         return random_model(
             seed,
             hidden_size=WIDTH,
@@ -93,7 +70,6 @@ def make_model(random_model):
             mlp_bias=False,
             tie_word_embeddings=tied,
             rope_parameters=rope,
-            **fixed,
         )
 
     return make
@@ -112,16 +88,11 @@ def test_a_meta_folder_gives_transformers_logits(shards, tied, scaled, make_mode
     tokens = torch.randint(128, (1, 700), generator=torch.Generator().manual_seed(0))
     logits = model(tokens)
     assert (logits - reference(tokens).logits).abs().max() < TOLERANCE
+    if tied:  # the output layer may be left out
+        write_meta(reference, tmp_path, shards, write_output=False, use_scaled_rope=scaled)
+        assert torch.equal(Llama.from_pretrained(tmp_path)(tokens), logits)
     write_meta(reference, tmp_path, shards, use_scaled_rope=not scaled)
     assert (Llama.from_pretrained(tmp_path)(tokens) - logits).abs().max() > 20 * TOLERANCE
-
-
-@torch.no_grad()
-def test_a_tied_meta_folder_may_leave_the_output_out(make_model, tmp_path):
-    reference = make_model(5, tied=True)
-    write_meta(reference, tmp_path, write_output=False)
-    tokens = torch.arange(50)[None]
-    assert (Llama.from_pretrained(tmp_path)(tokens) - reference(tokens).logits).abs().max() < TOLERANCE
 
 
 @torch.no_grad()
@@ -173,15 +144,6 @@ class Attack:
         return (print, ("code from a checkpoint has run",))
 
 
-def test_a_pickle_with_code_is_refused_and_not_run(make_model, tmp_path, capfd):
-    write_meta(make_model(7), tmp_path)
-    tensors = torch.load(tmp_path / "consolidated.00.pth")
-    torch.save({**tensors, "extra": Attack()}, tmp_path / "consolidated.00.pth")
-    with pytest.raises(InputError, match=r"consolidated\.00\.pth: truncated, damaged or not a file of weights"):
-        Llama.from_pretrained(tmp_path)
-    assert "has run" not in capfd.readouterr().out
-
-
 def _truncate(folder):
     file = folder / "consolidated.00.pth"
     file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
@@ -193,6 +155,14 @@ def _rewrite(folder, change):
 
 
 DAMAGES = {
+    "a missing shard": (
+        lambda f: (f / "consolidated.01.pth").unlink(),
+        r"layers\.1\.self_attn\.o_proj\.weight \[48, 24\] instead of \[48, 48\]",
+    ),
+    "code": (
+        lambda f: _rewrite(f, lambda t: {**t, "extra": Attack()}),
+        r"consolidated\.00\.pth: truncated, damaged or not a file of weights",
+    ),
     "truncated": (_truncate, r"consolidated\.00\.pth: truncated, damaged"),
     "no pth": (lambda f: (f / "consolidated.00.pth").unlink(), r"params\.json without consolidated"),
     "no dim": (lambda f: (f / "params.json").write_text('{"n_heads": 4}'), r"params\.json: dim is None"),
@@ -214,18 +184,12 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_meta_folder_is_refused_in_one_line(damage, make_model, tmp_path):
-    write_meta(make_model(8), tmp_path)
+def test_a_damaged_meta_folder_is_refused_in_one_line_and_no_code_is_run(damage, make_model, tmp_path, capfd):
+    write_meta(make_model(8), tmp_path, shards=2 if damage == "a missing shard" else 1)
     change, message = DAMAGES[damage]
     change(tmp_path)
     with pytest.raises(InputError, match=message) as caught:
         Llama.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
-
-
-def test_a_missing_shard_is_refused_with_the_shapes_that_do_not_fit(make_model, tmp_path):
-    write_meta(make_model(9), tmp_path, shards=2)
-    (tmp_path / "consolidated.01.pth").unlink()
-    with pytest.raises(InputError, match=r"layers\.1\.self_attn\.o_proj\.weight \[48, 24\] instead of \[48, 48\]"):
-        Llama.from_pretrained(tmp_path)
+    assert "has run" not in capfd.readouterr().out

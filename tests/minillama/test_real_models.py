@@ -25,16 +25,9 @@ PROMPTS = [
     "def fibonacci(n):\n    ",
     "Translate into German: The weather is nice today.",
     "La capitale de l'Espagne est",
-    "Il était une fois une petite fille qui",
     "Die Hauptstadt von Österreich ist",
-    "Im Jahre 1492 entdeckte",
-    "El perro corre por el parque y",
-    "La gatta dorme sul divano perché",
-    "O rio Amazonas é o maior",
     "Столица России — это",
-    "Η Αθήνα είναι η πρωτεύουσα",
     "日本の首都は",
-    "吾輩は猫である。名前は",
     "今天天气很好，我们",
     "대한민국의 수도는",
     "भारत की राजधानी",
@@ -140,17 +133,9 @@ def test_llama3_ids_equal_tiktoken_on_random_unicode_and_come_back(llama3):
 
 def test_llama3_control_tokens_have_their_published_ids(llama3):
     tokenizer, _ = llama3
-    published = {
-        "<|begin_of_text|>": 128000,
-        "<|end_of_text|>": 128001,
-        "<|finetune_right_pad_id|>": 128004,
-        "<|start_header_id|>": 128006,
-        "<|end_header_id|>": 128007,
-        "<|eom_id|>": 128008,
-        "<|eot_id|>": 128009,
-        "<|python_tag|>": 128010,
-    }
-    assert {name: tokenizer.special(name) for name in published} == published
+    published = {"begin_of_text": 0, "end_of_text": 1, "finetune_right_pad_id": 4, "start_header_id": 6}
+    published |= {"end_header_id": 7, "eom_id": 8, "eot_id": 9, "python_tag": 10}
+    assert {name: tokenizer.special(f"<|{name}|>") - 128000 for name in published} == published
     assert len(tokenizer) == 128256
     assert chat_format(None, tokenizer).name == "llama3"
     # Meta's model card: the prompt of one user message.

@@ -11,31 +11,18 @@ from safetensors.torch import load_file, save_file
 from minillama import InputError, Llama, LlamaConfig, Tokenizer
 from minillama.weights import open_folder
 
-SMALL = {
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+SMALL = {"model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
+    **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     "original_max_position_embeddings": 32,
 }
 
 REFUSED = [  # change of config.json, what the error must name
     ({"model_type": "mistral"}, r"model_type is 'mistral'; only 'llama'"),
-    ({"model_type": None}, r"model_type is None"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"rope type is 'yarn'"),
-    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"rope type is 'dynamic'"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope type is 'linear'"),
     ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, r"rope type is 'longrope'"),
-    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, r"partial_rotary_factor is 0\.5"),
     ({"rope_scaling": {**LLAMA3, "partial_rotary_factor": 0.5}}, r"partial_rotary_factor is 0\.5"),
     ({"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "high_freq_factor"}}, r"llama3 .*high_freq_factor"),
     ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, r"high_freq_factor > low_freq_factor"),
@@ -43,12 +30,9 @@ REFUSED = [  # change of config.json, what the error must name
     ({"sliding_window": 4096}, r"sliding-window attention"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, r"sliding-window attention"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised \(gptq\)"),
-    ({"quantization_config": {"quant_method": "fp8"}}, r"quantised \(fp8\)"),
     ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'"),
     ({"hidden_size": None, "vocab_size": None}, r"no vocab_size, hidden_size"),
-    ({"num_attention_heads": 0}, r"num_attention_heads is 0"),
     ({"num_attention_heads": "4"}, r"num_attention_heads is '4'"),
-    ({"hidden_size": "16"}, r"hidden_size is '16'"),
     ({"num_key_value_heads": 3}, r"num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
     ({"head_dim": 5}, r"head_dim 5 is odd"),
     ({"vocab_size": -1}, r"vocab_size is -1"),
@@ -68,6 +52,12 @@ def change_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
+def change_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
 def refused(folder, match):
     with pytest.raises(InputError, match=match) as caught:
         Llama.from_pretrained(folder)
@@ -79,13 +69,6 @@ def refused(folder, match):
 def test_a_configuration_that_cannot_be_run_is_named_before_a_weight_is_looked_for(changes, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SMALL | changes))  # there is no weight file at all
     assert str(tmp_path / "config.json") in refused(tmp_path, message)
-
-
-def test_the_small_configuration_itself_is_accepted():
-    assert LlamaConfig.from_dict(SMALL).head_dim == 4
-    assert LlamaConfig.from_dict({**SMALL, "sliding_window": None, "quantization_config": None}).rope_scaling is None
-    scaled = LlamaConfig.from_dict({**SMALL, "rope_scaling": LLAMA3, "rope_theta": 7.0})
-    assert (scaled.rope_scaling.factor, scaled.rope_theta) == (8.0, 7.0)
 
 
 @given(rope=st.sampled_from([None, LLAMA3]), tied=st.booleans(), biases=st.tuples(st.booleans(), st.booleans()),
@@ -102,19 +85,21 @@ def test_a_configuration_written_and_read_again_is_the_same(rope, tied, biases, 
     official = {name: value for name, value in written.items() if name != "rope_parameters"}
     assert LlamaConfig.from_dict(official) == config
     newer = {name: value for name, value in written.items() if name not in ("rope_scaling", "rope_theta")}
-    assert LlamaConfig.from_dict(newer) == config
+    assert LlamaConfig.from_dict(newer | {"sliding_window": None, "quantization_config": None}) == config
+    assert (config.head_dim, config.rope_theta, config.rope_scaling is None) == (4, theta, rope is None)
 
 
 def test_every_missing_unexpected_and_misshapen_tensor_is_in_one_error(folder):
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.norm.weight"], tensors["model.layers.0.self_attn.q_proj.weight"]
-    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(3)
-    tensors["visual.weight"] = torch.zeros(2, 2)
-    embedding, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
-    tensors["model.embed_tokens.weight"], tensors["lm_head.weight"] = embedding[:-1].clone(), head[:, :-1].clone()
-    save_file(tensors, folder / "model.safetensors")
+    def change(tensors):
+        del tensors["model.norm.weight"], tensors["model.layers.0.self_attn.q_proj.weight"]
+        tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(3)
+        tensors["visual.weight"] = torch.zeros(2, 2)
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:-1].clone()
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:, :-1].clone()
+
+    rows, width = load_file(folder / "model.safetensors")["lm_head.weight"].shape
+    change_tensors(folder, change)
     message = refused(folder, "the tensors do not fit the configuration")
-    rows, width = embedding.shape
     for part in (
         "missing: model.layers.0.self_attn.q_proj.weight, model.norm.weight;",
         "unexpected: model.layers.0.self_attn.q_proj.bias, visual.weight;",
@@ -125,24 +110,22 @@ def test_every_missing_unexpected_and_misshapen_tensor_is_in_one_error(folder):
 
 
 def test_quantised_tensors_without_a_word_in_the_config_are_listed(folder):
-    tensors = load_file(folder / "model.safetensors")
-    names = ["lm_head.weight", "model.layers.0.mlp.up_proj.weight"]
-    tensors[names[0]] = tensors[names[0]].to(torch.int8)
-    tensors[names[1]] = tensors[names[1]].to(torch.float8_e4m3fn)
-    save_file(tensors, folder / "model.safetensors")
+    names = {"lm_head.weight": torch.int8, "model.layers.0.mlp.up_proj.weight": torch.float8_e4m3fn}
+    change_tensors(folder, lambda t: t.update({name: t[name].to(dtype) for name, dtype in names.items()}))
     message = refused(folder, "quantised weights cannot be run")
-    assert f"{names[0]} (I8)" in message
-    assert f"{names[1]} (F8_E4M3)" in message
+    assert "lm_head.weight (I8)" in message
+    assert "model.layers.0.mlp.up_proj.weight (F8_E4M3)" in message
 
 
 def test_tables_that_any_program_computes_and_a_tied_output_written_out_are_no_fault(random_model, tmp_path):
     random_model(0, tie_word_embeddings=True).save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors, tmp_path / "model.safetensors")
+    tables = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    change_tensors(tmp_path, lambda t: t.update(tables, **{"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     model = Llama.from_pretrained(tmp_path)
     assert model.output_weight is model.model.embed_tokens.weight
+    change_tensors(tmp_path, lambda t: t.pop("lm_head.weight"))
+    change_config(tmp_path, tie_word_embeddings=False)
+    refused(tmp_path, r"missing: lm_head\.weight$")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 500, -1, 0.5])
@@ -171,12 +154,6 @@ def test_shards_load_and_a_missing_or_truncated_one_is_named(random_model, tmp_p
     refused(tmp_path, r"index\.json: no weight_map")
 
 
-def test_the_output_layer_is_missing_when_the_config_says_untied(random_model, tmp_path):
-    random_model(0, tie_word_embeddings=True).save_pretrained(tmp_path)
-    change_config(tmp_path, tie_word_embeddings=False)
-    refused(tmp_path, r"missing: lm_head\.weight$")
-
-
 def test_a_refused_checkpoint_has_had_no_weight_read(folder, monkeypatch):
     change_config(folder, mlp_bias=True)
     monkeypatch.setattr("minillama.weights._read_largest_first", lambda *_: pytest.fail("a weight was read"))
@@ -200,11 +177,7 @@ def test_a_folder_that_is_no_model_a_file_and_a_broken_config_are_named(tmp_path
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
     refused(file, r"model\.gguf: is a file; a model is a folder")
-    for content, message in (
-        (b"{", "not valid JSON"),
-        (b"\xff{}", "not valid JSON"),
-        (b"[]", "expected a JSON object"),
-    ):
+    for content, message in ((b"{", "not valid J"), (b"\xff{}", "not valid J"), (b"[]", "expected a JSON object")):
         (tmp_path / "config.json").write_bytes(content)
         refused(tmp_path, message)
     (tmp_path / "config.json").write_text(json.dumps(SMALL))

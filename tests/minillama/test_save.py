@@ -21,9 +21,8 @@ def model(random_model, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_transformers_loads_what_we_save_with_equal_logits(seed, random_model, tmp_path):
-    # Two seeds of every combination of tied, biased and scaled.
     fixed = {"tie_word_embeddings": bool(seed & 1), "attention_bias": bool(seed & 2), "mlp_bias": bool(seed & 4)}
     random_model(seed, **fixed).save_pretrained(tmp_path / "theirs")
     model = Llama.from_pretrained(tmp_path / "theirs")
@@ -37,34 +36,20 @@ def test_transformers_loads_what_we_save_with_equal_logits(seed, random_model, t
     assert (reference(TOKENS).logits - logits).abs().max() < TOLERANCE
     assert torch.equal(Llama.from_pretrained(tmp_path / "ours")(TOKENS), logits)
     assert reference.config.tie_word_embeddings is fixed["tie_word_embeddings"]
-
-
-@torch.no_grad()
-def test_a_fresh_model_is_the_same_for_a_seed_and_loads_in_transformers(model, tmp_path):
-    fresh, again, other = (Llama(model.config).init_weights(seed) for seed in (1, 1, 2))
-    assert torch.equal(fresh(TOKENS), again(TOKENS))
-    assert not torch.equal(fresh(TOKENS), other(TOKENS))
-    fresh.save_pretrained(tmp_path / "fresh")
-    reference = LlamaForCausalLM.from_pretrained(tmp_path / "fresh")
-    assert (reference(TOKENS).logits - fresh(TOKENS)).abs().max() < TOLERANCE
-
-
-def test_bf16_is_kept_and_the_type_is_in_the_config(model, tmp_path):
-    model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
-    assert Llama.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
-    assert LlamaForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
-    written = json.loads((tmp_path / "half" / "config.json").read_text())
-    assert written["dtype"] == written["torch_dtype"] == "bfloat16"
+    if seed in (0, 7):
+        model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+        assert Llama.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+        assert LlamaForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+        written = json.loads((tmp_path / "half" / "config.json").read_text())
+        assert written["dtype"] == written["torch_dtype"] == "bfloat16"
+        fresh, again, other = (Llama(model.config).init_weights(seed)(TOKENS) for seed in (1, 1, 2))
+        assert torch.equal(fresh, again)
+        assert not torch.equal(fresh, other)
 
 
 @pytest.mark.parametrize(
     ("config_eos", "generation_eos", "union"),
-    [
-        (2, [2, 5, 7], (2, 5, 7)),
-        ([7, 2], 5, (7, 2, 5)),
-        (None, 5, (5,)),
-        (3, None, (3,)),
-    ],
+    [(2, [2, 5, 7], (2, 5, 7)), ([7, 2], 5, (7, 2, 5)), (None, 5, (5,)), (3, None, (3,))],
 )
 def test_stop_tokens_are_the_union_and_survive_saving(config_eos, generation_eos, union, random_model, tmp_path):
     random_model(3, eos_token_id=config_eos).save_pretrained(tmp_path / "a")
@@ -91,26 +76,19 @@ def test_an_exception_in_the_middle_leaves_the_old_folder_and_no_litter(model, t
         with pytest.raises(OSError, match="No space left"):
             Llama(model.config).init_weights().save_pretrained(folder)
     assert (tmp_path / "seen").read_text() not in (str(target), "")  # it was being written elsewhere
-    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
-    assert sorted(os.listdir(tmp_path)) == ["out", "seen", "source"]
-
-
-def test_an_exception_at_the_last_rename_puts_the_old_folder_back(model, tmp_path, monkeypatch):
-    target = tmp_path / "out"
-    model.save_pretrained(target)
-    before = sorted(os.listdir(target))
+    monkeypatch.undo()
     rename = os.rename
 
-    def fail(source, destination):
+    def fail_at_last(source, destination):
         if str(source).endswith(".tmp"):
             raise KeyboardInterrupt
         rename(source, destination)
 
-    monkeypatch.setattr(os, "rename", fail)
+    monkeypatch.setattr(os, "rename", fail_at_last)
     with pytest.raises(KeyboardInterrupt):
-        model.save_pretrained(target)
-    assert sorted(os.listdir(target)) == before
-    assert sorted(os.listdir(tmp_path)) == ["out", "source"]
+        Llama(model.config).init_weights().save_pretrained(target)
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
+    assert sorted(os.listdir(tmp_path)) == ["out", "seen", "source"]
 
 
 @torch.no_grad()
@@ -125,34 +103,19 @@ def test_files_beside_stay_and_stale_shards_do_not(random_model, model, tmp_path
     assert [file.name for file in target.glob("model*")] == ["model.safetensors"]
     assert (target / "tokenizer.json").read_text() == "{}"
     assert (target / "notes" / "card.md").read_text() == "kept"
-    assert torch.equal(Llama.from_pretrained(target)(TOKENS), model(TOKENS))
+    expected = model(TOKENS)
+    Llama.from_pretrained(target).save_pretrained(target)  # over its own files
+    assert torch.equal(Llama.from_pretrained(target)(TOKENS), expected)
     assert sorted(os.listdir(tmp_path)) == ["out", "source"]
 
 
-@torch.no_grad()
-def test_a_model_can_be_saved_over_the_folder_that_it_was_loaded_from(model, tmp_path):
-    expected = model(TOKENS)
-    for parameter in model.parameters():
-        parameter *= 2
-    for parameter in model.parameters():
-        parameter /= 2
-    model.save_pretrained(tmp_path / "source")
-    assert torch.equal(model(TOKENS), expected)
-    assert torch.equal(Llama.from_pretrained(tmp_path / "source")(TOKENS), expected)
-
-
-def test_saving_through_a_symbolic_link_replaces_the_folder_behind_it(model, tmp_path):
-    model.save_pretrained(tmp_path / "real")
-    (tmp_path / "link").symlink_to("real")
-    Llama(model.config).init_weights(5).save_pretrained(tmp_path / "link")
-    assert (tmp_path / "link").is_symlink()
-    read = Llama.from_pretrained(tmp_path / "real")
-    assert torch.equal(read.output_weight, Llama(model.config).init_weights(5).output_weight)
-
-
-def test_a_parent_is_made_and_a_file_in_the_way_is_refused(model, tmp_path):
+def test_a_parent_is_made_a_link_followed_and_a_file_in_the_way_refused(model, tmp_path):
     model.save_pretrained(tmp_path / "deep" / "er" / "out")
-    assert (tmp_path / "deep" / "er" / "out" / "config.json").exists()
+    (tmp_path / "link").symlink_to("deep/er/out")
+    fresh = Llama(model.config).init_weights(5)
+    fresh.save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert torch.equal(Llama.from_pretrained(tmp_path / "deep" / "er" / "out").output_weight, fresh.output_weight)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match=r"file: is a file; the output must be a folder"):
         model.save_pretrained(tmp_path / "file")

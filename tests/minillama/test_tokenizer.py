@@ -4,6 +4,7 @@ The vocabularies are trained here; truth is tokenizers, tiktoken and sentencepie
 """
 
 import base64
+import itertools
 import json
 
 import pytest
@@ -25,16 +26,15 @@ CORPUS = [
     "<|start_header_id|>user<|end_header_id|> <s> </s> <unk> <|eot_id|> <|begin_of_text|>",
 ] * 20
 VOCABULARY = 400
+ALPHABET = pre_tokenizers.ByteLevel.alphabet()
+BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 CONTROL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>",
            "</s>", "<unk>", "<|reserved_special_token_0|>", "<|im_start|>", "<|im_end|>"]  # fmt: skip
 
 # Any text at all, with control tokens and lone surrogates thrown in.
-texts = st.lists(
-    st.one_of(
-        st.sampled_from(CONTROL), st.text(), st.text(st.characters(categories=["Cs"]), max_size=2), st.just("  \n ")
-    ),
-    max_size=6,
-).map("".join)
+surrogates = st.text(st.characters(categories=["Cs"]), max_size=2)
+parts = st.one_of(st.sampled_from(CONTROL), st.text(), surrogates, st.just("  \n "))
+texts = st.lists(parts, max_size=6).map("".join)
 
 
 def as_read(text):
@@ -45,38 +45,22 @@ def as_read(text):
 def train_byte_level():
     """Byte-level BPE whose ids are merge ranks, with Llama 3's control tokens after them."""
     tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(LLAMA3_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_PATTERN), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, BYTE_LEVEL])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    )
-    size = tokenizer.get_vocab_size()
-    names, reserved = [], 0
-    for index in range(256):
-        names.append(LLAMA3_NAMED.get(index) or f"<|reserved_special_token_{reserved}|>")
-        reserved += index not in LLAMA3_NAMED
-    tokenizer.add_special_tokens(names)
-    assert tokenizer.token_to_id("<|begin_of_text|>") == size == VOCABULARY
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=ALPHABET))
+    reserved = (f"<|reserved_special_token_{number}|>" for number in itertools.count())
+    tokenizer.add_special_tokens([LLAMA3_NAMED.get(index) or next(reserved) for index in range(256)])
+    assert tokenizer.token_to_id("<|begin_of_text|>") == VOCABULARY
     return tokenizer
 
 
 def ranks_of(tokenizer):
-    """tiktoken's table of a byte-level vocabulary, by GPT-2's characters for bytes, as in the library itself."""
-    alphabet = {}
-    for byte in range(256):
-        # A byte's character is what ByteLevel makes of a character that has this byte in its UTF-8; ASCII and Latin-1
-        # lead and continuation bytes together cover all that occur, and the rest follow GPT-2's definition.
-        printable = 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255
-        alphabet[byte] = chr(byte) if printable else None
-    unprintable = [byte for byte in range(256) if alphabet[byte] is None]
-    alphabet |= {byte: chr(256 + index) for index, byte in enumerate(unprintable)}
-    assert set(alphabet.values()) == set(pre_tokenizers.ByteLevel.alphabet())
-    to_byte = {character: byte for byte, character in alphabet.items()}
+    """tiktoken's table of a byte-level vocabulary, by GPT-2's characters for bytes."""
+    printable = [byte for byte in range(256) if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255]
+    to_byte = {chr(byte): byte for byte in printable}
+    to_byte |= {chr(256 + index): byte for index, byte in enumerate(sorted({*range(256)} - {*printable}))}
+    assert to_byte.keys() == set(ALPHABET)
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     return {bytes(to_byte[character] for character in piece): rank for piece, rank in vocabulary.items()}
 
@@ -151,10 +135,8 @@ def test_control_tokens_among_a_vocabularys_own_words_are_not_found_in_text(text
 def worded(tmp_path_factory):
     """BPE that looks a whole text up in its vocabulary first, control tokens included."""
     tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|eot_id|>", "<s>"], initial_alphabet=alphabet)
+    tokenizer.pre_tokenizer, tokenizer.decoder = BYTE_LEVEL, decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|eot_id|>", "<s>"], initial_alphabet=ALPHABET)
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.encode_special_tokens = True
     assert tokenizer.encode("<|eot_id|>").ids == [0]  # the library alone does find it
@@ -173,23 +155,14 @@ def test_control_tokens_are_got_by_name_and_left_out_of_text(name, loaded):
     assert tokenizer.special("<|no_such_token|>") is None
     # A model's vocabulary may be padded: an id past the last entry has no text.
     assert tokenizer.decode([*ids, len(tokenizer), len(tokenizer) + 7]) == "the cat"
-
-
-@FORMATS
-def test_invalid_utf8_is_shown_as_replacement_characters(name, loaded):
-    tokenizer = loaded[name]
-    ids = tokenizer.encode("𝒳")  # four bytes, none of them in the corpus: one token each
-    assert "𝒳" not in tokenizer.decode(ids[:-1])
-    assert "\ufffd" in tokenizer.decode(ids[:-1])
+    # Four bytes, none of them in the corpus: one token each. What is not UTF-8 is a replacement character.
+    assert "\ufffd" in tokenizer.decode(tokenizer.encode("𝒳")[:-1])
 
 
 def test_one_vocabulary_in_two_file_formats_is_equal(loaded):
-    assert loaded["json"].differences(loaded["tiktoken"]) == []
-    assert loaded["tiktoken"].differences(loaded["json"]) == []
+    assert loaded["json"].differences(loaded["tiktoken"]) == loaded["tiktoken"].differences(loaded["json"]) == []
     assert len(loaded["json"]) == len(loaded["tiktoken"]) == VOCABULARY + 256
     assert loaded["json"].specials == loaded["tiktoken"].specials
-    for text in CORPUS[:4]:
-        assert loaded["json"].encode(text) == loaded["tiktoken"].encode(text)
 
 
 def test_sentencepiece_and_its_tokenizer_json_are_equal(folders, loaded, tmp_path):
@@ -203,9 +176,8 @@ def test_sentencepiece_and_its_tokenizer_json_are_equal(folders, loaded, tmp_pat
         if piece[:cut] in vocabulary and piece[cut:] in vocabulary and not piece.startswith("<0x")
     ]
     converted = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
-    converted.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    converted.decoder = decoders.Sequence(steps)
     converted.add_special_tokens(["<unk>", "<s>", "</s>"])
     converted.save(str(tmp_path / "tokenizer.json"))
     assert Tokenizer.from_pretrained(tmp_path).differences(loaded["sentencepiece"]) == []
@@ -226,38 +198,23 @@ def test_differences_name_every_entry_that_is_read_differently(folders, loaded, 
     assert [int(line.split(":")[0]) for line in lines] == [300, 301, eot["id"]]
     assert lines[-1] == f"{eot['id']}: '<|eot_id|>' against '<|im_end|>'"
     assert loaded["sentencepiece"].differences(changed)[0].startswith("0: ")
-
-
-def test_a_shorter_vocabulary_differs_in_what_it_lacks(loaded, folders, tmp_path):
-    written = json.loads((folders["json"] / "tokenizer.json").read_text())
     written["added_tokens"] = written["added_tokens"][:10]
     (tmp_path / "tokenizer.json").write_text(json.dumps(written))
     lines = Tokenizer.from_pretrained(tmp_path).differences(loaded["json"])
-    first = VOCABULARY + 10
-    assert lines == [f"{first}: nothing against '<|python_tag|>'", f"{first + 1}: nothing against '<|image|>'"]
+    assert f"{VOCABULARY + 10}: nothing against '<|python_tag|>'" in lines
 
 
 @FORMATS
-@pytest.mark.parametrize("unit", [" ", "a", "\n", "é"])
-def test_runs_longer_than_25000_are_encoded_and_come_back(name, unit, loaded):
+@pytest.mark.parametrize("unit", [" ", "é"])
+def test_runs_longer_than_25000_are_encoded_and_come_back(name, unit, loaded, library):
     text = "start " + unit * 60_001 + " end"
     ids = loaded[name].encode(text)
     assert loaded[name].decode(ids) == text
     assert not set(ids) & set(loaded[name].specials.values())
-
-
-def test_a_long_text_without_long_runs_has_tiktokens_own_ids(loaded, library):
-    text = " ".join(CORPUS) * 12
-    assert 25_000 < len(text) < 400_000
-    assert loaded["tiktoken"].encode(text) == library["tiktoken"](text)
-
-
-def test_truncation_and_padding_of_the_file_do_not_apply(folders, loaded, tmp_path):
-    tokenizer = tokenizers.Tokenizer.from_file(str(folders["json"] / "tokenizer.json"))
-    tokenizer.enable_truncation(3)
-    tokenizer.enable_padding(length=50)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert Tokenizer.from_pretrained(tmp_path).encode(CORPUS[0]) == loaded["json"].encode(CORPUS[0])
+    if name == "tiktoken":  # a long text without long runs has the library's own ids
+        text = " ".join(CORPUS) * 12
+        assert 25_000 < len(text) < 400_000
+        assert loaded[name].encode(text) == library[name](text)
 
 
 @FORMATS
@@ -268,6 +225,12 @@ def test_a_saved_tokenizer_is_the_same(name, folders, loaded, tmp_path):
     again = Tokenizer.from_pretrained(tmp_path)
     assert again.differences(loaded[name]) == []
     assert again.encode(CORPUS[1]) == loaded[name].encode(CORPUS[1])
+    if name == "json":  # truncation and padding of the file do not apply
+        tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        tokenizer.enable_truncation(3)
+        tokenizer.enable_padding(length=50)
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        assert Tokenizer.from_pretrained(tmp_path).encode(CORPUS[0]) == loaded[name].encode(CORPUS[0])
 
 
 @pytest.mark.parametrize(

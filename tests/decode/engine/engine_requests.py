@@ -10,22 +10,23 @@ from decode.engine.sequence import SamplingParams, Sequence
 COMBINE = "L + 0.5*S - 0.25*A"
 CAPACITY = 90
 NEW = 10
+KINDS = ("greedy", "sampled", "sampled", "truncated", "beams", "targets")
 
 
-def random_prompt(generator, longest=24):
+def random_prompt(generator, longest):
     return [generator.randrange(2, 60) for _ in range(generator.randint(1, longest))]
 
 
-def mixed(seed, count):
-    """Sequences of every kind: greedy, sampled, searched and scored, with weights and stop tokens of their own."""
+def mixed(seed, count, kinds=KINDS, longest=24, new=NEW):
+    """Sequences of these kinds, with weights and stop tokens of their own."""
     generator = random.Random(seed)
     sequences = []
     for key in range(count):
-        prompts = tuple(random_prompt(generator) for _ in range(3))
+        prompts = tuple(random_prompt(generator, longest) for _ in range(3))
         weights = generator.choice((None, None, (1.0, 0.0, 0.0), (0.0, 1.5, -0.5), (0.7, 0.3, 0.1), (1.0, -0.4, 0.0)))
-        fields = {"weights": weights, "key": key, "max_new_tokens": generator.randint(1, NEW)}
+        fields = {"weights": weights, "key": key, "max_new_tokens": generator.randint(1, new)}
         fields["stop_tokens"] = generator.choice((None, None, frozenset(), frozenset({5, 7, 9, 30})))
-        kind = generator.choice(("greedy", "sampled", "sampled", "truncated", "beams", "targets"))
+        kind = generator.choice(kinds)
         if kind in ("sampled", "truncated"):
             truncation = (generator.randint(0, 9), generator.choice((0.8, 0.95))) if kind == "truncated" else (0, 1.0)
             fields["params"] = SamplingParams(generator.uniform(0.3, 1.5), *truncation, generator.randint(-9, 9))
@@ -46,19 +47,8 @@ def mixed(seed, count):
 
 def again(sequence):
     """The same request, not yet decoded."""
-    names = [
-        "prompts",
-        "params",
-        "max_new_tokens",
-        "stop_tokens",
-        "weights",
-        "key",
-        "explain",
-        "top_logprobs",
-        "targets",
-        "keep_hidden",
-    ]
-    return Sequence(**{name: getattr(sequence, name) for name in names})
+    names = "prompts params max_new_tokens stop_tokens weights key explain top_logprobs targets keep_hidden"
+    return Sequence(**{name: getattr(sequence, name) for name in names.split()})
 
 
 def plain_values(completion):

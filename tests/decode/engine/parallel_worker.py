@@ -4,7 +4,6 @@ import torch
 
 from decode import Ensemble, translate
 from decode.engine.engine import Engine
-from decode.engine.generate import beam_search, score
 from decode.engine.sequence import SamplingParams, Sequence
 from decode.model.packed_llama import PackedLlama
 from minillama import KVCache, Llama
@@ -39,24 +38,14 @@ def decoded(models, prompts, ways=tuple(WAYS)):
     return found
 
 
-def searched(models, prompts):
-    """Beam search: tokens and scores of every n-best list."""
-    lists = beam_search(Ensemble(models, "L + 0.5*S"), prompts, 3, 8, batch_size=9)
-    return [[[found.tokens for found in nbest], [found.score for found in nbest]] for nbest in lists]
-
-
 def mixed(models, prompts):
     """Tokens and log-probabilities of sequences of several kinds in one engine."""
     kinds = [{}, {"weights": (1.0, -0.5)}, {"params": SamplingParams(0.9)}, {"top_logprobs": 3}, {"explain": True}]
-    sequences = [
-        Sequence((prompt, prompt), max_new_tokens=6, key=key, **kind)
-        for key, (prompt, kind) in enumerate(zip(prompts, kinds))
-    ]
-    ensemble = Ensemble(models, "L + 0.5*S")
-    found = dict(Engine(ensemble, 3, 60).generate(sequences))
-    (scored,) = score(ensemble, [(prompts[0], prompts[1])], [[5, 6, 7]])
-    every = [found[key] for key in range(len(kinds))] + [scored[1]]
-    return [[completion.tokens, completion.logprobs] for completion in every]
+    kinds += [{"params": SamplingParams(beams=3)}, {"targets": [5, 6, 7]}]
+    own = (prompts[key % len(prompts)] for key in range(len(kinds)))
+    sequences = [Sequence((p, p), max_new_tokens=6, key=key, **kinds[key]) for key, p in enumerate(own)]
+    found = dict(Engine(Ensemble(models, "L + 0.5*S"), 3, 60).generate(sequences))
+    return [[found[key].tokens, found[key].logprobs] for key in range(len(kinds))]
 
 
 def run(rank, world, port, folders, prompts, results, on_gpu=False):
@@ -80,7 +69,6 @@ def run(rank, world, port, folders, prompts, results, on_gpu=False):
     both = {"L": shard, "S": load_shard(folders["S"], group, device=device)}
     found["one sharded"] = decoded({"L": shard, "S": whole}, prompts, ("greedy", "drafting when it pays"))
     found["both sharded"] = decoded(both, prompts)
-    found["beam"] = searched(both, prompts)
     found["mixed"] = mixed(both, prompts)
     found["alone"] = translate(Ensemble(both, "L + 0.5*S"), prompts[:1], 8, ignore_eos=True).logprobs[0]
     results.put((rank, found))

@@ -36,11 +36,10 @@ def test_sequences_of_every_kind_share_an_engine_to_the_bit(ensemble, requests, 
             assert tokens[number] == completions[number].tokens
     assert reasons == {"stop", "length"}
     assert engine.runner.slots.free == 9
-    generated = sum(len(c.tokens) for number, c in completions.items() if requests[ids.index(number)].targets is None)
-    assert engine.stats.tokens == generated
+    assert engine.stats.tokens == sum(len(tokens.get(n, [])) for n, s in zip(ids, requests) if s.targets is None)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_cancelled_sequences_change_nothing_for_the_others(ensemble, requests, expected, seed):
     """Half of them at any time: before they start, while they read prompts, while they decode."""
     generator = random.Random(seed)
@@ -128,24 +127,20 @@ def test_a_member_with_nan_ends_only_the_sequences_that_use_it(models):
     assert engine.runner.slots.free == 5
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_an_error_keeps_its_reason_after_tokens_and_finished_hypotheses(models, beams):
+@pytest.mark.parametrize(("beams", "graphs"), [(1, False), (1, True), (3, False)])
+def test_an_error_keeps_its_reason_after_tokens_and_finished_hypotheses(models, beams, graphs):
     """The member fails when a generated token is the one it cannot read."""
-    stops = frozenset(range(2, 30))
-    ensemble = Ensemble({"L": models["L"]})
-    params = SamplingParams(beams=beams)
-    prompt = [5, 6]
-    tokens = alone(ensemble, Sequence((prompt,), params, 12, frozenset())).tokens
+    params, prompt = SamplingParams(beams=beams), [5, 6]
+    tokens = alone(Ensemble({"L": models["L"]}), Sequence((prompt,), params, 12, frozenset())).tokens
     failing = tiny_model(0, vocab_size=60, tie_word_embeddings=False)
     failing.load_state_dict(models["L"].state_dict() | {"lm_head.weight": models["L"].output_weight}, strict=False)
     with torch.no_grad():
         failing.model.embed_tokens.weight[tokens[3]] = math.nan
-    engine = Engine(Ensemble({"L": failing}), beams, CAPACITY)
-    engine.add(Sequence((prompt,), params, 12, stops if beams > 1 else frozenset()))
+    engine = Engine(Ensemble({"L": failing}, graphs=graphs), beams, CAPACITY)
+    engine.add(Sequence((prompt,), params, 12, frozenset(range(2, 30)) if beams > 1 else frozenset()))
     (completion,) = run_to_the_end(engine)[0].values()
     if beams == 1:
-        at = tokens.index(tokens[3])
-        assert completion.tokens == tokens[: at + 1]
+        assert completion.tokens == tokens[: tokens.index(tokens[3]) + 1]
         assert completion.finish_reason == "error"
     assert (completion.finish_reason == "error") == (completion.error == "NaN in the logits of L")
     assert engine.runner.slots.free == beams
@@ -156,19 +151,6 @@ def test_generate_raises_with_the_number_of_the_prompt(models):
     engine = Engine(ensemble, 2, CAPACITY)
     with pytest.raises(FloatingPointError, match="prompt 2: NaN in the logits of B"):
         dict(engine.generate([Sequence(([5], [5, 6]), max_new_tokens=2), Sequence(([5], [5, 40]), max_new_tokens=2)]))
-
-
-def test_a_token_that_every_member_masks_is_an_error_not_a_token():
-    model = tiny_model(0, vocab_size=60, tie_word_embeddings=False, mlp_bias=True)
-    with torch.no_grad():
-        model.model.norm.weight.zero_()
-        model.model.norm.weight[0] = -math.inf
-        model.lm_head.weight[:, 0] = model.lm_head.weight[:, 0].abs()
-    engine = Engine(Ensemble({"L": model}, weight_dtype="plain"), 1, 20)
-    engine.add(Sequence(([5],), max_new_tokens=9))
-    (completion,) = run_to_the_end(engine)[0].values()
-    assert completion.finish_reason == "error"
-    assert completion.tokens == []
 
 
 def test_caches_of_members_that_are_left_out_are_not_read(ensemble):
@@ -184,9 +166,8 @@ def test_caches_of_members_that_are_left_out_are_not_read(ensemble):
         only = Ensemble({"L": models["L"]})
         found = dict(engine.generate(sequences))
         for number, kind in enumerate(kinds):
-            expected = alone(
-                only, Sequence(([5, 6],), max_new_tokens=8, key=3, stop_tokens=ensemble.stop_tokens, **kind)
-            )
+            own = Sequence(([5, 6],), max_new_tokens=8, key=3, stop_tokens=ensemble.stop_tokens, **kind)
+            expected = alone(only, own)
             assert (found[number].tokens, found[number].logprobs) == (expected.tokens, expected.logprobs)
             assert found[number].finish_reason == expected.finish_reason
 

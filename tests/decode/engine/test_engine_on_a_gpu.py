@@ -126,14 +126,3 @@ def test_a_replayed_step_allocates_no_memory_and_does_not_wait():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocated
-
-
-def test_members_on_several_devices_have_no_graph():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    models = {"L": tiny_model(0).to("cuda:0"), "S": tiny_model(1).to("cuda:1")}
-    ensemble = Ensemble(models)
-    assert not ensemble.graphs
-    prompts = prompts_of(3, 17, 9)
-    expected = translate(Ensemble({"L": tiny_model(0), "S": tiny_model(1)}), prompts, 20)
-    assert translate(ensemble, prompts, 20).tokens == expected.tokens

@@ -27,8 +27,7 @@ NAMES = ("L", "S_src", "S_tgt", "S_mt", "S_base")
 EXPRESSIONS = ("L + S_src + S_tgt", "L + S_mt - 0.5*S_base")
 # Slots, what is drafted, whether the sentences come in another order.
 REFERENCE = (16, "off", False)
-WAYS = [(1, "off", False), (3, "off", False), (64, "off", False), (16, "off", True)]
-WAYS += [(1, 3, False), (16, 3, False), (4, "auto", False), (64, 7, True)]
+WAYS = [(1, "off", False), (64, "off", False), (16, "off", True), (16, 3, False), (4, "auto", False), (64, 7, True)]
 ROUNDINGS, ABSOLUTE = 16, 1e-5  # of a tie: docs/bench.md
 
 
@@ -53,17 +52,16 @@ def decoded(ensemble, prompts, way):
 
 
 @torch.no_grad()
-def tie(models, weights, stops, prompts, one, other):
-    """(position, margin, whether that is within float32 rounding) where two translations first differ, in float64."""
+def is_tie(models, weights, stops, prompts, one, other):
+    """Whether the margin where two translations first differ is within float32 rounding, in float64."""
     at = next((i for i, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), min(len(one), len(other)))
     parts = [
         weight * models[name](torch.tensor([[*prompts[name], *one[:at]]]))[0, -1] for name, weight in weights.items()
     ]
     x_V = torch.stack(parts).sum(0)
     first, second = (x_V[tokens[at]] if at < len(tokens) else x_V[stops].max() for tokens in (one, other))
-    magnitude = float(torch.stack(parts).abs().sum(0).max())
-    margin = float(first - second)
-    return at, margin, abs(margin) <= ABSOLUTE + ROUNDINGS * 2.0**-23 * magnitude
+    magnitude = torch.stack(parts).abs().sum(0).max()
+    return abs(first - second) <= ABSOLUTE + ROUNDINGS * 2.0**-23 * magnitude
 
 
 @pytest.mark.slow
@@ -82,14 +80,9 @@ def test_every_way_of_decoding_gives_a_sentence_its_own_result(combine):
     free = Ensemble(models, weights, invariant=False)
     for way in [REFERENCE, *WAYS]:
         found = decoded(free, prompts, way)
-        differing = [index for index in range(COUNT) if found[index][0] != reference[index][0]]
-        same = [index for index in range(COUNT) if index not in differing]
-        largest = max(abs(a - b) for index in same for a, b in zip(found[index][1], reference[index][1]))
-        print(f"\n{combine}, {way}: {len(same)} of {COUNT} equal, log-probabilities within {largest:.1e}", flush=True)
-        assert largest < 1e-4
-        for index in differing:
-            own = {name: prompts[name][index] for name in weights}
-            stops = sorted(free.stop_tokens)
-            at, margin, close = tie(double, weights, stops, own, reference[index][0], found[index][0])
-            print(f"  sentence {index + 1}, token {at + 1}: margin {margin:.1e}{', a tie' if close else ''}")
-            assert close
+        for index, ((tokens, logprobs), (own_tokens, own_logprobs)) in enumerate(zip(reference, found)):
+            if own_tokens == tokens:
+                assert own_logprobs == pytest.approx(logprobs, abs=1e-4)
+            else:
+                own = {name: prompts[name][index] for name in weights}
+                assert is_tie(double, weights, sorted(free.stop_tokens), own, tokens, own_tokens), (way, index)

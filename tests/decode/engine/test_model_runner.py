@@ -14,13 +14,6 @@ from decode.engine.model_runner import _MemberThreads
 PROMPTS = [[5, 9, 20 + number, 7][: 2 + number % 3] for number in range(7)]
 
 
-@pytest.fixture
-def two_threads():
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
 def test_results_come_in_the_members_order_and_threads_are_divided(two_threads):
     """Two members side by side with a thread each, the third alone with both."""
     threads = _MemberThreads(3)

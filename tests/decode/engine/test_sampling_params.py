@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import in_transformers, tiny_model
 
 from decode import Ensemble, translate
 from decode.engine.engine import Engine
@@ -25,14 +25,7 @@ def models():
 
 @pytest.fixture(scope="module")
 def references(models, tmp_path_factory):
-    from transformers import AutoModelForCausalLM
-
-    loaded = {}
-    for name, model in models.items():
-        folder = tmp_path_factory.mktemp("models") / name
-        model.save_pretrained(folder)
-        loaded[name] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    return loaded
+    return {name: in_transformers(model, tmp_path_factory.mktemp(name)) for name, model in models.items()}
 
 
 PROMPT = {"L": [2, 5, 7, 5, 7, 3], "S": [4, 4, 9], "A": [11, 2, 5, 7, 3, 3, 6]}
@@ -90,15 +83,12 @@ def counts_of(result):
     return Counter((*tokens, *end) for tokens, end in zip(result.tokens, ends))
 
 
+KINDS = [(1.0, 0, 1.0), (1.4, 5, 1.0), (0.7, 0, 0.9), (2.0, 8, 0.8)]
+
+
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "samples"),
-    [
-        (2.0, 8, 0.8, 600),
-        pytest.param(1.0, 0, 1.0, 4000, marks=pytest.mark.slow),
-        pytest.param(1.4, 5, 1.0, 4000, marks=pytest.mark.slow),
-        pytest.param(0.7, 0, 0.9, 4000, marks=pytest.mark.slow),
-        pytest.param(2.0, 8, 0.8, 4000, marks=pytest.mark.slow),
-    ],
+    [(2.0, 8, 0.8, 400), *(pytest.param(*kind, 4000, marks=pytest.mark.slow) for kind in KINDS)],
 )
 def test_samples_have_the_combined_distribution_with_and_without_speculation(
     models, references, temperature, top_k, top_p, samples
@@ -117,20 +107,6 @@ def test_samples_have_the_combined_distribution_with_and_without_speculation(
     assert (drafted.tokens, drafted.logprobs) == (plain.tokens, plain.logprobs)
 
 
-@pytest.mark.slow
-def test_other_seeds_give_other_samples_of_the_same_distribution(models, references):
-    ensemble = Ensemble(models, WEIGHTS)
-    prompts = {name: [PROMPT[name]] * 4000 for name in WEIGHTS}
-    expected = exact(references, 1.0, 0, 1.0)
-    values = []
-    for seed in (1, 2):
-        params = SamplingParams(1.0, seed=seed)
-        found = translate(ensemble, prompts, NEW_TOKENS, batch_size=256, params=params, speculate=1)
-        values.append(chi_square(counts_of(found), expected))
-    assert min(values) > 1e-3
-    assert values[0] != values[1]
-
-
 def test_a_sample_is_the_same_in_any_batch_and_depends_on_its_key(models):
     ensemble = Ensemble(models, WEIGHTS)
     prompts = [[5, 7, token] for token in range(2, 12)]
@@ -145,15 +121,6 @@ def test_a_sample_is_the_same_in_any_batch_and_depends_on_its_key(models):
     assert translate(ensemble, prompts, 8, params=SamplingParams(1.0, seed=4)).tokens != whole.tokens
 
 
-def test_a_sequence_without_a_key_has_its_id(models):
-    """Equal prompts give different samples."""
-    ensemble = Ensemble(models, WEIGHTS)
-    engine = Engine(ensemble, 4, 20)
-    same = [Sequence(([5],) * 3, SamplingParams(2.0), 10, frozenset()) for _ in range(4)]
-    texts = {tuple(completion.tokens) for _, completion in engine.generate(same)}
-    assert len(texts) == 4
-
-
 def test_any_integer_is_a_seed(models):
     ensemble = Ensemble(models, WEIGHTS)
     found = [
@@ -162,6 +129,8 @@ def test_any_integer_is_a_seed(models):
     ]
     assert found[2] == found[0] != found[1]
     assert found[3] == found[4]
+    same = [Sequence(([5],) * 3, SamplingParams(2.0), 10, frozenset()) for _ in range(4)]  # without keys: their ids
+    assert len({tuple(completion.tokens) for _, completion in Engine(ensemble, 4, 20).generate(same)}) == 4
 
 
 @pytest.mark.parametrize(
@@ -169,15 +138,12 @@ def test_any_integer_is_a_seed(models):
     [
         ({"temperature": -0.5}, "temperature -0.5"),
         ({"temperature": math.nan}, "temperature nan"),
-        ({"temperature": math.inf}, "temperature inf"),
         ({"top_k": -1}, "top_k -1"),
         ({"top_p": 0.0}, "top_p 0.0"),
         ({"top_p": 1.5}, "top_p 1.5"),
-        ({"top_p": math.nan}, "top_p nan"),
         ({"beams": 0}, "0 beams"),
         ({"beams": 9}, "9 beams"),
         ({"beams": 2, "nbest": 3}, "nbest 3"),
-        ({"nbest": -1}, "nbest -1"),
         ({"length_penalty": math.nan}, "length_penalty nan"),
         ({"temperature": 1.0, "beams": 2}, "not both"),
     ],

@@ -12,6 +12,9 @@ from minillama import InputError
 
 
 def test_what_does_not_fit_is_refused_when_it_is_added_with_its_numbers(ensemble):
+    for slots, positions in ((0, 10), (2, 0), (2, [10, 10, 0])):
+        with pytest.raises(InputError, match="must be at least 1"):
+            Engine(ensemble, slots, positions)
     engine = Engine(ensemble, 2, [20, 30, 30])
     prompts = ([5] * 15,) * 3
     for sequence, named in (
@@ -38,12 +41,6 @@ def test_what_does_not_fit_is_refused_when_it_is_added_with_its_numbers(ensemble
     # A member that is left out may have a prompt that no slot could hold, or none.
     assert engine.fits([Sequence(([5] * 15, [], [5] * 99), max_new_tokens=5, weights=(1.0, 0.0, 0.0))])
     assert not engine.fits([Sequence(prompts, max_new_tokens=6)])
-
-
-@pytest.mark.parametrize(("slots", "positions"), [(0, 10), (2, 0), (2, [10, 10, 0])])
-def test_an_engine_without_slots_or_positions_is_refused(ensemble, slots, positions):
-    with pytest.raises(InputError, match="must be at least 1"):
-        Engine(ensemble, slots, positions)
 
 
 def test_a_beam_search_waits_until_it_has_a_slot_for_each_beam(ensemble):

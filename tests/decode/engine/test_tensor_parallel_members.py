@@ -4,7 +4,7 @@ import parallel_worker
 import pytest
 import torch
 from processes import CONTEXT, code_of, free_port
-from tiny import TINY, tiny_model
+from tiny import random_prompts, tiny_model, with_noise
 
 from decode.model.packed_llama import PackedLlama
 from minillama import Llama
@@ -20,22 +20,14 @@ SHAPES = {
 def folders(tmp_path_factory):
     found = {}
     for seed, (name, fields) in enumerate(SHAPES.items()):
-        model = tiny_model(seed, **fields)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter_name, parameter in model.named_parameters():
-                if parameter_name.endswith(("bias", "norm.weight")):
-                    parameter += torch.randn(parameter.shape, generator=generator) * 0.2
         found[name] = tmp_path_factory.mktemp("models") / name
-        model.save_pretrained(found[name])
+        with_noise(tiny_model(seed, **fields)).save_pretrained(found[name])
     return found
 
 
 @pytest.fixture(scope="module")
 def prompts():
-    generator = torch.Generator().manual_seed(0)
-    own = [torch.randint(2, TINY.vocab_size, (n,), generator=generator).tolist() for n in (3, 17, 9, 30, 1)]
-    return [[4, 5, *prompt] for prompt in own]
+    return [[4, 5, *prompt] for prompt in random_prompts(0, 5, 1, 30)]
 
 
 @pytest.fixture(scope="module")
@@ -75,36 +67,30 @@ def test_each_process_holds_half(folders, group):
             assert found[name]["cache bytes"] == packed.cache(1, 64).entries_LBSEKC.nbytes / 2
 
 
-def test_every_way_of_decoding_gives_the_tokens_of_one_process(folders, prompts, group):
+def assert_decodes_as_one_process(group, folders, prompts, within):
     models = {name: Llama.from_pretrained(folder) for name, folder in folders.items()}
     expected = parallel_worker.decoded(models, prompts)
-    assert group[0] == group[1]  # to the bit
-    assert group[0]["alone"] == group[0]["both sharded"]["greedy"][1][0]
+    assert group[0]["both sharded"] == group[1]["both sharded"]  # to the bit
     for members in ("one sharded", "both sharded"):
         for way, (tokens, logprobs) in group[0][members].items():
             assert tokens == expected[way][0]
             for ours, theirs in zip(logprobs, expected[way][1]):
-                assert ours == pytest.approx(theirs, abs=1e-5)
-    for (tokens, scores), (own_tokens, own_scores) in zip(parallel_worker.searched(models, prompts), group[0]["beam"]):
-        assert own_tokens == tokens
-        assert own_scores == pytest.approx(scores, abs=1e-5)
-    for (tokens, logprobs), (own_tokens, own_logprobs) in zip(
-        parallel_worker.mixed(models, prompts), group[0]["mixed"]
+                assert ours == pytest.approx(theirs, abs=within)
+    for (tokens, logprobs), (theirs, own) in zip(
+        group[0]["mixed"], parallel_worker.mixed(models, prompts), strict=True
     ):
-        assert own_tokens == tokens
-        assert own_logprobs == pytest.approx(logprobs, abs=1e-5)
+        assert tokens == theirs
+        assert logprobs == pytest.approx(own, abs=within)
+
+
+def test_every_way_of_decoding_gives_the_tokens_of_one_process(folders, prompts, group):
+    assert_decodes_as_one_process(group, folders, prompts, 1e-5)
+    assert group[0] == group[1]
+    assert group[0]["alone"] == group[0]["both sharded"]["greedy"][1][0]
 
 
 @pytest.mark.gpu
 def test_two_gpus_decode_what_one_process_does(folders, prompts):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    models = {name: Llama.from_pretrained(folder) for name, folder in folders.items()}
-    expected = parallel_worker.decoded(models, prompts)
-    group = found_by_two(folders, prompts, on_gpu=True)
-    assert group[0]["both sharded"] == group[1]["both sharded"]
-    for members in ("one sharded", "both sharded"):
-        for way, (tokens, logprobs) in group[0][members].items():
-            assert tokens == expected[way][0]
-            for ours, theirs in zip(logprobs, expected[way][1]):
-                assert ours == pytest.approx(theirs, abs=1e-3)
+    assert_decodes_as_one_process(found_by_two(folders, prompts, on_gpu=True), folders, prompts, 1e-3)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import STORAGES, tiny_model
+from tiny import STORAGES, tiny_model, with_noise
 
 from decode.model.batch import KEYS_MULTIPLE, ForwardBatch, Segment
 from decode.model.layer import joined_halves
@@ -25,14 +25,7 @@ SHAPES = {
 
 @pytest.fixture(params=SHAPES, scope="module")
 def model(request):
-    """A random model whose norms and biases are not the identity."""
-    model = tiny_model(7, max_position_embeddings=200, **SHAPES[request.param])
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("norm.weight", "bias")):
-                parameter += torch.randn(parameter.shape, generator=generator) * 0.2
-    return model
+    return with_noise(tiny_model(7, max_position_embeddings=200, **SHAPES[request.param]))
 
 
 def random_tokens(model, *counts):
