@@ -72,27 +72,24 @@ class PackedSequences:
 
     def bucket_attention(self, device: torch.device) -> "BucketAttention":
         """The buckets' index tensors on the device."""
-        row_of_R, bucket_of_T, prefix_of_NP = [], [], []
-        prefix = np.arange(self.prefix)
-        row, start, number = self.prefix, 0, 0
-        for count, width in self.buckets:
-            for length in self.lengths[number : number + count]:
-                padding = np.zeros(width - self.prefix - length, dtype=np.int64)  # row 0: its results are not read
-                row_of_R += [prefix, np.arange(row, row + length), padding]
-                bucket_of_T.append(np.arange(self.prefix, self.prefix + length) + start)
-                prefix_of_NP.append(prefix + start)
-                row, start, number = row + length, start + width, number + 1
-        index_T = np.concatenate([prefix_of_NP[0], *bucket_of_T])
-        reader_R = np.full(start, self.total)  # T is a row of zeros: no position reads this result
-        reader_R[index_T] = np.arange(self.total)
+        widths_N = np.repeat([width for _, width in self.buckets], [count for count, _ in self.buckets])
+        start_N = np.cumsum(widths_N) - widths_N
+        prefix_of_NP = start_N[:, None] + np.arange(self.prefix)
+        bucket_of_T = np.arange(self.total)
+        bucket_of_T[self.prefix :] += np.repeat(start_N + self.lengths - np.cumsum(self.lengths), self.lengths)
+        row_of_R = np.zeros(widths_N.sum(), dtype=np.int64)  # padding copies row 0: its results are not read
+        row_of_R[prefix_of_NP] = np.arange(self.prefix)
+        row_of_R[bucket_of_T] = np.arange(self.total)
+        reader_of_R = np.full_like(row_of_R, self.total)  # T is a row of zeros: no position reads this result
+        reader_of_R[bucket_of_T] = np.arange(self.total)
         return BucketAttention(
             shapes=self.buckets,
-            is_gathered=start != self.total,
+            is_gathered=len(row_of_R) != self.total,
             prefix=self.prefix,
-            row_of_R=torch.from_numpy(np.concatenate(row_of_R)).to(device),
-            bucket_of_T=torch.from_numpy(index_T).to(device),
-            reader_of_R=torch.from_numpy(reader_R).to(device),
-            prefix_of_NP=torch.from_numpy(np.stack(prefix_of_NP)).to(device),
+            row_of_R=torch.from_numpy(row_of_R).to(device),
+            bucket_of_T=torch.from_numpy(bucket_of_T).to(device),
+            reader_of_R=torch.from_numpy(reader_of_R).to(device),
+            prefix_of_NP=torch.from_numpy(prefix_of_NP).to(device),
         )
 
 

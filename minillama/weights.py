@@ -30,7 +30,7 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's folder before its data is read.
+    """A model's folder before its data is read. What need not be loaded is in neither `shapes` nor `tensors`.
 
     dtype: the embedding's; tensors that are stored in another one are converted to it.
     tensors: yields (name, tensor) lazily, with Hugging Face's names.
@@ -48,7 +48,7 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         """The number of parameters, a tied output layer counted once."""
-        return sum(math.prod(shape) for name, shape in self.shapes.items() if not _is_ignored(name, self.config))
+        return sum(map(math.prod, self.shapes.values()))
 
 
 def open_folder(folder: Path) -> Checkpoint:
@@ -71,37 +71,30 @@ def load_weights(
 
     dtype None: the checkpoint's.   shard: maps a whole tensor, by its name, to what this model holds of it.
     """
+    copy = checkpoint.copy or shard is not None
     for name, tensor in checkpoint.tensors():
-        if not _is_ignored(name, checkpoint.config):
-            owner, _, leaf = name.rpartition(".")
-            tensor = tensor if shard is None else shard(name, tensor)
-            copy = checkpoint.copy or shard is not None
-            tensor = tensor.to(device=device, dtype=dtype or checkpoint.dtype, copy=copy)
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+        owner, _, leaf = name.rpartition(".")
+        tensor = tensor if shard is None else shard(name, tensor)
+        tensor = tensor.to(device=device, dtype=dtype or checkpoint.dtype, copy=copy)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
 
 
 def check_shapes(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Raise InputError that names every missing, unexpected and misshapen tensor of the checkpoint."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    found = {name: shape for name, shape in checkpoint.shapes.items() if not _is_ignored(name, checkpoint.config)}
-    common = sorted(expected.keys() & found.keys())
+    found = checkpoint.shapes
     faults = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
         "of another shape": [
             f"{name} {list(found[name])} instead of {list(expected[name])}"
-            for name in common
+            for name in sorted(expected.keys() & found.keys())
             if found[name] != expected[name]
         ],
     }
     if any(faults.values()):
         listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
         raise InputError(f"{checkpoint.folder}: the tensors do not fit the configuration; {listed}")
-
-
-def _is_ignored(name: str, config: LlamaConfig) -> bool:
-    """RoPE tables of early checkpoints, and a tied output layer that was stored a second time."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
 
 
 def write_checkpoint(
@@ -161,11 +154,13 @@ def _open_hugging_face(folder: Path) -> Checkpoint:
     if (folder / "generation_config.json").exists():
         generation = read_json(folder / "generation_config.json")
         stop_tokens = tuple(dict.fromkeys(stop_tokens + token_ids(generation.get("eos_token_id"))))
+    # Not loaded: RoPE tables of early checkpoints, and a tied output layer that was stored a second time.
+    ignored = ("rotary_emb.inv_freq", *(("lm_head.weight",) if config.tie_word_embeddings else ()))
     files: dict[Path, dict[str, tuple[int, ...]]] = {}
     dtypes: dict[str, str] = {}
     for file in _weight_files(folder):
         with _open_safetensors(file) as handle:
-            entries = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            entries = {name: handle.get_slice(name) for name in handle.keys() if not name.endswith(ignored)}  # noqa: SIM118
             files[file] = {name: tuple(entry.get_shape()) for name, entry in entries.items()}
             dtypes |= {name: entry.get_dtype() for name, entry in entries.items()}
     _refuse_quantised(folder, dtypes, FLOATS)
@@ -221,6 +216,8 @@ def _open_meta(folder: Path) -> Checkpoint:
     shapes = {name: tuple(_joined(meta_name, without_data).shape) for name, meta_name in meta_names.items()}
     vocab_size, width = shapes["model.embed_tokens.weight"]
     tied = "lm_head.weight" not in shapes or _is_tied(shards)
+    if tied:
+        shapes.pop("lm_head.weight", None)
     params = folder / "params.json"
     config = LlamaConfig.from_meta(read_json(params), vocab_size, tied, str(params))
     if width != config.hidden_size:
