@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
 
-from corpora import iter_lines, open_binary
+from corpora.text import iter_lines, open_binary
 from decode.engine.sequence import Sequence
 from decode.pipeline.config import Options
 from decode.pipeline.members import MemberSpec, encode_sentence

@@ -12,8 +12,7 @@ from contextlib import ExitStack
 from itertools import islice
 from typing import Any
 
-from corpora import iter_lines, open_binary
-from corpora.text import display_name
+from corpora.text import display_name, iter_lines, open_binary
 from decode.engine.engine import Engine
 from decode.engine.ensemble import Ensemble
 from decode.engine.sequence import Completion
