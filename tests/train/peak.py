@@ -31,7 +31,9 @@ def train(config: dict, settings: dict, positions: int, world) -> None:
     from train.trainer import Trainer
 
     chosen = Settings(epochs=2, checkpoint_every=1000, **settings)
-    model = add_adapters(Llama(LlamaConfig(**config)).init_weights(0).to(getattr(torch, chosen.dtype)), chosen)
+    model = add_adapters(
+        Llama(LlamaConfig.from_dict(config, "peak")).init_weights(0).to(getattr(torch, chosen.dtype)), chosen
+    )
     share = -(-chosen.batch_size // world.size)
     length = positions // min(chosen.micro_batch_size or share, share)
     generator = torch.Generator().manual_seed(0)

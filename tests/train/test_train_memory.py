@@ -1,7 +1,7 @@
 """Predicted memory, against what autograd saves and against measured peaks."""
 
 import json
-from dataclasses import asdict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from train.packing import Example, pack
 # V, D, F, layers, H, K, C
 SMALL = LlamaConfig(1000, 256, 640, 4, 8, 2, 32, tie_word_embeddings=True)
 # 19.5 million parameters: large enough that a peak is far above what a process holds anyway.
-LARGE = asdict(LlamaConfig(16000, 512, 1408, 4, 8, 2, 64, max_position_embeddings=4096, tie_word_embeddings=True))
+LARGE = LlamaConfig(16000, 512, 1408, 4, 8, 2, 64, max_position_embeddings=4096, tie_word_embeddings=True)
 
 
 def slow(*values):
@@ -62,9 +62,9 @@ def test_activations_are_what_autograd_saves(given):
     ],
 )
 def test_predicted_peaks_are_measured_within_a_tenth(shape, given, positions, ranks):
-    config = {**LARGE, **shape}
-    measured = measured_peak(config, given, positions, ranks)
-    predicted = memory_of(LlamaConfig(**config), Settings(epochs=1, **given), positions, positions, ranks).peak
+    config = replace(LARGE, **shape)
+    measured = measured_peak(config.to_dict(), given, positions, ranks)
+    predicted = memory_of(config, Settings(epochs=1, **given), positions, positions, ranks).peak
     print(
         f"\n{shape} {given} {positions} positions, {ranks} ranks: "
         f"measured {measured / 2**20:.0f} MiB, predicted {predicted / 2**20:.0f} MiB"

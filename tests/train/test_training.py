@@ -47,7 +47,12 @@ def test_training_learns_and_transformers_loads_what_it_saved(tmp_path, pairs_ts
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     output = tmp_path / "out"
-    assert sft.main(sft_arguments(pairs_tsv, model_folders["A"], "--epochs", "6", "--output", str(output))) == 0
+    assert (
+        sft.main(
+            sft_arguments(pairs_tsv, model_folders["A"], "--epochs", "6", "--chat", "plain", "--output", str(output))
+        )
+        == 0
+    )
     losses = [row["loss"] for row in metrics_of(output) if "loss" in row]
     assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
     tokens = torch.tensor([[0, 5, 80, 200, 301]])
@@ -56,7 +61,8 @@ def test_training_learns_and_transformers_loads_what_it_saved(tmp_path, pairs_ts
         theirs = AutoModelForCausalLM.from_pretrained(output)(tokens).logits
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert AutoTokenizer.from_pretrained(output).encode("student", add_special_tokens=False)
-    assert (output / "prompt.toml").exists()
+    assert Prompt.load(output).chat == "plain"
+    assert Prompt.load(output).templates == Prompt.load("plain").templates
 
 
 def test_cpt_starts_from_a_configuration_and_saves_in_another_dtype(tmp_path, tokenizer_folder):
@@ -120,10 +126,3 @@ def test_an_output_that_cannot_be_written_is_refused_in_one_line(tmp_path, pairs
     arguments = sft_arguments(pairs_tsv, model_folders["A"], "--output", str(tmp_path / "file" / "out"))
     assert exit_code(lambda: sft.main(arguments)) == 2
     assert "cannot be written" in capsys.readouterr().err
-
-
-def test_the_chat_format_of_training_travels_with_the_model(tmp_path, pairs_tsv, model_folders):
-    output = tmp_path / "out"
-    assert sft.main(sft_arguments(pairs_tsv, model_folders["A"], "--chat", "plain", "--output", str(output))) == 0
-    assert Prompt.load(output).chat == "plain"
-    assert Prompt.load(output).templates == Prompt.load("plain").templates
