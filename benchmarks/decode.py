@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.common import StealClock, copy_speed, header, matmul_speed, read_speed, save
 
+from benchmarks.common import StealClock, copy_speed, header, matmul_speed, read_speed, save
 from benchmarks.peers import SINGLE, STOP, SYSTEMS, Prompts, Refused, Worker
 from corpora import Prompt, read_lines
 from decode.engine.expression import parse

@@ -9,6 +9,7 @@ with; in float32 it is the `eager` backend.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def fused_logits(request: Request, dtype: torch.dtype = torch.float32) -> FusedL
     def at(values_BV: Tensor, token_BG: Tensor) -> Tensor:
         return result(entries(values_BV, token_BG))
 
-    results: dict[str, Tensor] = {}
+    results: dict[str, Any] = {}
     if request.sample is not None:
         sample_token_B = sample(x_BV, request.sample)
         results["sample_token"] = torch.where(fine_B, sample_token_B, -1)

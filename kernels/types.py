@@ -50,9 +50,8 @@ class Sampling:
     seed: int64.   row_id, position: (B,) int64 within 0 .. 2**31 - 1.   temperature: float32, 0 or more; 0 is greedy.
     top_k: int64; a token is kept if fewer than top_k are strictly more probable; 0 keeps all.
     top_p: float32 or float64, above 0 up to 1; a token is kept if those strictly more probable have a mass below top_p
-    at that temperature; 1 keeps all. A token must pass both; tokens of equal probability are kept or dropped together.
-    On a GPU the values of a tensor are not looked at: tensors for top_k or top_p cost the search for what is kept, the
-    numbers 0 and 1 do not. Inside a CUDA graph give tensors for what changes between replays.
+    at that temperature; 1 keeps all. A token must pass both. On a GPU the values of a tensor are not looked at: tensors
+    for top_k or top_p cost the search for what is kept, the numbers 0 and 1 do not.
     """
 
     seed: Tensor | int
@@ -61,11 +60,6 @@ class Sampling:
     temperature: Tensor | float = 1.0
     top_k: Tensor | int = 0
     top_p: Tensor | float = 1.0
-
-    @property
-    def truncated(self) -> bool:
-        """Whether top_k or top_p may drop a token of some sequence."""
-        return _may_hold(self.top_k, lambda top_k: top_k != 0) or _may_hold(self.top_p, lambda top_p: top_p != 1)
 
 
 @dataclass(frozen=True)
@@ -236,6 +230,7 @@ def check_sampling(sample: Sampling, batch: int, device: torch.device) -> Sampli
         return value.contiguous()
 
     seed = sample.seed if isinstance(sample.seed, Tensor) else (sample.seed + 2**63) % 2**64 - 2**63
+    truncated = _may_hold(sample.top_k, lambda k: k != 0) or _may_hold(sample.top_p, lambda p: p != 1)
     # A number keeps float64 on a CPU, where it is compared with masses in float64.
     fraction = (torch.float64, torch.float32) if device.type == "cpu" else (torch.float32, torch.float64)
     return SamplingTensors(
@@ -243,8 +238,8 @@ def check_sampling(sample: Sampling, batch: int, device: torch.device) -> Sampli
         row_id=tensor("row_id", sample.row_id, torch.int64),
         position=tensor("position", sample.position, torch.int64),
         temperature=tensor("temperature", sample.temperature, torch.float32),
-        top_k=tensor("top_k", sample.top_k, torch.int64) if sample.truncated else None,
-        top_p=tensor("top_p", sample.top_p, *fraction) if sample.truncated else None,
+        top_k=tensor("top_k", sample.top_k, torch.int64) if truncated else None,
+        top_p=tensor("top_p", sample.top_p, *fraction) if truncated else None,
     )
 
 
