@@ -20,10 +20,7 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Arguments as `kernels.linear_cross_entropy`; `dtype` is that of the matmuls.
-
-    needed: which gradients, (hidden, weight); whether gradients are recorded is not known inside.
-    """
+    """Arguments as `kernels.linear_cross_entropy`; dtype: of the matmuls; needed: gradients of (hidden, weight)."""
 
     @staticmethod
     def forward(ctx, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, dtype: torch.dtype, needed, softmax):

@@ -61,9 +61,8 @@ def fused_logits(
     members: each member's own log-probability of the token and of the targets.   top_k: the k <= 32 best.
     targets: (B,) or (B, G) int64, G <= 64, log-probabilities of these tokens.   sample: see `Sampling`.
     out: an earlier result of the same request, overwritten; nothing is allocated then, as a CUDA graph needs it.
-    Raises ValueError for shapes, dtypes and devices that do not fit, and for a sequence whose weights are all zero
-    (flagged as masked where weights are on a GPU). What is wrong with logits is reported by `flag`, see
-    `describe_flag`: this function does not wait for the device.
+    Raises ValueError for what does not fit and for a sequence whose weights are all zero (on a GPU flagged as masked).
+    What is wrong with logits is reported by `flag`, see `describe_flag`: this function does not wait for the device.
     """
     logits = check_logits(logits)
     (batch, vocabulary), device = logits[0].shape, logits[0].device

@@ -1,8 +1,8 @@
 """The weighted sum of logits on a CPU: tiles of the vocabulary in cache, whole-tensor operations inside a tile.
 
-Mathematics and corner cases are those of reference.py; the layout of the work is that of the Triton kernel: (maximum,
-log of the sum of exponentials about it) per split of 4,096 entries, joined in a fixed order, so a row's bits do not
-depend on the width of the tile, which follows the batch. The sum has the Triton kernel's bits: no fused multiply-add.
+As in the Triton kernel (maximum, log of the sum of exponentials about it) are kept for each split of 4,096 entries and
+joined in a fixed order: a row's bits do not depend on the width of a tile, which follows the batch. The sum has the
+Triton kernel's bits: no fused multiply-add.
 
 Bytes: every logit once (`members` again from cache); a truncated sample sorts its rows, a few megabytes at a time.
 
@@ -34,8 +34,7 @@ def run(request: Request) -> FusedLogits:
     splits = -(-vocabulary // SPLIT)
     log_total_RS = torch.empty(rows, splits)
     bundle_RU = torch.full((rows, splits * SPLIT // BUNDLE), -torch.inf)
-    flag_R = torch.zeros(rows, dtype=torch.int32)
-    all_fine = True
+    flag_R, all_fine = torch.zeros(rows, dtype=torch.int32), True
     sampler = None if request.sample is None else _Sampler(request, request.sample, splits)
     per_tile = max(1, TILE_ELEMENTS // (rows * SPLIT)) * SPLIT
     for start in range(0, vocabulary, per_tile):

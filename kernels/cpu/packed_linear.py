@@ -58,9 +58,8 @@ _TRYING = threading.Lock()  # layers may be packed on several threads
 @functools.cache
 def has_bfloat16_instructions() -> bool:
     """Whether oneDNN multiplies packed bf16 weights by instructions for them: tried, since it can be switched off."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported():
+    emulated = platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported()
+    if emulated or not torch.backends.mkldnn.is_available():
         return False
     try:
         weight_OD = torch.ops.mkldnn._reorder_linear_weight(torch.ones(16, 16, dtype=torch.bfloat16), EXPECTED_ROWS)
@@ -115,8 +114,7 @@ class PackedLinear(nn.Module):
         if dtype == "auto":
             dtype = lossless_dtype(weight_OD.dtype)
         if dtype == "float16" and not has_float16_product():
-            engine = torch.backends.quantized.engine
-            raise ValueError(f"float16 weights: PyTorch has no matmul for them here (engine {engine}); use float32")
+            raise ValueError(f"float16: no matmul here (engine {torch.backends.quantized.engine}); use float32")
         if dtype == "float16" and weight_OD.numel():
             largest = torch.stack(weight_OD.aminmax()).abs().max()
             if not largest <= torch.finfo(torch.float16).max:  # NaN too

@@ -82,14 +82,13 @@ def decode_attention(
     """
     out_RQ = torch.empty_like(query_RQ)
     groups = query_RQ.shape[1] // (kv_heads * width)
-    # The interpreter multiplies bf16 as if it were integers; a product of two bf16 numbers is exact in float32.
-    exact = os.environ.get("TRITON_INTERPRET") == "1" or query_RQ.dtype == torch.float32
     padded = max(LEAST_ROWS, triton.next_power_of_2(width))
     switches = {
         "GROUPS": max(LEAST_ROWS, triton.next_power_of_2(groups)),
         "WIDTH": padded,
         "KEYS": max(LEAST_KEYS, min(MOST_KEYS, BLOCK_BYTES // (padded * query_RQ.dtype.itemsize))),
-        "EXACT": exact,
+        # The interpreter multiplies bf16 as if it were integers; a product of two bf16 numbers is exact in float32.
+        "EXACT": os.environ.get("TRITON_INTERPRET") == "1" or query_RQ.dtype == torch.float32,
     }
     shape = capacity, entries_PJ.stride(0), kv_heads, groups, width, width**-0.5
     positional = query_RQ, entries_PJ, slot_R, out_RQ, *shape
