@@ -180,8 +180,8 @@ def _best(request: Request, bundle_RU: Tensor) -> Tensor:
     """The k best tokens: they lie in the k bundles with the largest maxima, the lower bundle first on ties."""
     count = min(request.top_k, bundle_RU.shape[1])
     key_RU = _ordered_key(bundle_RU, torch.arange(bundle_RU.shape[1]))
-    chosen_RK = key_RU.topk(count, dim=1).indices
-    column_RC = (chosen_RK[:, :, None] * BUNDLE + torch.arange(BUNDLE)).flatten(1)
+    bundle_RK = key_RU.topk(count, dim=1).indices
+    column_RC = (bundle_RK[:, :, None] * BUNDLE + torch.arange(BUNDLE)).flatten(1)
     inside_RC = column_RC < request.vocabulary
     x_RC = combined_at(request, torch.where(inside_RC, column_RC, 0)).masked_fill_(~inside_RC, -torch.inf)
     return column_RC.gather(1, _ordered_key(x_RC, column_RC).topk(request.top_k, dim=1).indices)
