@@ -141,8 +141,7 @@ def request_rows(batch: int, vocabulary: int, dtype: torch.dtype, rounds: int) -
 def linear_rows(batches: Sequence[int], inputs: int, outputs: int, rounds: int) -> Iterator[dict[str, Any]]:
     """Packed linear layers against `F.linear` and `weight @ x.T`, each in float32 and bf16."""
     weight_OD = torch.randn(outputs, inputs) / inputs**0.5
-    dtypes = [dtype for dtype in DTYPES if dtype != "auto" and (dtype != "float16" or has_float16_product())]
-    packed = {dtype: PackedLinear(weight_OD, dtype=dtype) for dtype in dtypes}
+    packed = {d: PackedLinear(weight_OD, dtype=d) for d in DTYPES[1:] if d != "float16" or has_float16_product()}
     weights = {"float32": weight_OD, "bfloat16": weight_OD.bfloat16()}
     for batch in batches:
         x_BD = torch.randn(batch, inputs)

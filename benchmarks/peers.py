@@ -305,6 +305,7 @@ def serve(system: str, threads: int) -> None:
     os.dup2(2, 1)
     torch.set_num_threads(threads)
     loaded: Any = None
+    reply: dict[str, Any]
     for line in sys.stdin:
         request = json.loads(line)
         call = request.pop("call")

@@ -3,10 +3,9 @@
     loss = sum_r logsumexp(W h_r) - (W h_r)[target_r],   dloss/dlogits = softmax(logits) - onehot(target)
 
 A chunk's logits become their gradient in place, which goes into those of hidden states and weight at once: three
-matmuls, as many as without chunks. Backward only multiplies by the gradient of the sum.
+matmuls, as many as without chunks. Backward only multiplies by the gradient of the sum. Memory: one chunk of logits.
 
-Memory over inputs and gradients: one chunk of logits, CHUNK_BYTES. In half precision the matmuls have that dtype, as in
-autograd; softmax, sums and the sum of the weight's gradient over chunks are in float32.
+In half precision the matmuls have that dtype; softmax, sums and the weight's gradient over chunks are in float32.
 
     R rows  C rows of a chunk  D width  V vocabulary
 """
@@ -21,10 +20,7 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Arguments as `kernels.linear_cross_entropy`; `dtype` is that of the matmuls.
-
-    needed: which gradients, (hidden, weight); whether gradients are recorded is not known inside.
-    """
+    """Arguments as `kernels.linear_cross_entropy`; dtype: of the matmuls; needed: gradients of (hidden, weight)."""
 
     @staticmethod
     def forward(ctx, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, dtype: torch.dtype, needed, softmax):

@@ -61,9 +61,8 @@ def fused_logits(
     members: each member's own log-probability of the token and of the targets.   top_k: the k <= 32 best.
     targets: (B,) or (B, G) int64, G <= 64, log-probabilities of these tokens.   sample: see `Sampling`.
     out: an earlier result of the same request, overwritten; nothing is allocated then, as a CUDA graph needs it.
-    Raises ValueError for shapes, dtypes and devices that do not fit, and for a sequence whose weights are all zero
-    (flagged as masked where weights are on a GPU). What is wrong with logits is reported by `flag`, see
-    `describe_flag`: this function does not wait for the device.
+    Raises ValueError for what does not fit and for a sequence whose weights are all zero (on a GPU flagged as masked).
+    What is wrong with logits is reported by `flag`, see `describe_flag`: this function does not wait for the device.
     """
     logits = check_logits(logits)
     (batch, vocabulary), device = logits[0].shape, logits[0].device
@@ -80,11 +79,10 @@ def fused_logits(
         truncated = sampling is not None and sampling.top_k is not None
         return (top_k_top_p if truncated else fused_logits).run(request, out)
     with record_function("fused_logits"):  # one name for its operations in a profile
-        if kind == "cpu":
-            from kernels.cpu.fused_logits import run
-        else:
-            from kernels.reference import fused_logits as run
-        result = run(request)
+        from kernels import reference
+        from kernels.cpu import fused_logits as cpu
+
+        result = cpu.run(request) if kind == "cpu" else reference.fused_logits(request)
     return result if out is None else copy_into(out, result)
 
 
@@ -109,10 +107,9 @@ def fused_head(
     batch, device = hidden[0].shape[0], hidden[0].device
     weights = check_weights(weights, len(hidden), batch, device, may_be_zero=False)
     targets = check_targets(targets, batch, device)
-    if backend(device) == "eager":
-        from kernels.reference import fused_head as run
-    else:
-        from kernels.output_moments import run
+    from kernels import output_moments, reference
+
+    run = reference.fused_head if backend(device) == "eager" else output_moments.run
     result = run(hidden, output, weights, targets, moments)
     return result if out is None else copy_into(out, result)
 
@@ -121,24 +118,21 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tens
     """Sum over rows of -log softmax(hidden @ weight.T)[target], nats: a scalar, float32 or wider, for autograd.
 
     hidden: (R, D).   weight: (V, D) of the same dtype; under autocast the matmuls are in its dtype.   target: (R,)
-    int64 in 0..V - 1.   No rows: zero, and zero gradients. The (R, V) logits are never held, see
-    chunked_cross_entropy.py. Raises ValueError for shapes and devices that do not fit.
+    int64 in 0 .. V-1. The (R, V) logits are never held. Raises ValueError for shapes and devices that do not fit.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit: (R, D) and (V, D)")
     if tuple(target.shape) != (len(hidden),) or len({hidden.device, weight.device, target.device}) > 1:
         raise ValueError(f"target must be ({len(hidden)},) on {hidden.device}, found {tuple(target.shape)}")
     kind, device_type = backend(hidden.device), hidden.device.type
-    if kind == "eager":
-        from kernels import reference
-
-        return reference.linear_cross_entropy(hidden, weight, target)
     from kernels import chunked_cross_entropy as chunked
+    from kernels import reference
 
+    if kind == "eager":
+        return reference.linear_cross_entropy(hidden, weight, target)
+    softmax_minus_target = chunked.softmax_minus_target
     if kind == "triton":
         from kernels.triton.softmax_minus_target import softmax_minus_target
-    else:
-        softmax_minus_target = chunked.softmax_minus_target
     compute = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
     needed = (hidden.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else (False, False)
     with torch.autocast(device_type, enabled=False):

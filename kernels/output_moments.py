@@ -7,9 +7,7 @@ of exponentials), the targets' entries and the moments are kept.
 
 Moments, for fitting the weights: with p = softmax(x), the gradient of log Z in w_i is E_p[l_i] and its second
 derivative in (w_i, w_j) is Cov_p(l_i, l_j). Each chunk's are computed about its own best token and joined in float64.
-
-Memory over the weights: about (5 + N for moments) buffers of ROWS x SPLIT floats and one chunk of one member's weight.
-Bytes: each weight once; operations: 2 R V sum_i D_i.
+Bytes: each weight once; memory over them: about (5 + N for moments) buffers of ROWS x SPLIT floats.
 
     R rows  D width  V vocabulary  N members  C entries of a chunk  S chunks  G target tokens
 """
@@ -47,7 +45,6 @@ def run(
 
     for chunk in range(chunks):
         start, stop = chunk * SPLIT, min(vocabulary, (chunk + 1) * SPLIT)
-        logits_NRC: list[Tensor] = []
         for first in range(0, rows, ROWS):
             here = slice(first, min(rows, first + ROWS))
             hidden_NRD, output_NCD = [h_RD[here] for h_RD in hidden], [o_VD[start:stop] for o_VD in output]
@@ -70,8 +67,7 @@ def run(
     flag_R = torch.where((peak_R == -torch.inf) & (flag_R == 0), ALL_MASKED * 16, flag_R)
     fine_R = flag_R == 0
     nan_R = torch.where(fine_R, 0.0, torch.nan)
-    scale_RS = (peak_RS - peak_R[:, None]).exp()
-    share_RS = total_RS * scale_RS
+    share_RS = total_RS * (peak_RS - peak_R[:, None]).exp()
     log_total_R = share_RS.sum(dim=1).log()
     first_R1 = peak_RS.max(dim=1, keepdim=True).indices  # the first of equal ones, as inside a chunk
     mean_NR = covariance_NNR = None

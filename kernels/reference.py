@@ -9,6 +9,7 @@ with; in float32 it is the `eager` backend.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,13 +57,12 @@ def fused_logits(request: Request, dtype: torch.dtype = torch.float32) -> FusedL
     token_B = x_BV.argmax(dim=1)
 
     def result(values: Tensor) -> Tensor:
-        shape = [-1] + [1] * (values.dim() - 1)
-        return torch.where(fine_B.view(shape), values, torch.nan).float()
+        return torch.where(fine_B.view(-1, *[1] * (values.dim() - 1)), values, torch.nan).float()
 
     def at(values_BV: Tensor, token_BG: Tensor) -> Tensor:
         return result(entries(values_BV, token_BG))
 
-    results: dict[str, Tensor] = {}
+    results: dict[str, Any] = {}
     if request.sample is not None:
         sample_token_B = sample(x_BV, request.sample)
         results["sample_token"] = torch.where(fine_B, sample_token_B, -1)
@@ -94,10 +94,8 @@ def entries(values_BV: Tensor, token_BG: Tensor) -> Tensor:
 
 
 def sample(x_BV: Tensor, sample: SamplingTensors) -> Tensor:
-    """A token from softmax(x / temperature) over the kept tokens: the largest of x / temperature + Gumbel noise.
-
-    (Gumbel, "Statistical Theory of Extreme Values", 1954; restricting the maximum to the kept tokens renormalises.)
-    At temperature 0 the largest x itself.
+    """A token from softmax(x / temperature) over the kept tokens: the largest of x / temperature + Gumbel noise
+    (Gumbel, "Statistical Theory of Extreme Values", 1954); at temperature 0 the largest x itself.
     """
     greedy_B = sample.temperature == 0
     temperature_B = torch.where(greedy_B, 1.0, sample.temperature)  # a greedy sequence's scores are not used

@@ -1,8 +1,6 @@
 """Arguments and results shared by all backends of `fused_logits` and `fused_head`, the flags, and all checks.
 
-Every backend (Triton, CPU, eager) receives the same checked request and fills the same result.
-
-    B sequences  V vocabulary  N members  G target tokens  K best  D model width
+B sequences  V vocabulary  N members  G target tokens  K best  D model width
 """
 
 from __future__ import annotations
@@ -50,9 +48,8 @@ class Sampling:
     seed: int64.   row_id, position: (B,) int64 within 0 .. 2**31 - 1.   temperature: float32, 0 or more; 0 is greedy.
     top_k: int64; a token is kept if fewer than top_k are strictly more probable; 0 keeps all.
     top_p: float32 or float64, above 0 up to 1; a token is kept if those strictly more probable have a mass below top_p
-    at that temperature; 1 keeps all. A token must pass both; tokens of equal probability are kept or dropped together.
-    On a GPU the values of a tensor are not looked at: tensors for top_k or top_p cost the search for what is kept, the
-    numbers 0 and 1 do not. Inside a CUDA graph give tensors for what changes between replays.
+    at that temperature; 1 keeps all. A token must pass both. On a GPU the values of a tensor are not looked at: tensors
+    for top_k or top_p cost the search for what is kept, the numbers 0 and 1 do not.
     """
 
     seed: Tensor | int
@@ -61,11 +58,6 @@ class Sampling:
     temperature: Tensor | float = 1.0
     top_k: Tensor | int = 0
     top_p: Tensor | float = 1.0
-
-    @property
-    def truncated(self) -> bool:
-        """Whether top_k or top_p may drop a token of some sequence."""
-        return _may_hold(self.top_k, lambda top_k: top_k != 0) or _may_hold(self.top_p, lambda top_p: top_p != 1)
 
 
 @dataclass(frozen=True)
@@ -174,8 +166,7 @@ def check_weights(
     weights: Tensor | Sequence[Any], members: int, batch: int, device: torch.device, may_be_zero: bool = True
 ) -> Tensor:
     """(N,) or (N, B) float32 on `device`, finite, not all zero for a sequence; not zero at all unless `may_be_zero`.
-
-    Shared weights of which one is 0 become (N, B). The values of a tensor on a GPU are not looked at: that would wait.
+    Shared weights of which one is 0 become (N, B). The values of a tensor on a GPU are not looked at.
     """
     values = weights if isinstance(weights, Tensor) else torch.tensor(weights, dtype=torch.float32)
     if tuple(values.shape) not in {(members,), (members, batch)}:
@@ -226,7 +217,7 @@ def check_sampling(sample: Sampling, batch: int, device: torch.device) -> Sampli
         ("top_k", sample.top_k, lambda k: k < 0, "0 or more"),
         ("top_p", sample.top_p, lambda p: (p <= 0) | (p > 1) | (p != p), "above 0, up to 1"),
     ):
-        if not _on_gpu(value) and _may_hold(value, wrong):
+        if _holds(value, wrong):
             raise ValueError(f"{name} must be {rule}, found {value.tolist() if isinstance(value, Tensor) else value}")
 
     def tensor(name: str, value: Tensor | float, *dtypes: torch.dtype) -> Tensor:
@@ -236,6 +227,7 @@ def check_sampling(sample: Sampling, batch: int, device: torch.device) -> Sampli
         return value.contiguous()
 
     seed = sample.seed if isinstance(sample.seed, Tensor) else (sample.seed + 2**63) % 2**64 - 2**63
+    truncated = _holds(sample.top_k, lambda k: k != 0, gpu=True) or _holds(sample.top_p, lambda p: p != 1, gpu=True)
     # A number keeps float64 on a CPU, where it is compared with masses in float64.
     fraction = (torch.float64, torch.float32) if device.type == "cpu" else (torch.float32, torch.float64)
     return SamplingTensors(
@@ -243,8 +235,8 @@ def check_sampling(sample: Sampling, batch: int, device: torch.device) -> Sampli
         row_id=tensor("row_id", sample.row_id, torch.int64),
         position=tensor("position", sample.position, torch.int64),
         temperature=tensor("temperature", sample.temperature, torch.float32),
-        top_k=tensor("top_k", sample.top_k, torch.int64) if sample.truncated else None,
-        top_p=tensor("top_p", sample.top_p, *fraction) if sample.truncated else None,
+        top_k=tensor("top_k", sample.top_k, torch.int64) if truncated else None,
+        top_p=tensor("top_p", sample.top_p, *fraction) if truncated else None,
     )
 
 
@@ -264,10 +256,8 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.devi
         raise ValueError(f"{name} must be {tuple(shape)} {expected} on {device}, found {found}")
 
 
-def _on_gpu(value: Tensor | float) -> bool:
-    return isinstance(value, Tensor) and value.is_cuda
-
-
-def _may_hold(value: Tensor | float, test: Callable[[Any], Any]) -> bool:
-    """Whether the test is true of a value; a tensor on a GPU is not looked at."""
-    return _on_gpu(value) or bool(torch.any(test(value)) if isinstance(value, Tensor) else test(value))
+def _holds(value: Tensor | float, test: Callable[[Any], Any], gpu: bool = False) -> bool:
+    """Whether the test is true of a value; `gpu` for a tensor on a GPU, which is not looked at."""
+    if isinstance(value, Tensor):
+        return gpu if value.is_cuda else bool(test(value).any())
+    return bool(test(value))

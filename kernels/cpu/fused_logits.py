@@ -1,8 +1,8 @@
 """The weighted sum of logits on a CPU: tiles of the vocabulary in cache, whole-tensor operations inside a tile.
 
-Mathematics and corner cases are those of reference.py; the layout of the work is that of the Triton kernel: (maximum,
-log of the sum of exponentials about it) per split of 4,096 entries, joined in a fixed order, so a row's bits do not
-depend on the width of the tile, which follows the batch. The sum has the Triton kernel's bits: no fused multiply-add.
+As in the Triton kernel (maximum, log of the sum of exponentials about it) are kept for each split of 4,096 entries and
+joined in a fixed order: a row's bits do not depend on the width of a tile, which follows the batch. The sum has the
+Triton kernel's bits: no fused multiply-add.
 
 Bytes: every logit once (`members` again from cache); a truncated sample sorts its rows, a few megabytes at a time.
 
@@ -13,6 +13,7 @@ Bytes: every logit once (`members` again from cache); a truncated sample sorts i
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -25,7 +26,6 @@ from kernels.types import ALL_MASKED, INFINITE, NAN, OVERFLOW, SPLIT, FusedLogit
 TILE_ELEMENTS = 1 << 17  # float32 entries of one tile: half a megabyte, inside the L2 of two cores
 SORTED_ELEMENTS = 1 << 18
 BUNDLE = 64  # entries whose maximum stands for them in the search for the best
-BUNDLES = SPLIT // BUNDLE
 
 
 def run(request: Request) -> FusedLogits:
@@ -33,9 +33,8 @@ def run(request: Request) -> FusedLogits:
     rows, vocabulary = request.batch, request.vocabulary
     splits = -(-vocabulary // SPLIT)
     log_total_RS = torch.empty(rows, splits)
-    bundle_RU = torch.full((rows, splits * BUNDLES), -torch.inf)
-    flag_R = torch.zeros(rows, dtype=torch.int32)
-    all_fine = True
+    bundle_RU = torch.full((rows, splits * SPLIT // BUNDLE), -torch.inf)
+    flag_R, all_fine = torch.zeros(rows, dtype=torch.int32), True
     sampler = None if request.sample is None else _Sampler(request, request.sample, splits)
     per_tile = max(1, TILE_ELEMENTS // (rows * SPLIT)) * SPLIT
     for start in range(0, vocabulary, per_tile):
@@ -43,18 +42,15 @@ def run(request: Request) -> FusedLogits:
         x_RC, tile_flag_R = combined_tile(request, start, stop)
         if tile_flag_R is not None:
             flag_R, all_fine = torch.maximum(flag_R, tile_flag_R), False
-        for (at, width), size in _runs(start, stop, BUNDLE):
-            x_RUC = x_RC[:, at - start : at - start + width].unflatten(1, (-1, size))
-            bundle_RU[:, at // BUNDLE : -(-(at + width) // BUNDLE)] = x_RUC.amax(dim=2)
+        for bundles, x_RUC in _pieces(x_RC, start, BUNDLE):
+            bundle_RU[:, bundles] = x_RUC.amax(dim=2)
         if sampler is not None:
             sampler.add(x_RC, start, stop)
-        for (at, width), size in _runs(start, stop, SPLIT):
-            here = slice(at // SPLIT, -(-(at + width) // SPLIT))
+        for here, x_RSC in _pieces(x_RC, start, SPLIT):
             # one operation that reads a split once: x - its peak - log of its sum of exponentials
-            within_RSC = x_RC[:, at - start : at - start + width].unflatten(1, (-1, size)).log_softmax(dim=2)
-            log_total_RS[:, here] = within_RSC.amax(dim=2).neg_()
+            log_total_RS[:, here] = x_RSC.log_softmax(dim=2).amax(dim=2).neg_()
 
-    peak_RS = bundle_RU.view(rows, splits, BUNDLES).amax(dim=2)
+    peak_RS = bundle_RU.view(rows, splits, -1).amax(dim=2)
     peak_R = peak_RS.amax(dim=1)
     if not all_fine:
         flag_R = torch.where((peak_R == -torch.inf) & (flag_R == 0), ALL_MASKED * 16, flag_R)
@@ -146,11 +142,14 @@ def checked_sum(parts: list[Tensor], weights_NR: Tensor) -> tuple[Tensor, Tensor
     return torch.where(masked_RC | wrong_RC, -torch.inf, x_RC), flag_R
 
 
-def _runs(start: int, stop: int, size: int) -> list[tuple[tuple[int, int], int]]:
-    """A tile as ((start, width), piece): all whole pieces of `size` together, then the last, shorter one."""
-    whole = (stop - start) // size * size
-    rest = stop - start - whole
-    return [((at, width), piece) for at, width, piece in ((start, whole, size), (start + whole, rest, rest)) if width]
+def _pieces(x_RC: Tensor, start: int, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """The pieces of a tile and their numbers: all whole ones together, (R, pieces, size), then a last, shorter one."""
+    width, first = x_RC.shape[1], start // size
+    last, whole = first + width // size, width // size * size
+    if whole:
+        yield slice(first, last), x_RC[:, :whole].unflatten(1, (-1, size))
+    if whole < width:
+        yield slice(last, last + 1), x_RC[:, whole:].unflatten(1, (-1, width - whole))
 
 
 def _first_at_peak(request: Request, bundle_RU: Tensor, peak_R: Tensor) -> Tensor:
@@ -200,8 +199,8 @@ def _best(request: Request, bundle_RU: Tensor) -> Tensor:
     """The k best tokens: they lie in the k bundles with the largest maxima, the lower bundle first on ties."""
     count = min(request.top_k, bundle_RU.shape[1])
     key_RU = _ordered_key(bundle_RU, torch.arange(bundle_RU.shape[1]))
-    chosen_RK = key_RU.topk(count, dim=1).indices
-    column_RC = (chosen_RK[:, :, None] * BUNDLE + torch.arange(BUNDLE)).flatten(1)
+    bundle_RK = key_RU.topk(count, dim=1).indices
+    column_RC = (bundle_RK[:, :, None] * BUNDLE + torch.arange(BUNDLE)).flatten(1)
     inside_RC = column_RC < request.vocabulary
     x_RC = combined_at(request, torch.where(inside_RC, column_RC, 0)).masked_fill_(~inside_RC, -torch.inf)
     return column_RC.gather(1, _ordered_key(x_RC, column_RC).topk(request.top_k, dim=1).indices)
@@ -228,11 +227,9 @@ class _Sampler:
         score_IC = x_IC * self.scale_I1 + noise_IC
         if self.threshold_I1 is not None:
             score_IC = score_IC.masked_fill(x_IC < self.threshold_I1, -torch.inf)
-        for (at, width), size in _runs(start, stop, SPLIT):
-            here = slice(at // SPLIT, -(-(at + width) // SPLIT))
-            score_ISC = score_IC[:, at - start : at - start + width].unflatten(1, (-1, size))
+        for here, score_ISC in _pieces(score_IC, start, SPLIT):
             self.score_IS[:, here], index_IS = score_ISC.max(dim=2)
-            self.token_IS[:, here] = index_IS + torch.arange(at, at + width, size)
+            self.token_IS[:, here] = index_IS + torch.arange(here.start, here.stop) * SPLIT
 
     def token(self, token_R: Tensor) -> Tensor:
         """The sampled tokens; for greedy rows those of `token_R`."""

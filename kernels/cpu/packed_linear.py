@@ -13,9 +13,8 @@ every call. y = x Wᵀ + b in four weight dtypes:
 (normal weights and inputs; with the rounding of the weights.) float16 holds every bfloat16 number from 2^-17 to 65,504
 exactly and smaller ones within 2^-25. How a call is computed depends on the weight dtype and the number of rows only.
 
-With `invariant=True` a row's bits do not depend on the other rows either. For FBGEMM that is always so; MKL and oneDNN
-add in one order for any number of rows from two on, so a lone row gets a second one. The numbers of rows for which that
-holds are found by trying, once for each shape, when the layer is packed.
+With `invariant=True` a row's bits do not depend on the other rows either: the numbers of rows for which that holds
+are found by trying, once for each shape, and other numbers are padded or split.
 
     D inputs  O outputs  R rows (all leading dimensions of x together)
 """
@@ -26,6 +25,7 @@ import functools
 import platform
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,8 +44,7 @@ AVX512_LEAST_ROWS = 4
 EVERY_ROWS, ROWS_MULTIPLE = 16, 4
 # Without bf16 instructions PyTorch's bf16 matmul is emulated: it is faster only while reading the weight dominates.
 PLAIN_BFLOAT16_ROWS = 2
-# Numbers of rows that are tried for `invariant`; more rows are split by the last. Where no range down to TILE_ROWS
-# agrees, every matmul has exactly TILE_ROWS, padded.
+# Tried for `invariant`; more rows are split by the last. Where no range down to TILE_ROWS agrees, all are padded to it.
 TRIED_ROWS = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 24, 31, 32, 33, 48, 63, 64)
 TILE_ROWS = 16
 # Output rows that are converted to float32 at once: 2 MB of them at D = 2,048, what a core's L2 holds.
@@ -59,9 +58,8 @@ _TRYING = threading.Lock()  # layers may be packed on several threads
 @functools.cache
 def has_bfloat16_instructions() -> bool:
     """Whether oneDNN multiplies packed bf16 weights by instructions for them: tried, since it can be switched off."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported():
+    emulated = platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported()
+    if emulated or not torch.backends.mkldnn.is_available():
         return False
     try:
         weight_OD = torch.ops.mkldnn._reorder_linear_weight(torch.ones(16, 16, dtype=torch.bfloat16), EXPECTED_ROWS)
@@ -83,19 +81,15 @@ def has_float16_product() -> bool:
 
 @functools.cache
 def mkl_is_faster() -> bool:
-    """Whether MKL reads its packed float32 weights faster than oneDNN its own: so measured on an Intel processor with
-    AVX-512 (a SmolLM2 step's matmuls at 1, 4, 16 rows, one core: 51, 60, 87 ms against 65, 67, 98). With AVX2 its sums
-    depend on the number of rows.
+    """Whether MKL reads its packed float32 weights faster than oneDNN its own: with AVX-512 on Intel (SmolLM2's matmuls
+    at 1, 4, 16 rows, one core: 51, 60, 87 ms against 65, 67, 98). With AVX2 its sums depend on the rows.
     """
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return False
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return any(line.startswith("vendor_id") and "GenuineIntel" in line for line in lines)
-    except OSError:
-        return False
+    processors = Path("/proc/cpuinfo")
+    return processors.exists() and "GenuineIntel" in processors.read_text(encoding="utf-8")
 
 
 class PackedLinear(nn.Module):
@@ -120,8 +114,7 @@ class PackedLinear(nn.Module):
         if dtype == "auto":
             dtype = lossless_dtype(weight_OD.dtype)
         if dtype == "float16" and not has_float16_product():
-            engine = torch.backends.quantized.engine
-            raise ValueError(f"float16 weights: PyTorch has no matmul for them here (engine {engine}); use float32")
+            raise ValueError(f"float16: no matmul here (engine {torch.backends.quantized.engine}); use float32")
         if dtype == "float16" and weight_OD.numel():
             largest = torch.stack(weight_OD.aminmax()).abs().max()
             if not largest <= torch.finfo(torch.float16).max:  # NaN too

@@ -3,9 +3,8 @@
     out = softmax(q kᵀ / sqrt(C)) v       over the keys 0 .. position of the sequence, by the online softmax
 
 A program has one position and one key head: the queries that share it (padded to the 16 rows of a matmul), its keys and
-values in blocks, as many as the slot has filled. That number is read from device memory, so one CUDA graph serves every
-length. A position's bits depend neither on the other positions of the batch nor on the capacity of the cache.
-
+values in blocks, as many as the slot has filled: read from device memory, so one CUDA graph serves every length. A
+position's bits depend neither on the other positions of the batch nor on the capacity of the cache.
 Bytes: keys and values once for each position, which is the lower bound of a step; a prompt reads keys again from L2.
 
     R positions  H query heads  K key/value heads  G = H/K  C head width  S keys  P positions of a cache
@@ -83,14 +82,13 @@ def decode_attention(
     """
     out_RQ = torch.empty_like(query_RQ)
     groups = query_RQ.shape[1] // (kv_heads * width)
-    # The interpreter multiplies bf16 as if it were integers; a product of two bf16 numbers is exact in float32.
-    exact = os.environ.get("TRITON_INTERPRET") == "1" or query_RQ.dtype == torch.float32
     padded = max(LEAST_ROWS, triton.next_power_of_2(width))
     switches = {
         "GROUPS": max(LEAST_ROWS, triton.next_power_of_2(groups)),
         "WIDTH": padded,
         "KEYS": max(LEAST_KEYS, min(MOST_KEYS, BLOCK_BYTES // (padded * query_RQ.dtype.itemsize))),
-        "EXACT": exact,
+        # The interpreter multiplies bf16 as if it were integers; a product of two bf16 numbers is exact in float32.
+        "EXACT": os.environ.get("TRITON_INTERPRET") == "1" or query_RQ.dtype == torch.float32,
     }
     shape = capacity, entries_PJ.stride(0), kv_heads, groups, width, width**-0.5
     positional = query_RQ, entries_PJ, slot_R, out_RQ, *shape
@@ -105,4 +103,4 @@ def variants() -> Iterator[Variant]:
         entries_PJ, slot_R = torch.empty(1024, 16 * width, dtype=dtype), torch.zeros(4, dtype=torch.int64)
         with recording() as launches:
             decode_attention(query_RQ, entries_PJ, slot_R, 256, 8, width)
-        yield Variant("attend", f"C={width} {SHORT[dtype]}", *launches)
+        yield Variant("attend", f"C={width} {SHORT[dtype]}", launches[0])

@@ -1,13 +1,11 @@
 """A linear layer for one row on a GPU, together with the operations before and after it in a Llama layer: one launch.
 
-    y = W (x * scale) / sqrt(mean(x²) + epsilon) + b        the norm is optional, and works on the sum: it is linear
+    y = W (x * scale) / sqrt(mean(x²) + epsilon) + b        the norm is optional
     gated:   y = silu(gate) * up, the two halves of W's rows
     added:   the residual stream gets y added, in place
     rope:    y are queries, keys and values; RoPE for queries and keys, keys and values go into the cache
 
-Every program reads a few rows of W whole, each thread 16 bytes at a time, several of them in flight; nothing is shared
-between programs. Arithmetic in float32, in one order for each shape; a matmul of several rows adds in another one.
-
+Every program reads a few rows of W whole. Arithmetic in float32; a matmul of several rows adds in another order.
 Bytes: W once; x once a program, from L2. Lower bound: W's bytes over the device's bandwidth.
 
     D inputs  O outputs  F feed-forward width (gated: O = 2 * F)  C head width  P positions of a cache
@@ -109,10 +107,6 @@ class RopeAfter:
     queries: int
     keys: int
 
-    @property
-    def width(self) -> int:
-        return 2 * len(self.rope_C2)
-
 
 def gemv(
     x_1D: Tensor,
@@ -138,9 +132,10 @@ def gemv(
         outputs //= 2
     block_o, block_d = GATED if gated else PLAIN if rope is None else ROPE
     if rope is not None:
-        queries, rotated = rope.queries * rope.width, (rope.queries + rope.keys) * rope.width
-        y_1O = x_1D.new_empty((1, queries), dtype=rope.entries_PJ.dtype)
-        cache, heads = (rope.rope_C2, rope.slot_1, rope.entries_PJ), (queries, rotated, rope.width)
+        width = 2 * len(rope.rope_C2)
+        heads = rope.queries * width, (rope.queries + rope.keys) * width, width
+        y_1O = x_1D.new_empty((1, rope.queries * width), dtype=rope.entries_PJ.dtype)
+        cache = rope.rope_C2, rope.slot_1, rope.entries_PJ
     else:
         y_1O = x_1D.new_empty((1, outputs), dtype=weight_OD.dtype) if add_to is None else add_to
         cache, heads = (y_1O, y_1O, y_1O), (0, 0, 1)  # not used, like every y_1O below

@@ -22,7 +22,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Variant:
-    """A launch with a name, as a kernel file's `variants()` yields it; aligned: rows start at multiples of 16 bytes."""
+    """A named launch, from a kernel file's `variants()`; aligned: rows start at multiples of 16 bytes."""
 
     kernel: str
     name: str

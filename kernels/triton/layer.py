@@ -4,10 +4,8 @@
     rope_and_cache: RoPE of queries and keys, keys and values into the cache
     silu_and_mul:   gate / (1 + exp(-gate)) * up
 
-Arithmetic and the residual stream x are in float32; what a matmul reads next is written in its dtype. Bytes: each input
-and output once, which is the lower bound, and little beside the weights: with few rows the launches are the cost.
-
-A program reads one row, some of its heads or a range of it: a row's bits do not depend on the others.
+Arithmetic and the residual stream x are in float32; what a matmul reads next is written in its dtype. A row's bits do
+not depend on the others. Bytes: each input and output once, the lower bound; with few rows the launches are the cost.
 
     R positions  D model width  O outputs of the joined matmul  H query heads  K key/value heads  C head width
     F feed-forward width  P positions of a cache  J = 2 * K * C numbers of each

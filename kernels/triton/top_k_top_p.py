@@ -4,7 +4,7 @@ A token is kept if fewer than k tokens are strictly larger and if those have a m
 kept tokens are those with x >= t. The smallest such t is found digit by digit: floats in the order of their bits as
 32-bit keys, 4 bits a launch, in which every program counts, for the 15 candidates of the next digit, the tokens above
 and their mass. Counts and masses are 64-bit integers (a mass is exp((x - peak) / temperature) in units of 2**-44), so
-the order of the atomic additions does not matter. For a row with k = 0 and p = 1 every digit is 0: all is kept.
+the order of the atomic additions does not matter.
 
 Bytes: N * B * V * itemsize ten times: for the peak, for eight digits, and by the fused kernel that samples among x >= t
 and computes what else was requested. The host does not wait.
