@@ -10,7 +10,8 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m decode.collab
 
 # A process for each core, up to four; a file's tests stay together, and with them what they share.
-TESTS  := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+# One thread a process: the models are tiny, and threads that spin take the other process's core.
+TESTS  := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test: $(VENV)/.installed-test
 	$(TESTS)

@@ -1,8 +1,7 @@
 """What several benchmarks share: timing of alternating rivals, the machine's own speed, result files by device name.
 
-Rivals run one after the other within each round of one run, so that what else the machine does meets all of them alike;
-only ratios within a run mean something. On a virtual machine the host may take the processor away ("steal"); a run
-records how much, and a round that lost much can be repeated.
+Rivals alternate within one run, so that other work on the machine disturbs all of them alike; only ratios within a run
+mean something. A run records the share of processor time that the host of a virtual machine took away ("steal").
 """
 
 from __future__ import annotations
@@ -23,21 +22,14 @@ from minillama.machine import processor_name, versions
 RESULTS = Path(__file__).parent / "results"
 
 
-def machine_name() -> str:
-    """The GPU's name, or the processor's where there is none."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
-
-
 def header(*packages: str) -> dict[str, Any]:
     """What every result starts with: date, device, threads and the versions that decide the figures."""
-    found = versions("torch", "triton", *packages)
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
+    cuda = {"cuda": torch.version.cuda} if torch.version.cuda else {}
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": machine_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name(),
         "threads": torch.get_num_threads(),
-        "versions": found,
+        "versions": versions("torch", "triton", *packages) | cuda,
     }
 
 
@@ -53,18 +45,15 @@ def save(result: Mapping[str, Any], benchmark: str, folder: Path | None = None) 
 
 def alternate(rivals: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds of each rival, median and least, over rounds in which every one runs once, after a warm-up."""
-    for function in rivals.values():
-        function()
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    for _ in range(rounds):
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    for _ in range(rounds + 1):
         for name, function in rivals.items():
             start = time.perf_counter()
             function()
-            seconds[name].append(time.perf_counter() - start)
-    return {
-        name: {"median_ms": round(statistics.median(values) * 1e3, 4), "least_ms": round(min(values) * 1e3, 4)}
-        for name, values in seconds.items()
-    }
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append(round((time.perf_counter() - start) * 1e3, 4))
+    return {name: {"median_ms": statistics.median(ms[1:]), "least_ms": min(ms[1:])} for name, ms in times.items()}
 
 
 class StealClock:
@@ -80,11 +69,10 @@ class StealClock:
     @staticmethod
     def _ticks() -> tuple[int, int]:
         """(worked, stolen) of all processors since the system started."""
-        try:
-            line = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0]
-        except OSError:
+        stat = Path("/proc/stat")
+        if not stat.exists():
             return 0, 0
-        user, nice, system, _, _, interrupts, soft, stolen = map(int, line.split()[1:9])
+        user, nice, system, _, _, interrupts, soft, stolen = map(int, stat.read_text(encoding="ascii").split()[1:9])
         return user + nice + system + interrupts + soft, stolen
 
 
@@ -96,28 +84,15 @@ def read_speed(rounds: int, megabytes: int = 512) -> float:
 
 
 def copy_speed(rounds: int) -> float:
-    """GB/s of a large copy on the GPU, reads and writes together."""
-    size = 4 << 30
-    source = torch.zeros(size // 8, device="cuda")
+    """GB/s of large copies on the GPU, reads and writes together."""
+    source = torch.zeros(512 << 20, device="cuda")
     target = torch.empty_like(source)
-    milliseconds = []
-    for _ in range(rounds + 2):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        target.copy_(source)
-        stop.record()
-        torch.cuda.synchronize()
-        milliseconds.append(start.elapsed_time(stop))
-    return round(size / statistics.median(milliseconds[2:]) / 1e6, 1)
+    times = alternate({"ten copies": lambda: [target.copy_(source) for _ in range(10)]}, rounds)
+    return round(10 * 2 * source.nbytes / times["ten copies"]["median_ms"] / 1e6, 1)
 
 
 def matmul_speed(dtype: torch.dtype, device: str, rounds: int, size: int) -> float:
     """GFLOP/s of a square matmul."""
     x_DD = torch.randn(size, size, device=device).to(dtype)
-
-    def matmul() -> None:
-        torch.mm(x_DD, x_DD)
-        if device != "cpu":
-            torch.cuda.synchronize()
-
-    return round(2 * size**3 / alternate({"matmul": matmul}, rounds)["matmul"]["least_ms"] / 1e6, 1)
+    times = alternate({"matmul": lambda: x_DD @ x_DD}, rounds)
+    return round(2 * size**3 / times["matmul"]["least_ms"] / 1e6, 1)

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.common import StealClock, copy_speed, header, matmul_speed, read_speed, save
 
+from benchmarks.common import StealClock, copy_speed, header, matmul_speed, read_speed, save
 from benchmarks.peers import SINGLE, STOP, SYSTEMS, Prompts, Refused, Worker
 from corpora import Prompt, read_lines
 from decode.engine.expression import parse
@@ -260,8 +260,8 @@ def models(arguments: argparse.Namespace, work: Path) -> tuple[dict[str, str], s
             specs = specs * arguments.members
         folders = {}
         for number, spec in enumerate(specs):
-            name, _, place = spec.rpartition("=")
-            folder = random_folder(place, number, work) if place in SHAPES else resolve_folder(place).resolve()
+            name, _, source = spec.rpartition("=")
+            folder = random_folder(source, number, work) if source in SHAPES else resolve_folder(source).resolve()
             folders[name or f"M{number}"] = str(folder)
     combine = arguments.combine or " + ".join(folders)
     used = parse(combine, folders, all_used=False)
@@ -294,8 +294,8 @@ def sentence_prompts(
     """Every member's prompts of the sentences, in its folder's prompt or the paper's, and the stop tokens."""
     prompts: Prompts = {}
     stops: set[int] = set()
-    for name, place in folders.items():
-        folder = Path(place)
+    for name, path in folders.items():
+        folder = Path(path)
         tokenizer, config = Tokenizer.from_pretrained(folder), read_config(folder)
         prompt = Prompt.load(folder if (folder / "prompt.toml").exists() else "paper")
         chat = chat_format(prompt.chat, tokenizer)

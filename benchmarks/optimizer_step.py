@@ -1,17 +1,17 @@
 """One optimizer step of a whole model and its kernel launches: `python -m benchmarks.optimizer_step [--save]`.
 
 Weights and gradients are bfloat16; the states are PyTorch's fused AdamW's and ours in bfloat16, rounded stochastically.
-The bandwidth limit is the time to read weight, gradient and two moments once and to write all but the gradient.
+A step has to move 14 bytes a weight: it reads weight, gradient and two moments and writes all but the gradient.
 """
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common import header, save
@@ -23,12 +23,6 @@ from train.config import Settings
 from train.distributed import DistributedContext
 from train.memory import shape_of
 from train.optim import Optimizer
-
-BYTES_PER_WEIGHT = 7 * 2
-EXAMPLES = """examples:
-  python -m benchmarks.optimizer_step --save                                 Llama 3.2 1B on a GPU
-  python -m benchmarks.optimizer_step --shape smollm2-135m --device cpu      some seconds
-"""
 
 
 class Launches(TorchDispatchMode):
@@ -42,51 +36,42 @@ class Launches(TorchDispatchMode):
 
 
 def measure(shape: str, device: torch.device, state: str, rounds: int) -> dict[str, Any]:
-    """Median seconds of a step, its operations, and the peak of its temporary tensors in bytes (on a GPU)."""
-    with torch.device("meta"):
-        model = Llama(shape_of(shape)).to(torch.bfloat16)
-    model.to_empty(device=device)
-    for parameter in model.parameters():
-        nn.init.constant_(parameter, 0.01)
+    """Median seconds of a step, its operations, and the peak of its temporary tensors in bytes (0 on a CPU)."""
+    model = Llama(shape_of(shape)).to(device, torch.bfloat16)
     optimizer = Optimizer(model, Settings(clip=0.0, optimizer_state=state), DistributedContext(device=device))
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds: list[float] = []
-    result: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
-    for number in range(rounds + 2):  # the first makes the states, the second is counted
+    seconds, temporary, launches = [], 0, Launches()
+    for number in range(rounds + 2):  # the first step makes the states, the operations of the second are counted
         for parameter in model.parameters():
+            parameter.data.fill_(0.01)
             parameter.grad = torch.full_like(parameter, 1e-3)
-        optimizer.prepare(1e-5)
-        synchronize()
-        if number == 1:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-            with Launches() as launches:
-                optimizer.step()
-            result["operations"] = launches.count
-            if device.type == "cuda":
-                result["temporary_bytes"] = torch.cuda.max_memory_allocated() - before
-            continue
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            temporary = -torch.cuda.memory_allocated()
         started = time.perf_counter()
-        optimizer.step()
-        synchronize()
+        if number == 1:
+            with launches:
+                optimizer.step()
+        else:
+            optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            temporary += torch.cuda.max_memory_allocated()
         seconds.append(time.perf_counter() - started)
-    result["seconds"] = sorted(seconds[1:])[rounds // 2]
-    result["bytes_per_second"] = result["parameters"] * BYTES_PER_WEIGHT / result["seconds"]
-    return result
+    parameters = sum(p.numel() for p in model.parameters())
+    result = {"parameters": parameters, "operations": launches.count, "temporary_bytes": temporary}
+    return {**result, "seconds": statistics.median(seconds[2:])}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m benchmarks.optimizer_step", description="Time one optimizer step of a model.", epilog=EXAMPLES
-    )
+    parser = Parser(prog="python -m benchmarks.optimizer_step", description="Time one optimizer step of a model.")
     parser.add_argument("--shape", default="llama-3.2-1b", help="a shape that train.plan knows (llama-3.2-1b)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed steps (5)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: the first GPU, else the CPU")
     parser.add_argument("--save", action="store_true", help="write the result to benchmarks/results/train/")
     options = parser.parse_args(argv)
-    device = pick_device(options.device)
-    states = {name or "fused": measure(options.shape, device, name, options.rounds) for name in ("", "bfloat16")}
+    run = options.shape, pick_device(options.device)
+    states = {name or "fused": measure(*run, name, options.rounds) for name in ("", "bfloat16")}
     result = {**header(), "shape": options.shape, "optimizer_step": states}
     print(json.dumps(result, indent=1))
     if options.save:

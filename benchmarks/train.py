@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,6 @@ DEMO_TOKENIZER = Path(__file__).resolve().parent.parent / "demo" / "L"
 WIDE = LlamaConfig(128_256, 256, 768, 4, 4, 2, 64, tie_word_embeddings=True)
 EXAMPLES = """examples:
   python -m benchmarks.train                                  SmolLM2-135M's shape, built-in pairs; about 20 minutes
-  python -m benchmarks.train --steps 10 --rounds 2 --json     some minutes
   python -m benchmarks.train --shape llama-3.2-1b --dtype bfloat16 --sequences 8 --length 2048     on a GPU
 """
 
@@ -57,7 +56,7 @@ EXAMPLES = """examples:
 class Ours:
     """A model, and `loss(examples)`: the mean over all their labels."""
 
-    def __init__(self, folder: str, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.model = Llama.from_pretrained(folder, dtype=dtype, device=device)
 
     def loss(self, examples: Sequence[Example]) -> Tensor:
@@ -65,18 +64,15 @@ class Ours:
 
 
 class Transformers:
-    """transformers' own model and loss, as its Trainer calls them: padded to the longest, labels -100 elsewhere.
+    """transformers' own model and loss, as its Trainer calls them: padded to the longest, labels -100 elsewhere."""
 
-    One setting is changed: its embedding gives the pad token no gradient, and SmolLM2's pad token is <|im_end|>, the
-    end of every turn. With that its gradients would not be those of the loss.
-    """
-
-    def __init__(self, folder: str, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         nn.Module.to(self.model, device)
+        # it would give no gradient to the pad token, which in SmolLM2 is also the end of every turn
         embedding: Any = self.model.get_input_embeddings()
         embedding.padding_idx = None
 
@@ -89,24 +85,20 @@ class Transformers:
             ids_BT[row, :length], mask_BT[row, :length] = torch.tensor(example.tokens), 1
             labels_BT[row, example.prompt_len : length] = ids_BT[row, example.prompt_len : length]
         batch = {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
-        return self.model(
-            **{name: tensor.to(self.model.device) for name, tensor in batch.items()}, use_cache=False
-        ).loss
+        batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+        return self.model(**batch, use_cache=False).loss
 
 
 # The system and the optimizer of this worker.
 RUNNING = threading.local()
 
 
-def start(system_type: type[Ours | Transformers], folder: str, options: argparse.Namespace) -> None:
+def start(system_type: type[Ours | Transformers], folder: Path, options: argparse.Namespace) -> None:
     os.dup2(2, 1)  # standard output to standard error: warnings of libraries are not the benchmark's output
-    torch.set_num_threads(options.threads or torch.get_num_threads())
     torch.manual_seed(0)
     system = system_type(folder, getattr(torch, options.dtype), torch.device(options.device))
-    matrices = [p for p in system.model.train().parameters() if p.dim() >= 2]
-    vectors = [p for p in system.model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
-    RUNNING.system, RUNNING.optimizer = system, torch.optim.AdamW(groups, lr=options.lr, fused=True)
+    optimizer = torch.optim.AdamW(system.model.train().parameters(), lr=options.lr, fused=True)
+    RUNNING.system, RUNNING.optimizer = system, optimizer
 
 
 def step(examples: Sequence[Example]) -> tuple[float, float]:
@@ -133,15 +125,13 @@ def take_peak() -> int:
 
 
 @contextmanager
-def both_systems(folder: str, options: argparse.Namespace) -> Iterator[list[ProcessPoolExecutor]]:
+def both_systems(folder: Path, options: argparse.Namespace) -> Iterator[list[ProcessPoolExecutor]]:
     """Ours and transformers, each in a process of its own."""
     context = multiprocessing.get_context("spawn")
-    with ExitStack() as stack:
-        workers = [
-            ProcessPoolExecutor(1, context, initializer=start, initargs=(system_type, folder, options))
-            for system_type in (Ours, Transformers)
-        ]
-        yield [stack.enter_context(worker) for worker in workers]
+    arguments = [(system, folder, options) for system in (Ours, Transformers)]
+    ours, theirs = (ProcessPoolExecutor(1, context, initializer=start, initargs=some) for some in arguments)
+    with ours, theirs:
+        yield [ours, theirs]
 
 
 def on_each(workers: Sequence[ProcessPoolExecutor], function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -153,20 +143,18 @@ def compare_speed(
     name: str, workers: Sequence[ProcessPoolExecutor], batches: Iterator[list[Example]]
 ) -> dict[str, Any]:
     """Medians of both systems' labels per second and of their ratio, and peak memory; the first step warms up."""
-    seconds: list[tuple[float, float]] = []
-    counts: list[int] = []
+    speeds: list[tuple[float, float]] = []
     on_each(workers, take_peak)  # the memory of loading is not training's
     for number, batch in enumerate(batches):
         (ours, _), (theirs, _) = on_each(workers, step, batch)
-        if number:
-            seconds.append((ours, theirs))
-            counts.append(sum(example.num_labels for example in batch))
+        labels = sum(example.num_labels for example in batch)
+        speeds.append((labels / ours, labels / theirs))
         print(f"{name}: step {number}, {ours:.2f} s and {theirs:.2f} s", file=sys.stderr, flush=True)
-    peaks = on_each(workers, take_peak)
+    peaks, timed = on_each(workers, take_peak), speeds[1:]
     return {
-        "ours_per_second": statistics.median(n / ours for n, (ours, _) in zip(counts, seconds)),
-        "theirs_per_second": statistics.median(n / theirs for n, (_, theirs) in zip(counts, seconds)),
-        "ratio": statistics.median(theirs / ours for ours, theirs in seconds),
+        "ours_per_second": statistics.median(ours for ours, _ in timed),
+        "theirs_per_second": statistics.median(theirs for _, theirs in timed),
+        "ratio": statistics.median(ours / theirs for ours, theirs in timed),
         "ours_peak_bytes": peaks[0],
         "theirs_peak_bytes": peaks[1],
     }
@@ -174,22 +162,27 @@ def compare_speed(
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
-        folder, config = _model(options, Path(temporary) / "model")
-        pairs = _pairs(options, config, folder)
-        wide = Path(temporary) / "wide"
-        Llama(WIDE).init_weights(options.seed).save_pretrained(wide)
-        curve = _batches(pairs, options.curve_batch_size, options.steps, options)
-        timed = _batches(pairs, options.batch_size, options.rounds + 1, options)
+        folder, wide = Path(temporary) / "model", Path(temporary) / "wide"
+        Llama(WIDE).init_weights(0).save_pretrained(wide)
+        if options.model:
+            folder = resolve_folder(options.model)
+        else:
+            Llama(shape_of(options.shape)).init_weights(0).save_pretrained(folder)
+        config = read_config(folder)
+        tokenizer = Tokenizer.from_pretrained(folder if options.model else DEMO_TOKENIZER)
+        rules = Prompt.load(options.prompt), chat_format("auto", tokenizer), tokenizer, config.bos_token_id
+        pairs = responses(sample(), ("ja", "en"), *rules, config.eos_token_id[0] if config.eos_token_id else None)
+        curve = _batches(pairs, options.curve_batch_size, options.steps)
+        timed = _batches(pairs, options.batch_size, options.rounds + 1)
         full = _random_sequences(config, options, options.rounds + 1)
         with both_systems(folder, options) as workers:
             losses = [[loss for _, loss in on_each(workers, step, batch)] for batch in curve]
             sentence_pairs = compare_speed("pairs", workers, timed)
             full_sequences = compare_speed("full sequences", workers, full)
-        with both_systems(str(wide), options) as workers:
+        with both_systems(wide, options) as workers:
             large_vocabulary = compare_speed("large vocabulary", workers, _random_sequences(WIDE, options, 2))
     return {
         **header("transformers"),
-        "threads": options.threads or torch.get_num_threads(),
         "model": Path(options.model or options.shape).name,
         "dtype": options.dtype,
         "tokens_per_second_ratio": full_sequences["ratio"],
@@ -203,47 +196,25 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _model(options: argparse.Namespace, temporary: Path) -> tuple[str, LlamaConfig]:
-    """A folder that both systems load: the given one, or a known shape with weights from the seed."""
-    if options.model:
-        folder = resolve_folder(options.model)
-        return str(folder), read_config(folder)
-    model = Llama(shape_of(options.shape)).init_weights(options.seed)
-    model.save_pretrained(temporary)
-    return str(temporary), model.config
-
-
-def _pairs(options: argparse.Namespace, config: LlamaConfig, folder: str) -> list[Example]:
-    tokenizer = Tokenizer.from_pretrained(folder if options.model else DEMO_TOKENIZER)
-    prompt, chat = Prompt.load(options.prompt), chat_format("auto", tokenizer)
-    eos = config.eos_token_id[0] if config.eos_token_id else None
-    return responses(sample(), ("ja", "en"), prompt, chat, tokenizer, config.bos_token_id, eos)
-
-
-def _batches(
-    examples: Sequence[Example], size: int, count: int, options: argparse.Namespace
-) -> Iterator[list[Example]]:
+def _batches(examples: Sequence[Example], size: int, count: int) -> Iterator[list[Example]]:
     """Random batches, each example once before any comes twice."""
-    generator, epochs = np.random.default_rng(options.seed), -(-count * size // len(examples))
-    order = np.concatenate([generator.permutation(len(examples)) for _ in range(epochs)])
+    epochs = -(-count * size // len(examples))
+    order = [index for epoch in range(epochs) for index in np.random.default_rng(epoch).permutation(len(examples))]
     for start in range(0, count * size, size):
         yield [examples[index] for index in order[start : start + size]]
 
 
 def _random_sequences(config: LlamaConfig, options: argparse.Namespace, count: int) -> Iterator[list[Example]]:
     """Batches of full sequences in which every token but the first is a label."""
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(0)
     for _ in range(count):
         rows = torch.randint(config.vocab_size, (options.sequences, options.length + 1), generator=generator)
         yield [Example(row, 1) for row in rows.tolist()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m benchmarks.train",
-        description="Our training step against transformers', on the same weights and data.",
-        epilog=EXAMPLES,
-    )
+    description = "Our training step against transformers', on the same weights and data."
+    parser = Parser(prog="python -m benchmarks.train", description=description, epilog=EXAMPLES)
     parser.add_argument("--json", action="store_true", help="print all figures, not only the four ratios")
     parser.add_argument("--model", metavar="DIR", help="folder or hub id of a Llama, instead of --shape")
     parser.add_argument("--shape", default="smollm2-135m", help="a shape that train.plan knows, weights from --seed")
@@ -255,8 +226,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("curve-batch-size", 4, "pairs of a step of the loss curves"),
         ("sequences", 4, "full sequences of a step"),
         ("length", 256, "tokens of a full sequence"),
-        ("threads", 0, "of a system on the CPU; 0: PyTorch's choice"),
-        ("seed", 0, "of weights and order"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} ({default})")
     parser.add_argument("--lr", type=float, default=2e-5, help="learning rate (2e-5, the paper's)")
@@ -264,9 +233,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: the first GPU, else the CPU")
     parser.add_argument("--output", type=Path, help="folder of the results (benchmarks/results/train)")
     options = parser.parse_args(argv)
-    for name in ("rounds", "batch-size", "steps", "curve-batch-size", "sequences", "length"):
-        if (value := getattr(options, name.replace("-", "_"))) < 1:
-            raise InputError(f"--{name} is {value}; it must be at least 1")
+    sizes = options.rounds, options.batch_size, options.steps, options.curve_batch_size, options.sequences
+    if min(*sizes, options.length) < 1:
+        raise InputError("--rounds, --batch-size, --steps, --curve-batch-size, --sequences, --length must be above 0")
     options.device = str(pick_device(options.device))
     result = measure(options)
     path = save(result, "train", options.output)

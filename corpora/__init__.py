@@ -7,17 +7,15 @@ from corpora.languages import LANGUAGES, language_code, language_name
 from corpora.pairs import Pairs
 from corpora.prompts import Prompt, prompt_names
 from corpora.read import read_pairs, read_texts, sample
-from corpora.text import Texts, iter_lines, open_binary, read_lines
+from corpora.text import iter_lines, read_lines
 
 __all__ = [
     "LANGUAGES",
     "Pairs",
     "Prompt",
-    "Texts",
     "iter_lines",
     "language_code",
     "language_name",
-    "open_binary",
     "prompt_names",
     "read_lines",
     "read_pairs",

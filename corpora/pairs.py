@@ -6,7 +6,7 @@ inside a JSON or parquet value become spaces, so that outputs stay line-aligned.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,15 +14,6 @@ from corpora.tables import read_records
 from corpora.text import STDIN, display_name, read_lines
 from minillama.errors import InputError
 
-FORMATS = {
-    ".tsv": "tsv",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".parquet": "table",
-    ".arrow": "table",
-    ".feather": "table",
-}
 _LINE_BREAKS = re.compile(r"\s*[\r\n]+\s*")
 
 
@@ -40,10 +31,6 @@ class Pairs:
     origin: str
     details: Mapping[str, object] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        if len(self.source) != len(self.target):
-            raise ValueError(f"{self.origin}: {len(self.source)} sources and {len(self.target)} targets")
-
     def __len__(self) -> int:
         return len(self.source)
 
@@ -60,18 +47,13 @@ def read_pair_files(files: Sequence[str | Path], source: str, target: str) -> Pa
         return _read_aligned(files[0], files[1])
     if len(files) != 1:
         raise InputError(f"expected one file of pairs or two line-aligned files, found {len(files)} files")
-    path, origin = files[0], display_name(files[0])
-    kind = "tsv" if str(path) == STDIN else _format(path)
-    if kind == "tsv":
-        return drop_blank(_read_tsv(path, source, target), origin)
-    if kind == "json":
-        return drop_blank(_read_json_lines(path, source, target), origin)
-    if kind == "table":
-        return drop_blank(read_records(path, source, target), origin)
-    known = ", ".join(FORMATS)
-    raise InputError(
-        f"{origin}: unknown format of pairs, expected a name ending in one of {known} (.gz allowed), or two files"
-    )
+    reader = _read_tsv if str(files[0]) == STDIN else READERS.get(_suffix(files[0]))
+    if reader is None:
+        raise InputError(
+            f"{files[0]}: unknown format of pairs, expected a name ending in one of {', '.join(READERS)} (.gz allowed),"
+            " or two files"
+        )
+    return drop_blank(reader(files[0], source, target), display_name(files[0]))
 
 
 def drop_blank(records: Iterable[tuple[str, str]], origin: str, details: Mapping[str, object] | None = None) -> Pairs:
@@ -100,9 +82,8 @@ def one_line(text: str) -> str:
     return _LINE_BREAKS.sub(" ", text.strip("\r\n"))
 
 
-def _format(path: str | Path) -> str | None:
-    name = Path(path).name.lower().removesuffix(".gz")
-    return FORMATS.get(Path(name).suffix)
+def _suffix(path: str | Path) -> str:
+    return Path(Path(path).name.lower().removesuffix(".gz")).suffix
 
 
 def _read_aligned(source_path: str | Path, target_path: str | Path) -> Pairs:
@@ -110,7 +91,7 @@ def _read_aligned(source_path: str | Path, target_path: str | Path) -> Pairs:
     if names[0] == names[1]:
         raise InputError(f"{names[0]}: given as both source and target, expected two line-aligned files")
     for path in (source_path, target_path):
-        if str(path) != STDIN and _format(path):
+        if _suffix(path) in READERS:
             raise InputError(f"{path}: already holds pairs, expected it alone, or two plain text files")
     sources, targets = read_lines(source_path), read_lines(target_path)
     if len(sources) != len(targets):
@@ -171,3 +152,10 @@ def _text(value: object, key: str, where: str) -> str:
     except UnicodeEncodeError as error:
         raise InputError(f'{where}: "{key}" has a lone surrogate escape, expected Unicode text') from error
     return value
+
+
+READERS: dict[str, Callable[[str | Path, str, str], Iterator[tuple[str, str]]]] = {
+    ".tsv": _read_tsv,
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), _read_json_lines),
+    **dict.fromkeys((".parquet", ".arrow", ".feather"), read_records),
+}

@@ -8,7 +8,6 @@ sentence are text. How roles become tokens is defined in minillama.chat, not her
 
 import re
 import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -32,7 +31,24 @@ class Prompt:
     chat: str | None = None
 
     def __post_init__(self) -> None:
-        _check(self.templates, self.name)
+        fields: set[str] = set()
+        for number, (role, content) in enumerate(self.templates, 1):
+            where = f"{self.name}: message {number}"
+            if role not in ROLES:
+                raise InputError(f"{where}: unknown role {role!r}, expected one of {', '.join(ROLES)}")
+            for piece in _PIECE.finditer(content):
+                if piece[0] in ("{{", "}}"):
+                    continue
+                if piece[1] is None:
+                    raise InputError(
+                        f"{where}: a lone {piece[0]!r}, expected a field in braces, or '{piece[0] * 2}' for a brace"
+                    )
+                if piece[1] not in FIELDS:
+                    known = ", ".join(f"{{{field}}}" for field in FIELDS)
+                    raise InputError(f"{where}: unknown field {piece[0]}, expected one of {known}")
+                fields.add(piece[1])
+        if "source" not in fields:
+            raise InputError(f"{self.name}: no message contains {{source}}, expected the sentence to appear")
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> "Prompt":
@@ -58,7 +74,11 @@ class Prompt:
             "target_language": language_name(target_language),
             "source": source,
         }
-        return [(role, _fill(content, values)) for role, content in self.templates]
+
+        def replacement(piece: re.Match[str]) -> str:
+            return piece[0][0] if piece[1] is None else values[piece[1]]
+
+        return [(role, _PIECE.sub(replacement, content)) for role, content in self.templates]
 
     def to_toml(self) -> str:
         """The prompt as TOML; `Prompt.load` reads the same templates back."""
@@ -99,31 +119,3 @@ def _parse(content: bytes, name: str) -> tuple[tuple[tuple[str, str], ...], str 
         if set(message) != {"role", "content"} or not all(isinstance(value, str) for value in message.values()):
             raise InputError(f"{name}: message {number}: expected `role` and `content`, both strings")
     return tuple((message["role"], message["content"]) for message in messages), chat
-
-
-def _check(templates: tuple[tuple[str, str], ...], name: str) -> None:
-    fields: set[str] = set()
-    for number, (role, content) in enumerate(templates, 1):
-        where = f"{name}: message {number}"
-        if role not in ROLES:
-            raise InputError(f"{where}: unknown role {role!r}, expected one of {', '.join(ROLES)}")
-        for piece in _PIECE.finditer(content):
-            if piece[0] in ("{{", "}}"):
-                continue
-            if piece[1] is None:
-                raise InputError(
-                    f"{where}: a lone {piece[0]!r}, expected a field in braces, or '{piece[0] * 2}' for a brace"
-                )
-            if piece[1] not in FIELDS:
-                known = ", ".join(f"{{{field}}}" for field in FIELDS)
-                raise InputError(f"{where}: unknown field {piece[0]}, expected one of {known}")
-            fields.add(piece[1])
-    if "source" not in fields:
-        raise InputError(f"{name}: no message contains {{source}}, expected the sentence to appear")
-
-
-def _fill(template: str, values: Mapping[str, str]) -> str:
-    def replace_field(piece: re.Match[str]) -> str:
-        return piece[0][0] if piece[1] is None else values[piece[1]]
-
-    return _PIECE.sub(replace_field, template)

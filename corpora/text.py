@@ -11,7 +11,7 @@ import io
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +19,8 @@ from typing import BinaryIO
 from minillama.errors import InputError
 
 GZIP_MAGIC = b"\x1f\x8b"
+DAMAGED_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
+DAMAGED = "the gzip data is truncated or damaged, expected a whole file"
 STDIN = "-"
 
 
@@ -60,44 +62,34 @@ def iter_lines(stream: Iterable[bytes], name: str) -> Iterator[str]:
             if number == 1:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
             yield _decode(raw, name, number)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(
-            f"{name}:{number + 1}: the gzip data is truncated or damaged, expected a whole file"
-        ) from error
+    except DAMAGED_GZIP as error:
+        raise InputError(f"{name}:{number + 1}: {DAMAGED}") from error
 
 
 @contextmanager
 def open_binary(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file's bytes, decompressed where they are gzip; '-' is standard input, which stays open."""
-    name = display_name(path)
-    if str(path) == STDIN:
-        stream: BinaryIO = sys.stdin.buffer
-        peek = getattr(stream, "peek", None)
-        if peek is not None and peek(2)[:2] == GZIP_MAGIC:
-            stream = gzip.GzipFile(fileobj=stream)  # type: ignore[assignment]
-        yield stream
-        return
-    file = _open_file(path)
-    with file:
-        start = file.peek(2)[:2]
+    """Open a file's bytes, decompressed where they are gzip; '-' is standard input, which stays open.
+
+    Raises InputError where the file cannot be opened, and for damaged gzip data that is read inside the block.
+    """
+    with nullcontext(sys.stdin.buffer) if str(path) == STDIN else _open_file(path) as file:
+        start = file.peek(2)[:2]  # type: ignore[union-attr]
         if start == GZIP_MAGIC:
-            with gzip.GzipFile(fileobj=file) as unzipped:
-                yield unzipped  # type: ignore[misc]
+            try:
+                with gzip.GzipFile(fileobj=file) as unzipped:
+                    yield unzipped  # type: ignore[misc]
+            except DAMAGED_GZIP as error:
+                raise InputError(f"{display_name(path)}: {DAMAGED}") from error
         elif str(path).endswith(".gz") and start:
-            raise InputError(f"{name}: not gzip data although its name ends in .gz")
+            raise InputError(f"{path}: not gzip data although its name ends in .gz")
         else:
             yield file
 
 
 def read_bytes(path: str | Path) -> bytes:
     """A file's bytes, decompressed where they are gzip."""
-    try:
-        with open_binary(path) as stream:
-            return stream.read()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(
-            f"{display_name(path)}: the gzip data is truncated or damaged, expected a whole file"
-        ) from error
+    with open_binary(path) as stream:
+        return stream.read()
 
 
 def display_name(path: str | Path) -> str:

@@ -20,13 +20,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return demo()
     arguments = collab_parser().parse_args(argv)
     # Imported here, with PyTorch, so that --help and a mistyped option are answered at once.
+    from torch.distributed import DistError
+
     from decode.pipeline.run import run
     from minillama.tensor_parallel import PeerLost
 
     try:
         return run(arguments, _explanation_writer)
-    except PeerLost as lost:
-        print(f"error: {lost}; finished sentences are kept, --resume does the rest", file=sys.stderr)
+    except (PeerLost, DistError) as lost:
+        reason = str(lost).split("\n")[0]
+        print(f"error: a process or its store does not answer ({reason}); --resume does the rest", file=sys.stderr)
         return 1
 
 
@@ -36,7 +39,7 @@ def _explanation_writer(run: "TranslationRun") -> "OrderedWriter":
     from decode.explain.text import TextWriter
 
     pieces = run.models.members[0].tokenizer.pieces()
-    explained = ExplainedRun(run.models.weights, run.options, pieces, run.references or ())
+    explained = ExplainedRun(run.models.weights, run.options, pieces, run.references)
     return TextWriter(explained) if run.arguments.explain == "-" else PageWriter(run.arguments.explain, explained)
 
 

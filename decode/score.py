@@ -40,8 +40,7 @@ def parser() -> argparse.ArgumentParser:
     add("--output", default="-", metavar="FILE", help="figures, a line each (default -: standard output)")
     add("--json", action="store_true", help="JSON lines, with every token's log-probability (default: columns)")
     add("--batch-size", type=int, default=16, metavar="N", help="texts that are read together (default 16)")
-    text = "what to do with a text that does not fit a context after its prompt (default error)"
-    add("--too-long", default="error", choices=("error", "skip"), help=text)
+    add("--too-long", default="error", choices=("error", "skip"), help="of a text beyond a context (default error)")
     return result
 
 

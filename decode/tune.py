@@ -42,19 +42,15 @@ def parser() -> argparse.ArgumentParser:
     l2 = "penalty: LAMBDA/2 times the squared distance to the weights of --combine, in nats per token (default 0)"
     add("--l2", type=float, default=0.0, metavar="LAMBDA", help=l2)
     add("--bounds", metavar="LOW,HIGH", help="keep every weight within these, such as 0,inf (default: no bounds)")
-    add(
-        "--against",
-        action="append",
-        metavar="EXPR",
-        help="a fixed expression to compare with; may be repeated (default: that of --combine, the plain sum, the "
-        "first model with half of each other, each model alone)",
-    )
+    against = "a fixed expression to compare with; may be repeated (default: that of --combine, the plain sum, the "
+    against += "first model with half of each other, each model alone)"
+    add("--against", action="append", metavar="EXPR", help=against)
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    from decode.pipeline.tuning import run  # with PyTorch: --help does not wait for it
+    from decode.fitting.tuning import run  # with PyTorch: --help does not wait for it
 
     return run(arguments)
 

@@ -18,9 +18,8 @@ from typing import Any
 from minillama.errors import InputError
 from minillama.machine import pick_device
 
-INSTALL = "BERTScore needs the package bert-score: pip install 'collab-mt[bertscore]'"
 BATCH_SIZE = 64  # bert-score's default
-WEIGHTS = ("*.safetensors", "*.bin")
+FILES = ("*.safetensors", "*.bin", "config.json")  # that the signature of a folder depends on
 
 
 @dataclass(frozen=True)
@@ -38,23 +37,15 @@ class BertScorer:
         from bert_score.utils import bert_cos_score_idf
 
         scores = [0.0] * len(hypotheses)
-        pairs = enumerate(zip(hypotheses, references))
-        filled = [index for index, (hypothesis, reference) in pairs if hypothesis.strip() and reference.strip()]
-        if not filled:
+        pairs = {i: pair for i, pair in enumerate(zip(references, hypotheses)) if all(map(str.strip, pair))}
+        if not pairs:
             return scores
-        weights: defaultdict[int, float] = defaultdict(lambda: 1.0)
-        weights[self.tokenizer.sep_token_id] = 0
-        weights[self.tokenizer.cls_token_id] = 0
-        values = bert_cos_score_idf(
-            self.model,
-            [references[index] for index in filled],
-            [hypotheses[index] for index in filled],
-            self.tokenizer,
-            weights,
-            device=self.device,
-            batch_size=self.batch_size,
-        )
-        for index, value in zip(filled, values[..., 2].tolist()):
+        idf: defaultdict[int, float] = defaultdict(lambda: 1.0)  # weights of tokens: all alike, no special ones
+        idf |= {self.tokenizer.sep_token_id: 0, self.tokenizer.cls_token_id: 0}
+        texts = map(list, zip(*pairs.values()))
+        options = {"device": self.device, "batch_size": self.batch_size}
+        values = bert_cos_score_idf(self.model, *texts, self.tokenizer, idf, **options)
+        for index, value in zip(pairs, values[..., 2].tolist()):
             scores[index] = value
         return scores
 
@@ -79,21 +70,18 @@ def load_bertscorer(
         with contextlib.redirect_stderr(io.StringIO()):
             from bert_score.utils import get_hash, get_model, lang2model, model2layers
     except ImportError as error:
-        raise InputError(INSTALL) from error
+        raise InputError("BERTScore needs the package bert-score: pip install 'collab-mt[bertscore]'") from error
     if model is None:
         if target is None:
-            raise InputError(
-                "BERTScore has no default model without a target language: give --bertscore-model or --target"
-            )
+            raise InputError("BERTScore needs a model or a target language: give --bertscore-model or --target")
         model = str(lang2model[target.lower().replace("_", "-").split("-")[0]])
     folder = Path(model)
-    is_folder = folder.is_dir()
-    if not is_folder and (folder.is_absolute() or model.startswith(".")):
+    if not folder.is_dir() and (folder.is_absolute() or model.startswith(".")):
         raise InputError(f"{model}: no such folder, expected an encoder's folder or a name on the hub")
     if layers is None:
-        layers = None if is_folder else model2layers.get(model)
-        if layers is None:
-            raise InputError(f"{model}: bert-score knows no best layer for it, give --bertscore-layers N")
+        layers = None if folder.is_dir() else model2layers.get(model)
+    if layers is None:
+        raise InputError(f"{model}: bert-score knows no best layer for it, give --bertscore-layers N")
     if batch_size < 1:
         raise InputError(f"batch size {batch_size}, expected at least 1")
     device = str(pick_device(device))
@@ -116,8 +104,8 @@ def load_bertscorer(
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{model}: cannot be loaded as an encoder for BERTScore ({reason[:200]})") from error
-    signature = get_hash(folder.resolve().name if is_folder else model, layers, False, False, False, False)
-    if is_folder:
+    signature = get_hash(folder.resolve().name if folder.is_dir() else model, layers, False, False, False, False)
+    if folder.is_dir():
         signature += f"_sha256={_digest(folder)}"
     if batch_size != BATCH_SIZE:
         signature += f"_batch={batch_size}"
@@ -136,15 +124,14 @@ def _load_tokenizer(model: str, config: Any) -> Any:
         # RoBERTa's positions start after its padding index.
         reserved = tokenizer.pad_token_id + 1 if isinstance(tokenizer, RobertaTokenizer) else 0
         tokenizer.model_max_length = positions - reserved
-    if tokenizer.model_max_length > 1_000_000:  # no limit known: transformers' own marker overflows in the tokenizer
-        tokenizer.model_max_length = 1_000_000
+    # Where no limit is known, transformers' own marker overflows in the tokenizer.
+    tokenizer.model_max_length = min(tokenizer.model_max_length, 1_000_000)
     return tokenizer
 
 
 def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
-    files = {path for pattern in (*WEIGHTS, "config.json") for path in folder.glob(pattern)}
-    for path in sorted(files):
+    for path in sorted(path for pattern in FILES for path in folder.glob(pattern)):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from corpora import read_lines
-from eval.score import METRICS, score
-from eval.significance import SAMPLES, SEED
+from eval.score import add_score_options, score, score_options
 from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
 from minillama.files import atomic_write
@@ -31,8 +30,7 @@ def compare_all(
     by the other's name and the metric's key. Raises InputError as `score` does.
     """
     found: dict[str, Any] = {}
-    rounds = list(against) or [next(iter(systems))]
-    for name in rounds:
+    for name in against or list(systems)[:1]:
         others = {other: lines for other, lines in systems.items() if other != name}
         report = score(systems[name], references, metrics, baselines=others, **options)
         found.setdefault(name, {"metrics": report["metrics"], "p": {}})
@@ -48,15 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m eval.compare", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--system", action="append", required=True, metavar="NAME=FILE", help="translations, one per line; repeatable")
-    add("--reference", required=True, metavar="FILE")
-    add("--target", metavar="CODE", help="target language")
     add("--against", action="append", default=[], metavar="NAME", help="compare all others with it; repeatable")
-    add("--metrics", default="bleu,chrf", metavar="LIST", help=f"some of {','.join(METRICS)} (default: bleu,chrf)")
-    add("--samples", type=int, default=SAMPLES, help=f"resamples of the paired bootstrap (default: {SAMPLES})")
-    add("--seed", type=int, default=SEED, help=f"seed of the resampling (default: {SEED}, sacrebleu's)")
-    add("--bertscore-model", metavar="NAME|DIR")
-    add("--bertscore-layers", type=int, metavar="N")
     add("--output", required=True, metavar="FILE", help="scores as JSON")
+    add_score_options(parser)
     arguments = parser.parse_args(argv)
     files = {}
     for word in arguments.system:
@@ -67,17 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in arguments.against:
         if name not in files:
             raise InputError(f"--against {name}: no such system; known are {', '.join(files)}")
-    result = compare_all(
-        {name: read_lines(path) for name, path in files.items()},
-        read_lines(arguments.reference),
-        arguments.metrics.split(","),
-        arguments.against,
-        target=arguments.target,
-        samples=arguments.samples,
-        seed=arguments.seed,
-        bertscore_model=arguments.bertscore_model,
-        bertscore_layers=arguments.bertscore_layers,
-    )
+    systems = {name: read_lines(path) for name, path in files.items()}
+    references, metrics = read_lines(arguments.reference), arguments.metrics.split(",")
+    result = compare_all(systems, references, metrics, arguments.against, **score_options(arguments))
     atomic_write(Path(arguments.output), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return 0
 

@@ -21,23 +21,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     pairs = read_pairs(arguments.pairs, *arguments.languages)
     if arguments.lines:
-        pairs = between(pairs, *arguments.lines)
+        first, last = arguments.lines
+        if last > len(pairs):
+            raise InputError(f"{pairs.origin}: {len(pairs):,} pairs; lines {first:,} to {last:,} are requested")
+        here, origin = slice(first - 1, last), f"{pairs.origin}, lines {first:,} to {last:,}"
+        pairs = Pairs(pairs.source[here], pairs.target[here], 0, origin, pairs.details)
     with atomic_folder(Path(arguments.output)) as folder:
         for language, lines in zip(arguments.languages, (pairs.source, pairs.target)):
             (folder / f"{language}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         (folder / "origin.txt").write_text(pairs.describe() + "\n", encoding="utf-8")
     print(pairs.describe(), file=sys.stderr)
     return 0
-
-
-def between(pairs: Pairs, first: int, last: int) -> Pairs:
-    """The pairs of these numbers, from 1; raises InputError where there are fewer."""
-    if last > len(pairs):
-        raise InputError(f"{pairs.origin}: {len(pairs):,} pairs; lines {first:,} to {last:,} are requested")
-    here = slice(first - 1, last)
-    return Pairs(
-        pairs.source[here], pairs.target[here], 0, f"{pairs.origin}, lines {first:,} to {last:,}", pairs.details
-    )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from corpora.languages import language_name
 from corpora.metrics import bleu_tokenizers, text_metrics
 from corpora.text import display_name, read_lines
 from eval.significance import SAMPLES, SEED, compare_means, compare_scores
+from eval.table import print_report
 from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
 from minillama.files import atomic_write
@@ -56,13 +57,7 @@ def score(
     if target is not None:
         language_name(target)
     others = dict(baselines or {})
-    for name, lines in {"the hypothesis": hypotheses, **others}.items():
-        if len(lines) != len(references):
-            raise InputError(
-                f"{name} has {len(lines)} lines and the reference has {len(references)}, expected the same number"
-            )
-    if not references:
-        raise InputError("no sentences to score, expected at least one line")
+    _check_aligned({"the hypothesis": hypotheses, **others}, "the reference", references)
     if samples < 1 or seed < 0:
         raise InputError(f"{samples} resamples with seed {seed}, expected at least 1 and a seed of 0 or more")
     systems = [hypotheses, *others.values()]
@@ -99,50 +94,39 @@ def score(
 
 def _check_metrics(metrics: Sequence[str]) -> list[str]:
     names = list(dict.fromkeys(name.strip().lower() for name in metrics if name.strip()))
-    for name in names:
+    for name in names or [""]:
         if name not in METRICS:
             raise InputError(f"unknown metric {name!r}, expected some of {','.join(METRICS)}")
-    if not names:
-        raise InputError(f"no metric, expected some of {','.join(METRICS)}")
     return names
+
+
+def _check_aligned(systems: Mapping[str, Sequence[str]], reference: str, references: Sequence[str]) -> None:
+    for name, lines in systems.items():
+        if len(lines) != len(references):
+            counts = f"{name} has {len(lines)} lines and {reference} has {len(references)}"
+            raise InputError(f"{counts}, expected the same number")
+    if not references:
+        raise InputError(f"{reference}: no sentences to score, expected at least one line")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    paths = [arguments.hypothesis, arguments.reference, *arguments.baseline]
-    if paths.count("-") > 1:
+    paths = [arguments.hypothesis, *arguments.baseline]
+    if [*paths, arguments.reference].count("-") > 1:
         raise InputError("'-' is given more than once, expected standard input to be one of the files")
     if len(set(arguments.baseline)) < len(arguments.baseline):
         raise InputError("a baseline is given twice, expected different files")
     names = _check_metrics(arguments.metrics.split(","))
-    reference = read_lines(arguments.reference)
-    files = {path: read_lines(path) for path in [arguments.hypothesis, *arguments.baseline]}
-    for path, lines in files.items():
-        if len(lines) != len(reference):
-            raise InputError(
-                f"{display_name(path)} has {len(lines)} lines and {display_name(arguments.reference)} has"
-                f" {len(reference)}, expected the same number"
-            )
-    if not reference:
-        raise InputError(f"{display_name(arguments.reference)}: no sentences to score, expected at least one line")
-    _announce(arguments, names, len(reference))
-    report = {
-        "hypothesis": display_name(arguments.hypothesis),
-        "reference": display_name(arguments.reference),
-        **score(
-            files[arguments.hypothesis],
-            reference,
-            names,
-            target=arguments.target,
-            baselines={display_name(path): files[path] for path in arguments.baseline},
-            samples=arguments.samples,
-            seed=arguments.seed,
-            bertscore_model=arguments.bertscore_model,
-            bertscore_layers=arguments.bertscore_layers,
-            bertscore_batch_size=arguments.batch_size,
-            device=arguments.device,
-        ),
-    }
+    reference, references = display_name(arguments.reference), read_lines(arguments.reference)
+    systems = [(display_name(path), read_lines(path)) for path in paths]
+    _check_aligned(dict(systems), reference, references)
+    (hypothesis, hypotheses), *baselines = systems
+    tokenizers = ", ".join(bleu_tokenizers(arguments.target))
+    metrics = ", ".join(f"bleu ({tokenizers})" if name == "bleu" else name for name in names)
+    against = f", bootstrap of {arguments.samples} against {len(baselines)} baseline(s)" if baselines else ""
+    print(f"scoring {len(references):,} sentences of {hypothesis}: {metrics}{against}", file=sys.stderr)
+    scores = score(hypotheses, references, names, baselines=dict(baselines), **score_options(arguments))
+    report = {"hypothesis": hypothesis, "reference": reference, **scores}
     as_json = json.dumps(report, ensure_ascii=False, indent=2)
     if arguments.report:
         try:
@@ -152,22 +136,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(as_json)
     else:
-        from eval.table import print_report
-
         print_report(report)
     return 0
 
 
-def _announce(arguments: argparse.Namespace, names: Sequence[str], sentences: int) -> None:
-    """Print what will be done on standard error; standard output has the result alone."""
-    tokenizers = ", ".join(bleu_tokenizers(arguments.target))
-    metrics = ", ".join(f"bleu ({tokenizers})" if name == "bleu" else name for name in names)
-    against = f", bootstrap of {arguments.samples} against {len(arguments.baseline)} baseline(s)"
-    hypothesis = display_name(arguments.hypothesis)
-    print(
-        f"scoring {sentences:,} sentences of {hypothesis}: {metrics}{against if arguments.baseline else ''}",
-        file=sys.stderr,
-    )
+def add_score_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that scores; `score_options` passes them to `score`."""
+    add = parser.add_argument
+    add("--reference", required=True, metavar="FILE", help="reference translations, line-aligned")
+    add("--metrics", default="bleu,chrf", metavar="LIST", help=f"some of {','.join(METRICS)} (default: bleu,chrf)")
+    add("--target", metavar="CODE", help="target language; adds BLEU with its own tokenizer (ja, zh, ko)")
+    add("--samples", type=int, default=SAMPLES, help=f"resamples of the paired bootstrap (default: {SAMPLES})")
+    add("--seed", type=int, default=SEED, help=f"seed of the resampling (default: {SEED}, sacrebleu's)")
+    add("--bertscore-model", metavar="NAME|DIR", help="encoder (default: bert-score's for the target language)")
+    add("--bertscore-layers", type=int, metavar="N", help="layer to use (default: bert-score's; required for a DIR)")
+    add("--batch-size", type=int, default=64, help="sentences in a batch of the encoder (default: 64)")
+    add("--device", default="auto", help="device of the encoder: auto, cpu, cuda (default: auto)")
+
+
+def score_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `score` from the options of a command."""
+    names = ("target", "samples", "seed", "bertscore_model", "bertscore_layers", "device")
+    return {"bertscore_batch_size": arguments.batch_size, **{name: getattr(arguments, name) for name in names}}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -178,16 +168,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--hypothesis", required=True, metavar="FILE", help="translations, one per line ('-' is standard input)")
-    add("--reference", required=True, metavar="FILE", help="reference translations, line-aligned")
-    add("--metrics", default="bleu,chrf", metavar="LIST", help=f"some of {','.join(METRICS)} (default: bleu,chrf)")
-    add("--target", metavar="CODE", help="target language; adds BLEU with its own tokenizer (ja, zh, ko)")
     add("--baseline", action="append", default=[], metavar="FILE", help="compare with these translations; repeatable")
-    add("--samples", type=int, default=SAMPLES, help=f"resamples of the paired bootstrap (default: {SAMPLES})")
-    add("--seed", type=int, default=SEED, help=f"seed of the resampling (default: {SEED}, sacrebleu's)")
-    add("--bertscore-model", metavar="NAME|DIR", help="encoder (default: bert-score's for the target language)")
-    add("--bertscore-layers", type=int, metavar="N", help="layer to use (default: bert-score's; required for a DIR)")
-    add("--batch-size", type=int, default=64, help="sentences in a batch of the encoder (default: 64)")
-    add("--device", default="auto", help="device of the encoder: auto, cpu, cuda (default: auto)")
+    add_score_options(parser)
     add("--json", action="store_true", help="print JSON")
     add("--report", metavar="FILE", help="also write the JSON to a file")
     return parser

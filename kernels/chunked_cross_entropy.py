@@ -2,12 +2,11 @@
 
     loss = sum_r logsumexp(W h_r) - (W h_r)[target_r],   dloss/dlogits = softmax(logits) - onehot(target)
 
-Rows are processed in chunks. The gradient of a sum is known as soon as its logits are, so a chunk's logits become the
-gradient in place and at once go into the gradients of the hidden states and of the weight: three matmuls, as many as
-without chunks, and nothing is computed twice. Backward only multiplies by the gradient of the sum.
+A chunk's logits become their gradient in place, which goes into those of hidden states and weight at once: three
+matmuls, as many as without chunks. Backward only multiplies by the gradient of the sum.
 
 Memory over inputs and gradients: one chunk of logits, CHUNK_BYTES. In half precision the matmuls have that dtype, as in
-autograd; softmax and sums are in float32, and so is the sum of the weight's gradient over chunks.
+autograd; softmax, sums and the sum of the weight's gradient over chunks are in float32.
 
     R rows  C rows of a chunk  D width  V vocabulary
 """
@@ -17,15 +16,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# A chunk's logits: large enough that reading and writing the weight's gradient once a chunk is little beside its
-# matmuls, which on a GPU are many times faster.
+# Large enough that reading and writing the weight's gradient once a chunk is little beside the chunk's matmuls.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Arguments as `kernels.linear_cross_entropy`; `dtype` is that of the matmuls.
 
-    needed: which gradients, (hidden, weight); read outside, since whether gradients are recorded is not known inside.
+    needed: which gradients, (hidden, weight); whether gradients are recorded is not known inside.
     """
 
     @staticmethod

@@ -57,17 +57,16 @@ def fused_logits(
 
     logits: N <= 8 tensors (B, V), bfloat16, float16 or float32, in any mixture, any row stride.
     weights: (N,) or (N, B) float32, finite. Where a sequence's weight is 0, that member is left out of it: its logits
-    of that sequence are not used and may hold anything. A tensor (N,) on a GPU must hold no 0; one (N, B) may.
+    may hold anything. A tensor (N,) on a GPU must hold no 0; one (N, B) may.
     members: each member's own log-probability of the token and of the targets.   top_k: the k <= 32 best.
     targets: (B,) or (B, G) int64, G <= 64, log-probabilities of these tokens.   sample: see `Sampling`.
     out: an earlier result of the same request, overwritten; nothing is allocated then, as a CUDA graph needs it.
     Raises ValueError for shapes, dtypes and devices that do not fit, and for a sequence whose weights are all zero
-    (flagged as masked where weights are on a GPU). What is wrong with logits is reported by `flag` (see
-    `describe_flag`), which the engine reads with the tokens: this function does not wait for the device.
+    (flagged as masked where weights are on a GPU). What is wrong with logits is reported by `flag`, see
+    `describe_flag`: this function does not wait for the device.
     """
     logits = check_logits(logits)
-    batch, vocabulary = logits[0].shape
-    device = logits[0].device
+    (batch, vocabulary), device = logits[0].shape, logits[0].device
     weights = check_weights(weights, len(logits), batch, device)
     if not 0 <= top_k <= min(MAX_TOP_K, vocabulary):
         raise ValueError(f"top_k must be 0 to {min(MAX_TOP_K, vocabulary)}, found {top_k}")
@@ -76,22 +75,16 @@ def fused_logits(
     request = Request(logits, weights, members, top_k, targets, sampling)
     kind = backend(device)
     if kind == "triton":
-        if sampling is not None and sampling.top_k is not None:
-            from kernels.triton import top_k_top_p
+        from kernels.triton import fused_logits, top_k_top_p
 
-            return top_k_top_p.run(request, out)
-        from kernels.triton import fused_logits as triton_path
-
-        return triton_path.run(request, out)
+        truncated = sampling is not None and sampling.top_k is not None
+        return (top_k_top_p if truncated else fused_logits).run(request, out)
     with record_function("fused_logits"):  # one name for its operations in a profile
         if kind == "cpu":
-            from kernels.cpu import fused_logits as cpu_path
-
-            result = cpu_path.run(request)
+            from kernels.cpu.fused_logits import run
         else:
-            from kernels import reference
-
-            result = reference.fused_logits(request)
+            from kernels.reference import fused_logits as run
+        result = run(request)
     return result if out is None else copy_into(out, result)
 
 
@@ -108,8 +101,7 @@ def fused_head(
 
     hidden: N <= 8 tensors (B, D_i), of the dtype of their output layer.   output: N tensors (V, D_i), row-major.
     weights: (N,) or (N, B) float32, finite and not zero.   targets: (B,) or (B, G) int64, log-probabilities of these
-    tokens.   moments: mean and covariance of the members' logits under the combined distribution, and their own logits
-    of the targets.   out: an earlier result, overwritten. On a GPU each chunk waits for the device once.
+    tokens.   moments: see `FusedHead`.   out: an earlier result, overwritten. On a GPU each chunk waits for the device.
     Raises ValueError for shapes, dtypes and devices that do not fit; wrong values are reported by `flag`: here OVERFLOW
     stands for any infinite sum and the member is the one after which the sum is no longer finite.
     """
@@ -118,13 +110,10 @@ def fused_head(
     weights = check_weights(weights, len(hidden), batch, device, may_be_zero=False)
     targets = check_targets(targets, batch, device)
     if backend(device) == "eager":
-        from kernels import reference
-
-        result = reference.fused_head(hidden, output, weights, targets, moments)
+        from kernels.reference import fused_head as run
     else:
-        from kernels import output_moments
-
-        result = output_moments.run(hidden, output, weights, targets, moments)
+        from kernels.output_moments import run
+    result = run(hidden, output, weights, targets, moments)
     return result if out is None else copy_into(out, result)
 
 
@@ -140,7 +129,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tens
     if tuple(target.shape) != (len(hidden),) or len({hidden.device, weight.device, target.device}) > 1:
         raise ValueError(f"target must be ({len(hidden)},) on {hidden.device}, found {tuple(target.shape)}")
     kind, device_type = backend(hidden.device), hidden.device.type
-    compute = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
     if kind == "eager":
         from kernels import reference
 
@@ -148,9 +136,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tens
     from kernels import chunked_cross_entropy as chunked
 
     if kind == "triton":
-        from kernels.triton.softmax_minus_target import softmax_minus_target as softmax
+        from kernels.triton.softmax_minus_target import softmax_minus_target
     else:
-        softmax = chunked.softmax_minus_target
+        softmax_minus_target = chunked.softmax_minus_target
+    compute = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
     needed = (hidden.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else (False, False)
     with torch.autocast(device_type, enabled=False):
-        return chunked.LinearCrossEntropy.apply(hidden, weight, target, compute, needed, softmax)
+        return chunked.LinearCrossEntropy.apply(hidden, weight, target, compute, needed, softmax_minus_target)

@@ -2,16 +2,14 @@
 
     x = sum_i w_i h_i W_iᵀ = [w_1 h_1 … w_N h_N] [W_1 … W_N]ᵀ
 
-A chunk of 4,096 vocabulary entries is one accumulated matmul per block of rows; only its (maximum, index, sum of
-exponentials), the targets' entries and the moments are kept. Weights in half precision are converted to float32 a chunk
-at a time, so the matmuls are in float32.
+A chunk of 4,096 vocabulary entries is one accumulated float32 matmul per block of rows; only its (maximum, index, sum
+of exponentials), the targets' entries and the moments are kept.
 
 Moments, for fitting the weights: with p = softmax(x), the gradient of log Z in w_i is E_p[l_i] and its second
-derivative in (w_i, w_j) is Cov_p(l_i, l_j). Each chunk's are taken about its own best token, where the mass is, and
-joined in float64.
+derivative in (w_i, w_j) is Cov_p(l_i, l_j). Each chunk's are computed about its own best token and joined in float64.
 
 Memory over the weights: about (5 + N for moments) buffers of ROWS x SPLIT floats and one chunk of one member's weight.
-Bytes: each weight once; operations: 2 R V sum_i D_i. The same code runs on a CPU and on a GPU.
+Bytes: each weight once; operations: 2 R V sum_i D_i.
 
     R rows  D width  V vocabulary  N members  C entries of a chunk  S chunks  G target tokens
 """
@@ -33,20 +31,19 @@ _LOWEST = torch.finfo(torch.float32).min
 def run(
     hidden: Sequence[Tensor], output: Sequence[Tensor], weights: Tensor, target_RG: Tensor | None, moments: bool
 ) -> FusedHead:
-    """Every result of `fused_head`; output layers are read chunk by chunk, rows in blocks inside a chunk."""
-    rows, vocabulary, members, device = len(hidden[0]), len(output[0]), len(hidden), hidden[0].device
+    """Every result of `kernels.fused_head`; output layers are read chunk by chunk, rows in blocks inside a chunk."""
+    rows, vocabulary, device = len(hidden[0]), len(output[0]), hidden[0].device
+    members, chunks = len(hidden) if moments else 0, -(-vocabulary // SPLIT)  # members whose own logits are kept
     weights_NR = weights if weights.dim() == 2 else weights[:, None].expand(-1, rows)
-    chunks = -(-vocabulary // SPLIT)
+    token_RG = torch.empty(rows, 0, dtype=torch.int64, device=device) if target_RG is None else target_RG
     peak_RS = torch.empty(rows, chunks, device=device)
     total_RS = torch.empty(rows, chunks, device=device)
     token_RS = torch.empty(rows, chunks, dtype=torch.int64, device=device)
     flag_R = torch.zeros(rows, dtype=torch.int32, device=device)
-    x_RG = None if target_RG is None else torch.full(target_RG.shape, torch.nan, device=device)
-    own_NRG = None
-    if target_RG is not None and moments:
-        own_NRG = torch.full((members, *target_RG.shape), torch.nan, device=device)
-    mean_RSN = torch.empty(rows, chunks, members, dtype=torch.float64, device=device) if moments else None
-    spread_RSNN = mean_RSN.new_empty(rows, chunks, members, members) if mean_RSN is not None else None
+    x_RG = torch.full(token_RG.shape, torch.nan, device=device)
+    own_NRG = torch.full((members, *token_RG.shape), torch.nan, device=device)
+    mean_RSN = torch.empty(rows, chunks, members, dtype=torch.float64, device=device)
+    spread_RSNN = torch.empty(rows, chunks, members, members, dtype=torch.float64, device=device)
 
     for chunk in range(chunks):
         start, stop = chunk * SPLIT, min(vocabulary, (chunk + 1) * SPLIT)
@@ -59,17 +56,14 @@ def run(
                 flag_R[here] = torch.maximum(flag_R[here], block_flag_R)
             peak_R, index_R = x_RC.max(dim=1)
             peak_RS[here, chunk], token_RS[here, chunk] = peak_R, index_R + start
-            if target_RG is not None and x_RG is not None:
-                inside_RG = (target_RG[here] >= start) & (target_RG[here] < stop)
-                column_RG = torch.where(inside_RG, target_RG[here] - start, 0)
-                x_RG[here] = torch.where(inside_RG, x_RC.gather(1, column_RG), x_RG[here])
-                if own_NRG is not None:
-                    for number, logits_RC in enumerate(logits_NRC):
-                        own_RG = own_NRG[number]
-                        own_RG[here] = torch.where(inside_RG, logits_RC.gather(1, column_RG), own_RG[here])
+            inside_RG = (token_RG[here] >= start) & (token_RG[here] < stop)
+            column_RG = torch.where(inside_RG, token_RG[here] - start, 0)
+            x_RG[here] = torch.where(inside_RG, x_RC.gather(1, column_RG), x_RG[here])
+            for own_RG, logits_RC in zip(own_NRG, logits_NRC, strict=False):
+                own_RG[here] = torch.where(inside_RG, logits_RC.gather(1, column_RG), own_RG[here])
             exp_RC = x_RC.sub_(peak_R.clamp_min(_LOWEST)[:, None]).exp_()
             total_RS[here, chunk] = exp_RC.sum(dim=1)
-            if mean_RSN is not None and spread_RSNN is not None:
+            if moments:
                 mean_RSN[here, chunk], spread_RSNN[here, chunk] = _moments(exp_RC, logits_NRC, index_R)
 
     peak_R = peak_RS.amax(dim=1)
@@ -81,7 +75,7 @@ def run(
     log_total_R = share_RS.sum(dim=1).log()
     first_R1 = peak_RS.max(dim=1, keepdim=True).indices  # the first of equal ones, as inside a chunk
     mean_NR = covariance_NNR = None
-    if mean_RSN is not None and spread_RSNN is not None:
+    if moments:
         share_RS = share_RS.double() / share_RS.double().sum(dim=1, keepdim=True)
         mean_RN = torch.einsum("rs,rsn->rn", share_RS, mean_RSN)
         about_RSN = mean_RSN - mean_RN[:, None]
@@ -92,8 +86,8 @@ def run(
         token=torch.where(fine_R, token_RS.gather(1, first_R1)[:, 0], -1),
         logprob=nan_R - log_total_R,
         flag=flag_R,
-        target_logprob=None if x_RG is None else x_RG - peak_R[:, None] - log_total_R[:, None] + nan_R[:, None],
-        target_logits=own_NRG,
+        target_logprob=None if target_RG is None else x_RG - peak_R[:, None] - log_total_R[:, None] + nan_R[:, None],
+        target_logits=own_NRG if moments and target_RG is not None else None,
         mean=mean_NR,
         covariance=covariance_NNR,
     )
@@ -102,13 +96,10 @@ def run(
 def _chunk(
     hidden_NRD: list[Tensor], output_NCD: list[Tensor], weights_NR: Tensor, moments: bool
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
-    """x of one block of rows and one chunk, the members' own logits if moments need them, and flags, None if all is
-    finite.
-    """
+    """x of a block of rows and a chunk, the members' logits where they were computed, flags or None (all finite)."""
 
     def logits() -> list[Tensor]:
-        pairs = zip(hidden_NRD, output_NCD, strict=True)
-        return [hidden_RD.float() @ output_CD.float().T for hidden_RD, output_CD in pairs]
+        return [h_RD.float() @ output_CD.float().T for h_RD, output_CD in zip(hidden_NRD, output_NCD, strict=True)]
 
     logits_NRC = logits() if moments else []
     if moments:
@@ -126,9 +117,7 @@ def _chunk(
 
 
 def _moments(exp_RC: Tensor, logits_NRC: list[Tensor], index_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of the members' logits within a chunk, float64, from deviations about the chunk's best
-    token.
-    """
+    """Mean and covariance of the members' logits in a chunk, float64, from deviations about the chunk's best token."""
     total_R = exp_RC.sum(dim=1).double()
     centre_RN = torch.stack([logits_RC.gather(1, index_R[:, None])[:, 0] for logits_RC in logits_NRC], dim=1)
     for number, logits_RC in enumerate(logits_NRC):

@@ -2,8 +2,7 @@
 
 Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011): ten rounds of two 32-bit
 products over a counter of four words under a key of two. Here the key is the seed and the counter is (v // 4, position,
-row id, 0), whose four outputs belong to entries v // 4 * 4 + 0..3, so entry v of a row gets the same number in whatever
-batch the row comes.
+row id, 0), whose four outputs belong to entries v // 4 * 4 + 0..3: they do not depend on the batch.
 
     B rows  V vocabulary  C counters, V / 4 rounded up
 """
@@ -36,21 +35,17 @@ def philox(
 
 def random_words(seed_B: Tensor, row_id_B: Tensor, position_B: Tensor, start: int, stop: int) -> Tensor:
     """One 32-bit word for each entry start .. stop of each row, (B, stop - start) int64; `start` is a multiple of 4."""
-    seeds = seed_B[:, None]
+    seeds, rows, positions = seed_B[:, None], row_id_B[:, None] & _WORD, position_B[:, None] & _WORD
     counter_C = torch.arange(start // 4, -(-stop // 4), dtype=torch.int64, device=row_id_B.device)
-    rows, positions = row_id_B[:, None] & _WORD, position_B[:, None] & _WORD
-    counter = (counter_C[None], positions, rows, torch.zeros_like(rows))
-    words = philox(counter, (seeds & _WORD, seeds >> 32 & _WORD))
-    words = torch.broadcast_tensors(*words)
-    return torch.stack(words, dim=2).flatten(1)[:, : stop - start]
+    words = philox((counter_C[None], positions, rows, torch.zeros_like(rows)), (seeds & _WORD, seeds >> 32 & _WORD))
+    return torch.stack(torch.broadcast_tensors(*words), dim=2).flatten(1)[:, : stop - start]
 
 
 def gumbel(words: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard Gumbel noise -log(E), E exponential, from 32-bit words.
 
-    With u = (word + 1/2) / 2**32, E = -log(1 - u): fine steps where u is small, where the noise is large and decides
-    the sample. In float32 the logarithm of 1 - u loses them below u = 2**-12, so three terms of its series
-    replace it there.
+    With u = (word + 1/2) / 2**32, E = -log(1 - u): fine steps where u is small and the noise large. In float32 the
+    logarithm of 1 - u loses them below u = 2**-12; three terms of its series replace it there.
     """
     u = (words.to(dtype) + 0.5) * 2.0**-32
     if dtype == torch.float64:

@@ -1,7 +1,7 @@
 """The definitions, in plain eager PyTorch. What this file computes is what every kernel must mean.
 
-Written to be read, not to be fast: each step is one line of the definition, over whole (N, B, V) tensors. With
-`dtype=torch.float64` it is the truth that the tests compare with; in float32 it is the `eager` backend.
+Each step is one line of the definition, over whole (N, B, V) tensors. In float64 it is the truth that the tests compare
+with; in float32 it is the `eager` backend.
 
     B sequences  V vocabulary  N members  K best  G target tokens  R rows
 """
@@ -14,16 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.philox import gumbel, random_words
-from kernels.types import (
-    ALL_MASKED,
-    INFINITE,
-    NAN,
-    OVERFLOW,
-    FusedHead,
-    FusedLogits,
-    Request,
-    SamplingTensors,
-)
+from kernels.types import ALL_MASKED, INFINITE, NAN, OVERFLOW, FusedHead, FusedLogits, Request, SamplingTensors
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -69,40 +60,37 @@ def fused_logits(request: Request, dtype: torch.dtype = torch.float32) -> FusedL
         return torch.where(fine_B.view(shape), values, torch.nan).float()
 
     def at(values_BV: Tensor, token_BG: Tensor) -> Tensor:
-        inside_BG = (token_BG >= 0) & (token_BG < request.vocabulary)
-        return result(torch.where(inside_BG, values_BV.gather(1, torch.where(inside_BG, token_BG, 0)), torch.nan))
+        return result(entries(values_BV, token_BG))
 
-    sample_token_B = sample_logprob_B = top_token_BK = top_logprob_BK = None
+    results: dict[str, Tensor] = {}
     if request.sample is not None:
         sample_token_B = sample(x_BV, request.sample)
-        sample_logprob_B = at(logprob_BV, sample_token_B[:, None])[:, 0]
+        results["sample_token"] = torch.where(fine_B, sample_token_B, -1)
+        results["sample_logprob"] = at(logprob_BV, sample_token_B[:, None])[:, 0]
     if request.top_k:
         best_BK = x_BV.sort(dim=1, descending=True, stable=True).indices[:, : request.top_k]
         best_logprob_BK = logprob_BV.gather(1, best_BK)
-        top_token_BK = torch.where(fine_B[:, None] & (best_logprob_BK > -torch.inf), best_BK, -1)
-        top_logprob_BK = result(best_logprob_BK)
-    member_logprob_NB = member_target_logprob_NBG = None
+        results["top_token"] = torch.where(fine_B[:, None] & (best_logprob_BK > -torch.inf), best_BK, -1)
+        results["top_logprob"] = result(best_logprob_BK)
+    if request.targets is not None:
+        results["target_logprob"] = at(logprob_BV, request.targets)
     if request.members:
         own_NBV = [
             torch.where((weights_B == 0)[:, None], torch.nan, torch.log_softmax(logits_BV.to(dtype), dim=1))
             for logits_BV, weights_B in zip(request.logits, request.weights_NB, strict=True)
         ]
-        chosen_B1 = (token_B if sample_token_B is None else sample_token_B)[:, None]
-        member_logprob_NB = torch.stack([at(own_BV, chosen_B1)[:, 0] for own_BV in own_NBV])
+        token_B1 = (token_B if request.sample is None else sample_token_B)[:, None]
+        results["member_logprob"] = torch.stack([at(own_BV, token_B1)[:, 0] for own_BV in own_NBV])
         if request.targets is not None:
-            member_target_logprob_NBG = torch.stack([at(own_BV, request.targets) for own_BV in own_NBV])
-    return FusedLogits(
-        token=torch.where(fine_B, token_B, -1),
-        logprob=at(logprob_BV, token_B[:, None])[:, 0],
-        flag=flag_B,
-        member_logprob=member_logprob_NB,
-        member_target_logprob=member_target_logprob_NBG,
-        top_token=top_token_BK,
-        top_logprob=top_logprob_BK,
-        target_logprob=None if request.targets is None else at(logprob_BV, request.targets),
-        sample_token=None if sample_token_B is None else torch.where(fine_B, sample_token_B, -1),
-        sample_logprob=sample_logprob_B,
-    )
+            results["member_target_logprob"] = torch.stack([at(own_BV, request.targets) for own_BV in own_NBV])
+    logprob_B = at(logprob_BV, token_B[:, None])[:, 0]
+    return FusedLogits(torch.where(fine_B, token_B, -1), logprob_B, flag_B, **results)
+
+
+def entries(values_BV: Tensor, token_BG: Tensor) -> Tensor:
+    """The values at the tokens, NaN outside 0 .. V-1."""
+    inside_BG = (token_BG >= 0) & (token_BG < values_BV.shape[1])
+    return torch.where(inside_BG, values_BV.gather(1, torch.where(inside_BG, token_BG, 0)), torch.nan)
 
 
 def sample(x_BV: Tensor, sample: SamplingTensors) -> Tensor:
@@ -159,26 +147,13 @@ def fused_head(
         covariance_NNB = torch.einsum("bv,nbv,mbv->nmb", p_BV, about_NBV, about_NBV).float()
         mean_NB = mean_NB.float()
         if targets is not None:
-            inside_BG = (targets >= 0) & (targets < sums.vocabulary)
-            token_BG = torch.where(inside_BG, targets, 0)
-            own_NBG = torch.stack([logits_BV.gather(1, token_BG) for logits_BV in logits_NBV])
-            target_logits_NBG = torch.where(inside_BG, own_NBG, torch.nan).float()
-    return FusedHead(
-        token=result.token,
-        logprob=result.logprob,
-        flag=result.flag,
-        target_logprob=result.target_logprob,
-        target_logits=target_logits_NBG,
-        mean=mean_NB,
-        covariance=covariance_NNB,
-    )
+            target_logits_NBG = torch.stack([entries(logits_BV, targets) for logits_BV in logits_NBV]).float()
+    values = result.token, result.logprob, result.flag, result.target_logprob
+    return FusedHead(*values, target_logits_NBG, mean_NB, covariance_NNB)
 
 
 def linear_cross_entropy(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor) -> Tensor:
-    """Summed cross-entropy of an output layer with all its logits in memory, in float32 or wider; autograd's gradients.
-
-    In float64 throughout it is the truth.
-    """
+    """Summed cross-entropy of an output layer, float32 or wider, with all logits in memory and autograd's gradients."""
     logits_RV = torch.nn.functional.linear(hidden_RD, weight_VD)
     wide = torch.promote_types(logits_RV.dtype, torch.float32)
     return torch.nn.functional.cross_entropy(logits_RV.to(wide), target_R, reduction="sum")

@@ -1,7 +1,6 @@
 """Arguments and results shared by all backends of `fused_logits` and `fused_head`, the flags, and all checks.
 
-Every backend (Triton, CPU, eager) receives the same checked request and fills the same result, so the checks are here,
-once. This file knows no arithmetic.
+Every backend (Triton, CPU, eager) receives the same checked request and fills the same result.
 
     B sequences  V vocabulary  N members  G target tokens  K best  D model width
 """
@@ -10,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -21,13 +20,14 @@ MAX_MEMBERS = 8
 MAX_TOP_K = 32
 MAX_TARGETS = 64
 MAX_VOCABULARY = 262_144
-# The vocabulary is split into tiles here and nowhere else, on every backend: sums are formed inside a split first, then
-# over the splits, so a sequence's bits cannot depend on the others in the batch.
+# On every backend sums are formed inside a split of the vocabulary first, then over the splits, so a sequence's bits
+# cannot depend on the others in the batch.
 SPLIT = 4096
 
 # A flag is kind * 16 + member number + 1 (0 where no member is to blame); of several, the largest is kept.
 ALL_MASKED, OVERFLOW, INFINITE, NAN = 1, 2, 3, 4
 _KINDS = {
+    ALL_MASKED: "every token is masked",
     OVERFLOW: "the weighted sum leaves float32's range at {}",
     INFINITE: "+inf in the logits of {}",
     NAN: "NaN in the logits of {}",
@@ -39,10 +39,7 @@ def describe_flag(flag: int, names: Sequence[str] | None = None) -> str:
     kind, member = divmod(int(flag), 16)
     if kind == 0:
         return ""
-    if kind == ALL_MASKED:
-        return "every token is masked"
-    name = names[member - 1] if names is not None else f"member {member - 1}"
-    return _KINDS[kind].format(name)
+    return _KINDS[kind].format(f"member {member - 1}" if names is None or member == 0 else names[member - 1])
 
 
 @dataclass(frozen=True)
@@ -50,14 +47,12 @@ class Sampling:
     """How to sample. A sample depends on (seed, row_id, position) and on the sequence's own logits, on nothing else.
 
     Each parameter is one number for all sequences or a tensor (B,) with one for each.
-    seed: int64.   row_id, position: (B,) int64, each within 0 .. 2**31 - 1.   temperature: float32, 0 or more; 0 is
-    greedy: `sample_token` and `sample_logprob` are exactly `token` and `logprob`.
+    seed: int64.   row_id, position: (B,) int64 within 0 .. 2**31 - 1.   temperature: float32, 0 or more; 0 is greedy.
     top_k: int64; a token is kept if fewer than top_k are strictly more probable; 0 keeps all.
     top_p: float32 or float64, above 0 up to 1; a token is kept if those strictly more probable have a mass below top_p
     at that temperature; 1 keeps all. A token must pass both; tokens of equal probability are kept or dropped together.
-    On a GPU the values of a tensor are not looked at, so tensors for top_k or top_p cost the search for what is kept:
-    give the numbers 0 and 1 where nothing is truncated. Inside a CUDA graph give tensors for what changes between
-    replays; a number is recorded once.
+    On a GPU the values of a tensor are not looked at: tensors for top_k or top_p cost the search for what is kept, the
+    numbers 0 and 1 do not. Inside a CUDA graph give tensors for what changes between replays.
     """
 
     seed: Tensor | int
@@ -70,9 +65,7 @@ class Sampling:
     @property
     def truncated(self) -> bool:
         """Whether top_k or top_p may drop a token of some sequence."""
-        if _on_gpu(self.top_k) or _on_gpu(self.top_p):
-            return True
-        return _holds(self.top_k, lambda top_k: top_k != 0) or _holds(self.top_p, lambda top_p: top_p != 1)
+        return _may_hold(self.top_k, lambda top_k: top_k != 0) or _may_hold(self.top_p, lambda top_p: top_p != 1)
 
 
 @dataclass(frozen=True)
@@ -132,10 +125,6 @@ class Request:
         return self.logits[0].shape[1]
 
     @property
-    def device(self) -> torch.device:
-        return self.logits[0].device
-
-    @property
     def weights_NB(self) -> Tensor:
         """The weights with one column a sequence (a view where they are shared)."""
         return self.weights if self.weights.dim() == 2 else self.weights[:, None].expand(-1, self.batch)
@@ -152,8 +141,8 @@ class FusedHead:
     """Results of the output layers, one entry a sequence; a flagged one has token -1 and NaN in every float result.
 
     token (B,) int64, logprob (B,) float32 nats, flag (B,) int32; target_logprob (B, G) float32, NaN outside 0 .. V-1.
-    With moments: mean (N, B) and covariance (N, N, B) float32 of the members' logits under the combined distribution,
-    and target_logits (N, B, G) float32, the members' own logits of the targets.
+    With moments, float32: mean (N, B) and covariance (N, N, B) of the members' logits under the combined distribution,
+    and target_logits (N, B, G), the members' own logits of the targets.
     """
 
     token: Tensor
@@ -174,15 +163,10 @@ def check_logits(logits: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if first.dim() != 2 or first.numel() == 0 or first.shape[1] > MAX_VOCABULARY:
         raise ValueError(f"logits must be (B, V), not empty, V <= {MAX_VOCABULARY:,}, found {tuple(first.shape)}")
     for number, logits_BV in enumerate(logits):
-        if logits_BV.shape != first.shape or logits_BV.device != first.device:
-            raise ValueError(
-                f"logits of member {number} are {tuple(logits_BV.shape)} on {logits_BV.device}, "
-                f"those of member 0 {tuple(first.shape)} on {first.device}"
-            )
-        if logits_BV.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"logits of member {number} are {logits_BV.dtype}, expected bfloat16, float16 or float32")
+        name = f"logits of member {number}"
+        _check(name, logits_BV, first.shape, first.device, torch.float32, torch.bfloat16, torch.float16)
         if logits_BV.shape[1] > 1 and logits_BV.stride(1) != 1:
-            raise ValueError(f"logits of member {number} have stride {logits_BV.stride(1)} along V, expected 1")
+            raise ValueError(f"{name} have stride {logits_BV.stride(1)} along V, expected 1")
     return logits
 
 
@@ -196,20 +180,17 @@ def check_weights(
     values = weights if isinstance(weights, Tensor) else torch.tensor(weights, dtype=torch.float32)
     if tuple(values.shape) not in {(members,), (members, batch)}:
         raise ValueError(f"weights must be ({members},) or ({members}, {batch}), found {tuple(values.shape)}")
-    if not values.is_cuda:
-        if not torch.isfinite(values).all():
-            raise ValueError(f"weights must be finite, found {values.tolist()}")
-        zero = values == 0
-        if (zero.all(dim=0) if may_be_zero else zero).any():
-            rule = "must not all be zero for a sequence" if may_be_zero else "must not be zero"
-            raise ValueError(f"weights {rule}, found {values.tolist()}")
-        if values.dim() == 1 and zero.any():
-            values = values[:, None].repeat(1, batch)
-    if not isinstance(weights, Tensor):
-        return values.to(device)
-    if values.dtype != torch.float32 or values.device != device:
-        raise ValueError(f"weights must be float32 on {device}, found {values.dtype} on {values.device}")
-    return values
+    if isinstance(weights, Tensor):
+        _check("weights", weights, weights.shape, device, torch.float32)
+    if values.is_cuda:
+        return values
+    zero = values == 0
+    if not torch.isfinite(values).all() or (zero.all(dim=0) if may_be_zero else zero).any():
+        rule = "must not all be zero for a sequence" if may_be_zero else "must not be zero"
+        raise ValueError(f"weights must be finite and {rule}, found {values.tolist()}")
+    if values.dim() == 1 and zero.any():
+        values = values[:, None].repeat(1, batch)
+    return values.to(device)
 
 
 def check_targets(targets: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
@@ -219,8 +200,7 @@ def check_targets(targets: Tensor | None, batch: int, device: torch.device) -> T
     targets = targets[:, None] if targets.dim() == 1 else targets
     if targets.dim() != 2 or targets.shape[0] != batch or not 1 <= targets.shape[1] <= MAX_TARGETS:
         raise ValueError(f"targets must be ({batch},) or ({batch}, 1 to {MAX_TARGETS}), found {tuple(targets.shape)}")
-    if targets.dtype != torch.int64 or targets.device != device:
-        raise ValueError(f"targets must be int64 on {device}, found {targets.dtype} on {targets.device}")
+    _check("targets", targets, targets.shape, device, torch.int64)
     return targets.contiguous()
 
 
@@ -229,39 +209,30 @@ def check_head(hidden: Sequence[Tensor], output: Sequence[Tensor]) -> tuple[tupl
     hidden, output = tuple(hidden), tuple(output)
     if not 1 <= len(hidden) <= MAX_MEMBERS or len(output) != len(hidden):
         raise ValueError(f"1 to {MAX_MEMBERS} members, one output layer each, found {len(hidden)} and {len(output)}")
-    batch, vocabulary, device = hidden[0].shape[0], output[0].shape[0], hidden[0].device
     for number, (hidden_BD, output_VD) in enumerate(zip(hidden, output, strict=True)):
-        if hidden_BD.dim() != 2 or output_VD.dim() != 2 or hidden_BD.numel() == 0 or output_VD.numel() == 0:
-            raise ValueError(f"member {number}: expected (B, D) and (V, D), found {hidden_BD.shape}, {output_VD.shape}")
-        if hidden_BD.shape != (batch, output_VD.shape[1]) or output_VD.shape[0] != vocabulary:
-            raise ValueError(
-                f"member {number}: hidden {tuple(hidden_BD.shape)} and output {tuple(output_VD.shape)} do not fit "
-                f"{batch} sequences and {vocabulary} entries"
-            )
-        if hidden_BD.device != device or output_VD.device != device or hidden_BD.dtype != output_VD.dtype:
-            raise ValueError(
-                f"member {number}: hidden is {hidden_BD.dtype} on {hidden_BD.device}, its output layer "
-                f"{output_VD.dtype} on {output_VD.device}; expected one dtype and {device}"
-            )
+        shape = output[0].shape[0], hidden_BD.shape[-1]
+        _check(f"output layer of member {number}", output_VD, shape, hidden[0].device, hidden_BD.dtype)
+        shape = hidden[0].shape[0], output_VD.shape[-1]
+        _check(f"hidden states of member {number}", hidden_BD, shape, hidden[0].device, output_VD.dtype)
+        if hidden_BD.numel() == 0 or output_VD.numel() == 0:
+            raise ValueError(f"member {number}: hidden states or output layer are empty")
     return hidden, output
 
 
 def check_sampling(sample: Sampling, batch: int, device: torch.device) -> SamplingTensors:
-    """The same as tensors (B,) on `device`; the values of tensors on a GPU are not looked at."""
+    """The same as tensors (B,) on `device`."""
     for name, value, wrong, rule in (
         ("temperature", sample.temperature, lambda t: (t < 0) | (t == math.inf) | (t != t), "0 or more"),
         ("top_k", sample.top_k, lambda k: k < 0, "0 or more"),
         ("top_p", sample.top_p, lambda p: (p <= 0) | (p > 1) | (p != p), "above 0, up to 1"),
     ):
-        if not _on_gpu(value) and _holds(value, wrong):
+        if not _on_gpu(value) and _may_hold(value, wrong):
             raise ValueError(f"{name} must be {rule}, found {value.tolist() if isinstance(value, Tensor) else value}")
 
     def tensor(name: str, value: Tensor | float, *dtypes: torch.dtype) -> Tensor:
         if not isinstance(value, Tensor):
             return torch.full((batch,), value, dtype=dtypes[0], device=device)
-        if tuple(value.shape) != (batch,) or value.dtype not in dtypes or value.device != device:
-            found = f"{tuple(value.shape)} {value.dtype} on {value.device}"
-            raise ValueError(f"{name} must be ({batch},) {dtypes[0]} on {device}, found {found}")
+        _check(name, value, (batch,), device, *dtypes)
         return value.contiguous()
 
     seed = sample.seed if isinstance(sample.seed, Tensor) else (sample.seed + 2**63) % 2**64 - 2**63
@@ -278,17 +249,25 @@ def check_sampling(sample: Sampling, batch: int, device: torch.device) -> Sampli
 
 
 def copy_into(out: Any, result: Any) -> Any:
-    """`out` with its tensors overwritten by those of a result like it, for a caller that keeps addresses fixed."""
-    for field in fields(out):
-        ours, theirs = getattr(out, field.name), getattr(result, field.name)
-        if isinstance(ours, Tensor):
-            ours.copy_(theirs)
+    """`out` with its tensors overwritten by those of a result like it."""
+    for name, values in vars(out).items():
+        if isinstance(values, Tensor):
+            values.copy_(getattr(result, name))
     return out
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device, *dtypes: torch.dtype) -> None:
+    """Raise ValueError unless the tensor has this shape and device and one of the dtypes."""
+    if tensor.shape != shape or tensor.device != device or tensor.dtype not in dtypes:
+        expected = " or ".join(map(str, dtypes))
+        found = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+        raise ValueError(f"{name} must be {tuple(shape)} {expected} on {device}, found {found}")
 
 
 def _on_gpu(value: Tensor | float) -> bool:
     return isinstance(value, Tensor) and value.is_cuda
 
 
-def _holds(value: Tensor | float, test: Callable[[Any], Any]) -> bool:
-    return bool(test(value).any()) if isinstance(value, Tensor) else bool(test(value))
+def _may_hold(value: Tensor | float, test: Callable[[Any], Any]) -> bool:
+    """Whether the test is true of a value; a tensor on a GPU is not looked at."""
+    return _on_gpu(value) or bool(torch.any(test(value)) if isinstance(value, Tensor) else test(value))

@@ -13,18 +13,11 @@ if TYPE_CHECKING:
     from minillama.cache import KVCache
     from minillama.config import LlamaConfig
     from minillama.model import Llama
-    from minillama.packed_attention import PackedSequences
     from minillama.tokenizer import Tokenizer
 
-__all__ = ["InputError", "KVCache", "Llama", "LlamaConfig", "PackedSequences", "Tokenizer"]
+__all__ = ["InputError", "KVCache", "Llama", "LlamaConfig", "Tokenizer"]
 
-_MODULES = {
-    "KVCache": "cache",
-    "Llama": "model",
-    "LlamaConfig": "config",
-    "PackedSequences": "packed_attention",
-    "Tokenizer": "tokenizer",
-}
+_MODULES = {"KVCache": "cache", "Llama": "model", "LlamaConfig": "config", "Tokenizer": "tokenizer"}
 
 
 def __getattr__(name: str) -> Any:

@@ -55,18 +55,14 @@ class KVCache:
     def extend(self, count: int, positions_BT: Tensor | None) -> Tensor:
         """Return the positions (B, T) of `count` new tokens of each sequence, and set the new lengths.
 
-        By default they follow each sequence's last position; explicit positions are read back to the host.
+        By default they follow each sequence's last position. They are read back to the host.
         Raises ValueError where a position is negative or past the capacity.
         """
         if positions_BT is None:
-            if self.filled + count > self.capacity:
-                self.filled = int(self.lengths_B.max())
-            last = self.filled + count - 1
             positions_BT = self.lengths_B[:, None] + torch.arange(count, device=self.lengths_B.device)
-        else:
-            last = int(positions_BT.max())
-            if int(positions_BT.min()) < 0:
-                raise ValueError("cache positions must not be negative")
+        first, last = int(positions_BT.min()), int(positions_BT.max())
+        if first < 0:
+            raise ValueError("cache positions must not be negative")
         if last >= self.capacity:
             raise ValueError(f"position {last} runs past the end of a cache of {self.capacity} positions")
         self.filled = max(self.filled, last + 1)

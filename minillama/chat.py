@@ -24,31 +24,26 @@ class ChatFormat:
     name: str
     opening: tuple[str, ...]
     closing: tuple[str, ...]
-    end_of_turn: str | None
     strip: bool
 
     @property
     def control_tokens(self) -> set[str]:
-        pieces = (*self.opening, *self.closing, self.end_of_turn)
-        return {piece for piece in pieces if piece and piece.startswith("<|")}
+        return {piece for piece in (*self.opening, *self.closing) if piece.startswith("<|")}
 
 
 FORMATS = {
     "llama3": ChatFormat(
-        "llama3", ("<|start_header_id|>", "{role}", "<|end_header_id|>", "\n\n"), ("<|eot_id|>",), "<|eot_id|>", True
+        "llama3", ("<|start_header_id|>", "{role}", "<|end_header_id|>", "\n\n"), ("<|eot_id|>",), strip=True
     ),
-    "chatml": ChatFormat("chatml", ("<|im_start|>", "{role}\n"), ("<|im_end|>", "\n"), "<|im_end|>", False),
-    "plain": ChatFormat("plain", (), (), None, False),
+    "chatml": ChatFormat("chatml", ("<|im_start|>", "{role}\n"), ("<|im_end|>", "\n"), strip=False),
+    "plain": ChatFormat("plain", (), (), strip=False),
 }
 BEGIN_OF_TEXT = ("<|begin_of_text|>", "<s>")
 
 
 def recognise(tokenizer: Tokenizer) -> ChatFormat:
     """Return the format whose control tokens the tokenizer has, `plain` where it has none."""
-    for chat in (FORMATS["llama3"], FORMATS["chatml"]):
-        if chat.control_tokens <= tokenizer.specials.keys():
-            return chat
-    return FORMATS["plain"]
+    return next(chat for chat in FORMATS.values() if chat.control_tokens <= tokenizer.specials.keys())
 
 
 def chat_format(name: str | None, tokenizer: Tokenizer) -> ChatFormat:
@@ -73,10 +68,10 @@ def render(messages: Sequence[Message], chat: ChatFormat, tokenizer: Tokenizer, 
     In `plain` the texts are joined by newlines. ChatML has no token before the first message. Adjacent texts (a role's
     newline and the message) are encoded as one, as in a rendered template.
     """
-    begin = bos_token_id if chat.name != "chatml" else None
-    if begin is None and chat.name != "chatml":
-        begin = next((token for name in BEGIN_OF_TEXT if (token := tokenizer.special(name)) is not None), None)
-    ids = [] if begin is None else [begin]
+    ids: list[int] = []
+    if chat.name != "chatml":
+        begins = [bos_token_id, *map(tokenizer.special, BEGIN_OF_TEXT)]
+        ids = [token for token in begins if token is not None][:1]
     if not chat.opening:
         return ids + tokenizer.encode("\n".join(text for _, text in messages))
     pieces: list[int | str] = []
@@ -85,16 +80,15 @@ def render(messages: Sequence[Message], chat: ChatFormat, tokenizer: Tokenizer, 
         pieces.append(text.strip() if chat.strip else text)
         pieces += _pieces(chat.closing, role, tokenizer)
     pieces += _pieces(chat.opening, "assistant", tokenizer)
-    for _, adjacent in groupby(pieces, key=lambda piece: isinstance(piece, int)):
+    for kind, adjacent in groupby(pieces, key=type):
         run = list(adjacent)
-        ids += tokenizer.encode("".join(map(str, run))) if isinstance(run[0], str) else [int(piece) for piece in run]
+        ids += tokenizer.encode("".join(map(str, run))) if kind is str else map(int, run)
     return ids
 
 
 def stop_tokens(chat: ChatFormat, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The token that ends an answer in this format, in addition to the model's own stop tokens."""
-    token = tokenizer.special(chat.end_of_turn) if chat.end_of_turn else None
-    return () if token is None else (token,)
+    return tuple(token for piece in chat.closing if (token := tokenizer.special(piece)) is not None)
 
 
 def _pieces(template: tuple[str, ...], role: str, tokenizer: Tokenizer) -> list[int | str]:

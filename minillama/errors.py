@@ -32,6 +32,11 @@ def exit_code(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt as interruption:
         print(str(interruption) or "interrupted", file=sys.stderr)
         return 130
+    except ImportError as error:
+        if error.name != "kernels":
+            raise
+        print("error: Hugging Face's package `kernels` hides ours here; pip uninstall kernels", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of our standard output has closed it (`| head`): no bug of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

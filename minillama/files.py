@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -54,7 +55,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
-    old = None
+    old = temporary.with_suffix(".old")
     try:
         os.chmod(temporary, 0o777 & ~umask())
         yield temporary
@@ -64,18 +65,16 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             sync(path)
         sync(temporary)
         if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
             os.rename(folder, old)
         os.rename(temporary, folder)
         sync(folder.parent)
     except BaseException:
-        if old is not None and not folder.exists():
+        if old.exists() and not folder.exists():
             os.rename(old, folder)
-        shutil.rmtree(temporary, ignore_errors=True)
         raise
     finally:
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _keep_other_files(folder: Path, temporary: Path) -> None:
@@ -92,12 +91,9 @@ def _keep_other_files(folder: Path, temporary: Path) -> None:
 
     for path in folder.iterdir():
         is_weights = path.name.startswith(("model", "pytorch_model", "consolidated")) and ".safetensors" in path.name
-        if (temporary / path.name).exists() or is_weights:
-            continue
-        if path.is_dir():
-            shutil.copytree(path, temporary / path.name, symlinks=True, copy_function=link)
-        else:
-            link(str(path), str(temporary / path.name))
+        if not is_weights and not (temporary / path.name).exists():
+            copy = partial(shutil.copytree, symlinks=True, copy_function=link) if path.is_dir() else link
+            copy(str(path), str(temporary / path.name))
 
 
 def atomic_write(path: Path, text: str) -> None:

@@ -23,20 +23,14 @@ def visible_blocks(lengths: Sequence[int], prefix: int, block: int) -> tuple[np.
 
     A query sees itself and the earlier keys of its own sequence and of the prefix.
     """
-    ends = np.cumsum(lengths) + prefix
-    total = int(ends[-1])
-    count = -(-total // block)
-    partial, full = np.zeros((count, count), dtype=bool), np.zeros((count, count), dtype=bool)
-    starts = np.concatenate([[0], ends - lengths]) if prefix else ends - lengths
-    for query in range(count):
-        first, last = query * block, min(total, (query + 1) * block) - 1
-        start = int(starts[np.searchsorted(starts, first, side="right") - 1])  # of the first query's sequence
-        one_sequence = start == int(starts[np.searchsorted(starts, last, side="right") - 1])
-        partial[query, start // block : query + 1] = True
-        partial[query, : min(-(-prefix // block), query + 1)] = True
-        if one_sequence:
-            full[query, -(-start // block) : query] = True
-        full[query, : min(prefix // block, query)] = True
+    sequence_starts = np.cumsum([prefix, *lengths[:-1]])
+    start_T = np.concatenate([np.zeros(prefix, dtype=int), np.repeat(sequence_starts, lengths)])
+    key = np.arange(-(-len(start_T) // block))
+    query = key[:, None]
+    start = start_T[query * block]  # of the sequence of the block's first query
+    one_sequence = start == start_T[np.minimum((query + 1) * block, len(start_T)) - 1]
+    partial = (key <= query) & ((key >= start // block) | (key * block < prefix))
+    full = (key < query) & ((one_sequence & (key * block >= start)) | ((key + 1) * block <= prefix))
     return partial & ~full, full
 
 

@@ -1,6 +1,7 @@
 """The machine a command runs on: its devices, free memory, processor and package versions, for checks and reports."""
 
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +18,9 @@ def pick_device(name: str) -> "torch.device":
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name}: unknown; use cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name}: not supported; use cpu, cuda or cuda:N")
+    if not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):
+        raise InputError(f"--device {name}: unknown; use cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not count:

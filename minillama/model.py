@@ -136,21 +136,20 @@ class ForwardContext:
     def __init__(
         self,
         config: LlamaConfig,
-        x_BTD: Tensor,
+        x: Tensor,
         positions_BT: Tensor,
         cache: KVCache | None,
-        packed: PackedSequences | None = None,
+        packed: PackedSequences | None,
     ) -> None:
-        self.cos, self.sin = rope_cos_sin(config, positions_BT, x_BTD.dtype)
+        self.cos, self.sin = rope_cos_sin(config, positions_BT, x.dtype)
         self.positions_BT = positions_BT
         self.cache = cache
-        self.packed = None if packed is None else packed.attention(x_BTD.device, x_BTD.dtype, config.head_dim)
+        self.packed = None if packed is None else packed.attention(x.device, x.dtype, config.head_dim)
         self.groups = config.num_attention_heads // config.num_key_value_heads
         if cache is not None:
             keys_S = torch.arange(cache.filled, device=positions_BT.device)
             visible_BTS = keys_S <= positions_BT[..., None]
-            mask_BTS = torch.zeros(visible_BTS.shape, dtype=x_BTD.dtype, device=x_BTD.device)
-            mask_BTS.masked_fill_(~visible_BTS, float("-inf"))
+            mask_BTS = x.new_zeros(visible_BTS.shape).masked_fill_(~visible_BTS, float("-inf"))
             # The G query heads of a group are folded into the query axis, so keys and values are read once, unexpanded.
             self.mask = mask_BTS[:, None, None].expand(-1, -1, self.groups, -1, -1).flatten(2, 3)
 
@@ -274,7 +273,7 @@ class Llama(nn.Module):
         with torch.device("meta"):
             model = cls(checkpoint.config)
         check_shapes(model, checkpoint)
-        load_weights(model, checkpoint, dtype, torch.device(device))
+        load_weights(model, checkpoint, dtype, device)
         model.stop_tokens = checkpoint.stop_tokens
         return model.eval()
 

@@ -9,6 +9,7 @@ Triton is installed.
 # T positions of the row  N sequences  R positions of all buckets  H heads  K key/value heads  C head width
 # L positions of a bucket's sequences  P positions of the prefix
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -71,27 +72,24 @@ class PackedSequences:
 
     def bucket_attention(self, device: torch.device) -> "BucketAttention":
         """The buckets' index tensors on the device."""
-        row_of_R, bucket_of_T, prefix_of_NP = [], [], []
-        prefix = np.arange(self.prefix)
-        row, start, number = self.prefix, 0, 0
-        for count, width in self.buckets:
-            for length in self.lengths[number : number + count]:
-                padding = np.zeros(width - self.prefix - length, dtype=np.int64)  # row 0: its results are not read
-                row_of_R += [prefix, np.arange(row, row + length), padding]
-                bucket_of_T.append(np.arange(self.prefix, self.prefix + length) + start)
-                prefix_of_NP.append(prefix + start)
-                row, start, number = row + length, start + width, number + 1
-        index_T = np.concatenate([prefix_of_NP[0], *bucket_of_T])
-        reader_R = np.full(start, self.total)  # T is a row of zeros: no position reads this result
-        reader_R[index_T] = np.arange(self.total)
+        widths_N = np.repeat([width for _, width in self.buckets], [count for count, _ in self.buckets])
+        start_N = np.cumsum(widths_N) - widths_N
+        prefix_of_NP = start_N[:, None] + np.arange(self.prefix)
+        bucket_of_T = np.arange(self.total)
+        bucket_of_T[self.prefix :] += np.repeat(start_N + self.lengths - np.cumsum(self.lengths), self.lengths)
+        row_of_R = np.zeros(widths_N.sum(), dtype=np.int64)  # padding copies row 0: its results are not read
+        row_of_R[prefix_of_NP] = np.arange(self.prefix)
+        row_of_R[bucket_of_T] = np.arange(self.total)
+        reader_of_R = np.full_like(row_of_R, self.total)  # T is a row of zeros: no position reads this result
+        reader_of_R[bucket_of_T] = np.arange(self.total)
         return BucketAttention(
             shapes=self.buckets,
-            is_gathered=start != self.total,
+            is_gathered=len(row_of_R) != self.total,
             prefix=self.prefix,
-            row_of_R=torch.from_numpy(np.concatenate(row_of_R)).to(device),
-            bucket_of_T=torch.from_numpy(index_T).to(device),
-            reader_of_R=torch.from_numpy(reader_R).to(device),
-            prefix_of_NP=torch.from_numpy(np.stack(prefix_of_NP)).to(device),
+            row_of_R=torch.from_numpy(row_of_R).to(device),
+            bucket_of_T=torch.from_numpy(bucket_of_T).to(device),
+            reader_of_R=torch.from_numpy(reader_of_R).to(device),
+            prefix_of_NP=torch.from_numpy(prefix_of_NP).to(device),
         )
 
 
@@ -116,41 +114,36 @@ class BucketAttention:
             out_NHLC = F.scaled_dot_product_attention(q_NHLC, k_NKLC, v_NKLC, is_causal=True, enable_gqa=grouped)
             outs.append(out_NHLC.transpose(1, 2).flatten(0, 1))
         out_RHC = torch.cat(outs) if len(outs) > 1 else outs[0]
-        out_THC = _FromBuckets.apply(out_RHC, self) if self.is_gathered else out_RHC
+        out_THC = _Gather.apply(out_RHC, self.bucket_of_T, self._to_results) if self.is_gathered else out_RHC
         return out_THC.transpose(0, 1)[None]
 
     def _buckets(self, x_THC: Tensor) -> list[Tensor]:
-        x_RHC = _ToBuckets.apply(x_THC, self) if self.is_gathered else x_THC
+        x_RHC = _Gather.apply(x_THC, self.row_of_R, self._to_row) if self.is_gathered else x_THC
         buckets = x_RHC.split([count * width for count, width in self.shapes])
         return [bucket.unflatten(0, shape).transpose(1, 2) for bucket, shape in zip(buckets, self.shapes)]
 
+    def _to_row(self, d_RHC: Tensor) -> Tensor:
+        """The gradient of the row, from that of the buckets' positions."""
+        d_THC = d_RHC.index_select(0, self.bucket_of_T)
+        if self.prefix:
+            d_NPHC = d_RHC.index_select(0, self.prefix_of_NP.flatten()).unflatten(0, self.prefix_of_NP.shape)
+            torch.sum(d_NPHC, dim=0, out=d_THC[: self.prefix])
+        return d_THC
 
-class _ToBuckets(torch.autograd.Function):
+    def _to_results(self, d_THC: Tensor) -> Tensor:
+        """The gradient of the buckets' results, from that of the row."""
+        zero_1HC = d_THC.new_zeros(1, *d_THC.shape[1:])
+        return torch.cat((d_THC, zero_1HC)).index_select(0, self.reader_of_R)
+
+
+class _Gather(torch.autograd.Function):
     """Its backward gathers too, where autograd would scatter: a fixed order of additions, so it is deterministic."""
 
     @staticmethod
-    def forward(ctx, x_THC: Tensor, attention: BucketAttention) -> Tensor:
-        ctx.attention = attention
-        return x_THC.index_select(0, attention.row_of_R)
+    def forward(ctx, x: Tensor, index: Tensor, backward: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.gather_gradient = backward
+        return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx, d_RHC: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        attention = ctx.attention
-        d_THC = d_RHC.index_select(0, attention.bucket_of_T)
-        if attention.prefix:
-            prefix_of_NP = attention.prefix_of_NP
-            d_NPHC = d_RHC.index_select(0, prefix_of_NP.flatten()).unflatten(0, prefix_of_NP.shape)
-            torch.sum(d_NPHC, dim=0, out=d_THC[: attention.prefix])
-        return d_THC, None
-
-
-class _FromBuckets(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, out_RHC: Tensor, attention: BucketAttention) -> Tensor:
-        ctx.attention = attention
-        return out_RHC.index_select(0, attention.bucket_of_T)
-
-    @staticmethod
-    def backward(ctx, d_THC: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        zero_1HC = d_THC.new_zeros(1, *d_THC.shape[1:])
-        return torch.cat((d_THC, zero_1HC)).index_select(0, ctx.attention.reader_of_R), None
+    def backward(ctx, d: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.gather_gradient(d), None, None

@@ -87,7 +87,7 @@ class TPGroup:
         """
         x = x.contiguous()
         if not ordered or self.size == 2:
-            self._call(lambda: dist.all_reduce(x, group=self.group))
+            self._call(dist.all_reduce, x)
             return x
         first, *others = self._all_gather(x)
         for other in others:
@@ -107,23 +107,22 @@ class TPGroup:
 
     def broadcast(self, values: Tensor) -> Tensor:
         """Rank 0's values on all ranks, in place: for what must not differ by a rounding or a clock."""
-        self._call(lambda: dist.broadcast(values, group_src=0, group=self.group))
+        self._call(dist.broadcast, values, group_src=0)
         return values
 
     def all_reduce_min(self, values: Tensor) -> Tensor:
         """The minimum of all ranks' values, in place."""
-        minimum = dist.ReduceOp.MIN
-        self._call(lambda: dist.all_reduce(values, minimum, group=self.group))
+        self._call(dist.all_reduce, values, dist.ReduceOp.MIN)
         return values
 
     def _all_gather(self, x: Tensor) -> list[Tensor]:
         shards = [torch.empty_like(x) for _ in range(self.size)]
-        self._call(lambda: dist.all_gather(shards, x, group=self.group))
+        self._call(dist.all_gather, shards, x)
         return shards
 
-    def _call(self, collective: Callable[[], object]) -> None:
+    def _call(self, collective: Callable[..., object], *arguments: object, **options: object) -> None:
         try:
-            collective()
+            collective(*arguments, group=self.group, **options)
         except RuntimeError as error:  # the backend's; shapes are equal on all ranks
             reason = str(error).strip().split("\n")[0]
             raise PeerLost(f"a process that holds a shard of a model does not answer ({reason})") from None
@@ -193,11 +192,9 @@ def load_shard(
     InputError, before a weight is read, for a model that cannot be run or split.
     """
     checkpoint = open_folder(resolve_folder(folder))
-    check_divides(checkpoint.config, tp.size, str(folder))
     with torch.device("meta"):
-        whole = Llama(checkpoint.config)
-        model = LlamaShard(checkpoint.config, tp)
+        whole, model = Llama(checkpoint.config), LlamaShard(checkpoint.config, tp)
     check_shapes(whole, checkpoint)
-    load_weights(model, checkpoint, dtype, torch.device(device), tp.shard)
+    load_weights(model, checkpoint, dtype, device, tp.shard)
     model.stop_tokens = checkpoint.stop_tokens
     return model.eval()

@@ -7,6 +7,7 @@ vocabularies. Ids of control tokens are looked up by name (`special`), never by 
 
 import base64
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from itertools import count, pairwise
@@ -48,7 +49,6 @@ class Tokenizer:
         self._files = list(files)
         self.specials = backend.specials
         self._control = frozenset(backend.specials.values())
-        self._size = max(backend.pieces(), default=-1) + 1
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
@@ -61,11 +61,12 @@ class Tokenizer:
         return cls(_open_backend(found[0]), [*found, *(path for path in others if path.exists())])
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text)
+        # Lone surrogates are not valid UTF-8; they become U+FFFD.
+        return self._backend.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; control tokens and ids past the last entry are left out, invalid UTF-8 becomes U+FFFD."""
-        return self._backend.decode([token for token in ids if token < self._size and token not in self._control])
+        """Text of the ids; control tokens and ids without an entry are left out, invalid UTF-8 becomes U+FFFD."""
+        return self._backend.decode([token for token in ids if token in self.pieces() and token not in self._control])
 
     def special(self, name: str) -> int | None:
         """Id of a control token such as `<|eot_id|>`, or None."""
@@ -73,11 +74,11 @@ class Tokenizer:
 
     def pieces(self) -> dict[int, bytes]:
         """Every id's bytes, which need not be whole characters; a control token's are its name."""
-        return self._backend.pieces()
+        return self._backend.pieces
 
     def __len__(self) -> int:
         """One more than the largest id."""
-        return self._size
+        return max(self.pieces(), default=-1) + 1
 
     def differences(self, other: "Tokenizer") -> list[str]:
         """Return a line for every id whose entries differ; empty where the vocabularies are equal.
@@ -85,10 +86,9 @@ class Tokenizer:
         Entries are compared as bytes, so the same vocabulary in two file formats is equal. A control token is equal to
         one that the other vocabulary only reserves (`<|reserved_special_token_3|>`).
         """
-        tables = self._backend.pieces(), other._backend.pieces()
         found = []
-        for token in sorted(tables[0].keys() | tables[1].keys()):
-            mine, others = (table.get(token) for table in tables)
+        for token in sorted(self.pieces().keys() | other.pieces().keys()):
+            mine, others = self.pieces().get(token), other.pieces().get(token)
             if mine != others and not any(RESERVED in (piece or b"") for piece in (mine, others)):
                 found.append(f"{token}: {_show(mine)} against {_show(others)}")
         return found
@@ -129,14 +129,14 @@ class JsonBackend:
         added = self._tokenizer.get_added_tokens_decoder()
         self.specials = {token.content: index for index, token in added.items() if token.special}
         written = json.loads(self._tokenizer.to_str())
-        self._byte_level = '"ByteLevel"' in json.dumps(written.get("decoder"))
         unknown = written["model"].get("unk_token")
         self._control = frozenset(index for name, index in self.specials.items() if name != unknown)
-        self._added = {index: token.content for index, token in added.items()}
+        to_bytes = _byte_level_bytes if '"ByteLevel"' in json.dumps(written.get("decoder")) else _sentencepiece_bytes
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
+        self.pieces = {index: to_bytes(piece) for piece, index in vocabulary.items()}
+        self.pieces |= {index: token.content.encode() for index, token in added.items()}
 
     def encode(self, text: str) -> list[int]:
-        # Lone surrogates are not valid UTF-8; they become U+FFFD, as in tiktoken.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         if self._control.isdisjoint(encoding.ids):
             return encoding.ids
@@ -149,11 +149,6 @@ class JsonBackend:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
-
-    def pieces(self) -> dict[int, bytes]:
-        to_bytes = _byte_level_bytes if self._byte_level else _sentencepiece_bytes
-        table = {index: to_bytes(piece) for piece, index in self._tokenizer.get_vocab(with_added_tokens=False).items()}
-        return table | {index: content.encode() for index, content in self._added.items()}
 
 
 class TiktokenBackend:
@@ -170,8 +165,6 @@ class TiktokenBackend:
                     ranks[base64.b64decode(piece, validate=True)] = int(rank)
                 except ValueError:
                     raise InputError(f"{path}:{number}: expected a base64 piece and its rank") from None
-        if not ranks:
-            raise InputError(f"{path}: empty; expected base64 pieces and their ranks, one per line")
         if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
             raise InputError(f"{path}: expected ranks 0, 1, 2, ... and all 256 bytes among the pieces")
         reserved = (f"<|reserved_special_token_{number}|>" for number in count())
@@ -180,7 +173,8 @@ class TiktokenBackend:
         self._encoding = tiktoken.Encoding(
             path.name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=self.specials
         )
-        self._ranks: dict[bytes, int] = ranks
+        self.pieces = {rank: piece for piece, rank in ranks.items()}
+        self.pieces |= {index: name.encode() for name, index in self.specials.items()}
 
     def encode(self, text: str) -> list[int]:
         if len(text) < TIKTOKEN_MAX_RUN:
@@ -189,10 +183,6 @@ class TiktokenBackend:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode(list(ids))
-
-    def pieces(self) -> dict[int, bytes]:
-        table = {rank: piece for piece, rank in self._ranks.items()}
-        return table | {index: name.encode() for name, index in self.specials.items()}
 
 
 class SentencePieceBackend:
@@ -203,22 +193,18 @@ class SentencePieceBackend:
 
         self._processor: Any = SentencePieceProcessor(model_file=str(path))
         ids = range(self._processor.get_piece_size())
-        control = [i for i in ids if self._processor.is_control(i) or self._processor.is_unknown(i)]
-        self.specials = {self._processor.id_to_piece(i): i for i in control}
+        names = {i: self._processor.id_to_piece(i) for i in ids}
+        self.pieces = {i: _sentencepiece_bytes(name) for i, name in names.items()}
+        self.specials = {names[i]: i for i in ids if self._processor.is_control(i) or self._processor.is_unknown(i)}
 
     def encode(self, text: str) -> list[int]:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return self._processor.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode(list(ids))
 
-    def pieces(self) -> dict[int, bytes]:
-        ids = range(self._processor.get_piece_size())
-        return {i: _sentencepiece_bytes(self._processor.id_to_piece(i)) for i in ids}
 
-
-# One class per file format: `pieces` returns every id's bytes, `specials` are the ids of control tokens by name.
+# One class per file format: `pieces` are every id's bytes, `specials` the ids of control tokens by name.
 Backend = JsonBackend | TiktokenBackend | SentencePieceBackend
 
 
@@ -227,16 +213,9 @@ def _cut_long_runs(text: str) -> list[str]:
     pieces = []
     for offset in range(0, len(text), TIKTOKEN_MAX_TEXT):
         block = text[offset : offset + TIKTOKEN_MAX_TEXT]
-        start, run, run_is_space = 0, 0, block[0].isspace()
-        for index, character in enumerate(block):
-            if character.isspace() != run_is_space:
-                run, run_is_space = 1, not run_is_space
-            else:
-                run += 1
-                if run > TIKTOKEN_MAX_RUN:
-                    pieces.append(block[start:index])
-                    start, run = index, 1
-        pieces.append(block[start:])
+        runs = re.finditer(r"\s+|\S+", block)
+        cuts = [cut for run in runs for cut in range(run.start() + TIKTOKEN_MAX_RUN, run.end(), TIKTOKEN_MAX_RUN)]
+        pieces += [block[first:last] for first, last in pairwise([0, *cuts, len(block)])]
     return pieces
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's folder before its data is read.
+    """A model's folder before its data is read. What need not be loaded is in neither `shapes` nor `tensors`.
 
     dtype: the embedding's; tensors that are stored in another one are converted to it.
     tensors: yields (name, tensor) lazily, with Hugging Face's names.
@@ -48,7 +48,7 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         """The number of parameters, a tied output layer counted once."""
-        return sum(math.prod(shape) for name, shape in self.shapes.items() if not _is_ignored(name, self.config))
+        return sum(map(math.prod, self.shapes.values()))
 
 
 def open_folder(folder: Path) -> Checkpoint:
@@ -64,51 +64,37 @@ def load_weights(
     model: nn.Module,
     checkpoint: Checkpoint,
     dtype: torch.dtype | None,
-    device: torch.device,
+    device: torch.device | str,
     shard: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
     """Fill a model that was built on the meta device; its shapes must fit, see `check_shapes`.
 
     dtype None: the checkpoint's.   shard: maps a whole tensor, by its name, to what this model holds of it.
     """
-    parameters = dict(model.named_parameters())
-    filled: set[str] = set()
+    copy = checkpoint.copy or shard is not None
     for name, tensor in checkpoint.tensors():
-        if name in parameters:
-            owner, _, leaf = name.rpartition(".")
-            tensor = tensor if shard is None else shard(name, tensor)
-            copy = checkpoint.copy or shard is not None
-            tensor = tensor.to(device=device, dtype=dtype or checkpoint.dtype, copy=copy)
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=True))
-            filled.add(name)
-    assert filled == parameters.keys()
+        owner, _, leaf = name.rpartition(".")
+        tensor = tensor if shard is None else shard(name, tensor)
+        tensor = tensor.to(device=device, dtype=dtype or checkpoint.dtype, copy=copy)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
 
 
 def check_shapes(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Raise InputError that names every missing, unexpected and misshapen tensor of the checkpoint."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    found = {name: shape for name, shape in checkpoint.shapes.items() if not _is_ignored(name, checkpoint.config)}
-    misshapen = [
-        f"{name} {list(found[name])} instead of {list(expected[name])}"
-        for name in sorted(expected.keys() & found.keys())
-        if found[name] != expected[name]
-    ]
-    faults = [
-        f"{kind}: {', '.join(names)}"
-        for kind, names in (
-            ("missing", sorted(expected.keys() - found.keys())),
-            ("unexpected", sorted(found.keys() - expected.keys())),
-            ("of another shape", misshapen),
-        )
-        if names
-    ]
-    if faults:
-        raise InputError(f"{checkpoint.folder}: the tensors do not fit the configuration; {'; '.join(faults)}")
-
-
-def _is_ignored(name: str, config: LlamaConfig) -> bool:
-    """RoPE tables of early checkpoints, and a tied output layer that was stored a second time."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
+    found = checkpoint.shapes
+    faults = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} {list(found[name])} instead of {list(expected[name])}"
+            for name in sorted(expected.keys() & found.keys())
+            if found[name] != expected[name]
+        ],
+    }
+    if any(faults.values()):
+        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
+        raise InputError(f"{checkpoint.folder}: the tensors do not fit the configuration; {listed}")
 
 
 def write_checkpoint(
@@ -139,13 +125,10 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _read_largest_first(
-    names: Iterable[str],
-    shapes: Mapping[str, tuple[int, ...]],
-    open_map: Callable[[], Any],
-    read: Callable[[Any, str], Tensor],
+    shapes: Mapping[str, tuple[int, ...]], open_map: Callable[[], Any], read: Callable[[Any, str], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield tensors from a memory map, the largest first, while little else is in memory."""
-    remaining = sorted(names, key=lambda name: -math.prod(shapes[name]))
+    remaining = sorted(shapes, key=lambda name: -math.prod(shapes[name]))
     while remaining:
         mapped, handle = 0, open_map()
         while remaining and mapped < MAPPED_BYTES:
@@ -154,6 +137,12 @@ def _read_largest_first(
             yield remaining.pop(0), tensor
             del tensor
         del handle
+
+
+def _refuse_quantised(path: Path, dtypes: Mapping[str, object], floats: Collection[object]) -> None:
+    found = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in floats]
+    if found:
+        raise InputError(f"{path}: quantised weights cannot be run; give the unquantised model: {', '.join(found)}")
 
 
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
@@ -165,26 +154,23 @@ def _open_hugging_face(folder: Path) -> Checkpoint:
     if (folder / "generation_config.json").exists():
         generation = read_json(folder / "generation_config.json")
         stop_tokens = tuple(dict.fromkeys(stop_tokens + token_ids(generation.get("eos_token_id"))))
-    names: dict[Path, list[str]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    # Not loaded: RoPE tables of early checkpoints, and a tied output layer that was stored a second time.
+    ignored = ("rotary_emb.inv_freq", *(("lm_head.weight",) if config.tie_word_embeddings else ()))
+    files: dict[Path, dict[str, tuple[int, ...]]] = {}
     dtypes: dict[str, str] = {}
     for file in _weight_files(folder):
         with _open_safetensors(file) as handle:
-            names[file] = list(handle.keys())
-            for name in names[file]:
-                entry = handle.get_slice(name)
-                shapes[name], dtypes[name] = tuple(entry.get_shape()), entry.get_dtype()
-    quantised = [f"{name} ({kind})" for name, kind in dtypes.items() if kind not in FLOATS]
-    if quantised:
-        raise InputError(
-            f"{folder}: quantised weights cannot be run; give the unquantised model: {', '.join(quantised)}"
-        )
+            entries = {name: handle.get_slice(name) for name in handle.keys() if not name.endswith(ignored)}  # noqa: SIM118
+            files[file] = {name: tuple(entry.get_shape()) for name, entry in entries.items()}
+            dtypes |= {name: entry.get_dtype() for name, entry in entries.items()}
+    _refuse_quantised(folder, dtypes, FLOATS)
     dtype = FLOATS[dtypes.get("model.embed_tokens.weight", "F32")]
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for file in names:
-            yield from _read_largest_first(names[file], shapes, partial(_open_safetensors, file), safe_open.get_tensor)
+        for file, shapes in files.items():
+            yield from _read_largest_first(shapes, partial(_open_safetensors, file), safe_open.get_tensor)
 
+    shapes = {name: shape for part in files.values() for name, shape in part.items()}
     return Checkpoint(folder, config, stop_tokens, dtype, shapes, tensors)
 
 
@@ -221,12 +207,17 @@ def _open_meta(folder: Path) -> Checkpoint:
         raise InputError(f"{folder}: params.json without consolidated.*.pth")
     shards = [_map_pth(file) for file in files]
     meta_names = {_hugging_face_name(name): name for name in shards[0] if not name.startswith("rope.")}
-    shapes = {name: _joined_shape(meta_name, shards, files) for name, meta_name in meta_names.items()}
-    try:
-        vocab_size, width = shapes["model.embed_tokens.weight"]
-    except KeyError:
-        raise InputError(f"{files[0]}: no tok_embeddings.weight; is this a Llama checkpoint of Meta's?") from None
+    for name in meta_names.values():
+        if incomplete := [file.name for shard, file in zip(shards, files) if name not in shard]:
+            raise InputError(f"{folder}: {name} is missing from {', '.join(incomplete)}")
+    if "tok_embeddings.weight" not in shards[0]:
+        raise InputError(f"{files[0]}: no tok_embeddings.weight; is this a Llama checkpoint of Meta's?")
+    without_data = [{name: tensor.to("meta") for name, tensor in shard.items()} for shard in shards]
+    shapes = {name: tuple(_joined(meta_name, without_data).shape) for name, meta_name in meta_names.items()}
+    vocab_size, width = shapes["model.embed_tokens.weight"]
     tied = "lm_head.weight" not in shapes or _is_tied(shards)
+    if tied:
+        shapes.pop("lm_head.weight", None)
     params = folder / "params.json"
     config = LlamaConfig.from_meta(read_json(params), vocab_size, tied, str(params))
     if width != config.hidden_size:
@@ -238,7 +229,7 @@ def _open_meta(folder: Path) -> Checkpoint:
         return _to_hugging_face_rows(tensor, config.head_dim) if is_rotated else tensor
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        return _read_largest_first(meta_names, shapes, lambda: [_map_pth(file) for file in files], read)
+        return _read_largest_first(shapes, lambda: [_map_pth(file) for file in files], read)
 
     dtype = shards[0]["tok_embeddings.weight"].dtype
     return Checkpoint(folder, config, config.eos_token_id, dtype, shapes, tensors, copy=True)
@@ -252,9 +243,7 @@ def _map_pth(file: Path) -> dict[str, Tensor]:
         raise InputError(f"{file}: truncated, damaged or not a file of weights alone ({reason})") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise InputError(f"{file}: not a Llama checkpoint of Meta's; expected a table of tensors by name")
-    quantised = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in FLOATS.values()]
-    if quantised:
-        raise InputError(f"{file}: quantised weights cannot be run; give the unquantised model: {', '.join(quantised)}")
+    _refuse_quantised(file, {name: tensor.dtype for name, tensor in tensors.items()}, FLOATS.values())
     return tensors
 
 
@@ -276,33 +265,17 @@ META_NAMES = {
 
 def _hugging_face_name(name: str) -> str:
     """`layers.3.attention.wq.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names stay as they are."""
-    if name in META_NAMES:
-        return META_NAMES[name]
     match = re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", name)
     if match and match[2] in META_NAMES:
         return f"model.layers.{match[1]}.{META_NAMES[match[2]]}.weight"
-    return name
-
-
-def _split_axis(name: str) -> int:
-    """Meta's model-parallel files split the inputs of wo and w2 and the outputs of the others (Llama 3)."""
-    return 1 if name.endswith(("wo.weight", "w2.weight")) else 0
-
-
-def _joined_shape(name: str, shards: list[dict[str, Tensor]], files: list[Path]) -> tuple[int, ...]:
-    incomplete = [file.name for shard, file in zip(shards, files) if name not in shard]
-    if incomplete:
-        raise InputError(f"{files[0].parent}: {name} is missing from {', '.join(incomplete)}")
-    shape = list(shards[0][name].shape)
-    if len(shape) == 2:
-        shape[_split_axis(name)] = sum(shard[name].shape[_split_axis(name)] for shard in shards)
-    return tuple(shape)
+    return META_NAMES.get(name, name)
 
 
 def _joined(name: str, shards: list[dict[str, Tensor]]) -> Tensor:
+    """Meta's model-parallel files split the inputs of wo and w2 and the outputs of the others (Llama 3)."""
     if len(shards) == 1 or shards[0][name].dim() != 2:  # vectors are in every file whole
         return shards[0][name]
-    return torch.cat([shard[name] for shard in shards], dim=_split_axis(name))
+    return torch.cat([shard[name] for shard in shards], dim=1 if name.endswith(("wo.weight", "w2.weight")) else 0)
 
 
 def _is_tied(shards: list[dict[str, Tensor]]) -> bool:

@@ -85,7 +85,8 @@ def made_study(
     }
     for large in larges:
         data["fits"][large] = {
-            direction: {"likelihood": fit, "all": {"weights": {"L": 0.5}}} for direction in directions
+            direction: {"likelihood": fit, "all": fit | {"weights": {"L": 0.5}, "standard_errors": {}}}
+            for direction in directions
         }
     path = folder / "results.json"
     path.write_text(json.dumps(data), encoding="utf-8")

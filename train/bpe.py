@@ -48,9 +48,7 @@ def train_bpe(texts: Sequence[str], vocab_size: int, whole: Sequence[str], outpu
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m train.bpe", description="Train a byte-level BPE tokenizer.", epilog=EXAMPLES)
     parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text files, one document a line")
-    parser.add_argument(
-        "--vocab-size", type=int, default=8000, help="entries, with 256 bytes and 2 control tokens (8000)"
-    )
+    parser.add_argument("--vocab-size", type=int, default=8000, help="entries, with 256 bytes and 2 tokens (8000)")
     parser.add_argument("--whole", nargs="*", default=[], metavar="WORD", help="words that become one token each")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for tokenizer.json")
     arguments = parser.parse_args(argv)

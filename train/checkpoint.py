@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import threading
 import traceback
 import warnings
@@ -61,15 +60,13 @@ class Progress:
 class Writer(dcp.FileSystemWriter):
     """Records why this rank could not write: dcp.save's own exception may not contain the cause."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.failures: list[BaseException] = []
+    failure: BaseException | None = None
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         try:
             return super().write_data(plan, planner)
         except Exception as error:
-            self.failures.append(error)
+            self.failure = error
             raise
 
 
@@ -84,20 +81,18 @@ class Checkpoints:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs no group
 
     def save(self, progress: Progress, fingerprint: dict[str, Any], tensors: dict[str, Tensor], wait: bool) -> None:
-        """Write step-N. Unless `wait`, in a thread from a copy on the host; the next call raises its failure.
+        """Write step-N in a thread, from a copy on the host. Unless `wait`, the next call raises its failure.
 
         Raises InputError if it cannot be written; earlier checkpoints are then intact.
         """
         self.wait()
         record = json.dumps({"progress": vars(progress), "fingerprint": fingerprint}, indent=1)
-        if wait:
-            self._write(progress.step, record, tensors)
-            self.wait()
-            return
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         # not a daemon: an interpreter that ends normally waits for the file
         self.thread = threading.Thread(target=self._write, args=(progress.step, record, copies), name="checkpoint")
         self.thread.start()
+        if wait:
+            self.wait()
 
     def wait(self) -> None:
         """Wait for the last save; raises what it raised."""
@@ -112,18 +107,15 @@ class Checkpoints:
             self.thread.join()
             self.thread = None
 
-    def newest(self, fingerprint: Callable[[dict[str, Any]], None]) -> Progress | None:
-        """The progress of the last intact checkpoint, or None if there is no checkpoint.
+    def newest(self) -> dict[str, Any] | None:
+        """state.json of the last intact checkpoint, or None if there is no checkpoint.
 
-        `fingerprint` may reject its settings. A damaged one is named on standard error and the one before it is used.
-        Raises InputError if all are damaged.
+        A damaged one is named on standard error and the one before it is used. Raises InputError if all are damaged.
         """
         found = self.world.on_main(self._newest)
-        if found is None:
-            return None
-        fingerprint(found["fingerprint"])
-        self.saved_step = found["progress"]["step"]
-        return Progress(**found["progress"])
+        if found is not None:
+            self.saved_step = found["progress"]["step"]
+        return found
 
     def load(self, step: int, tensors: dict[str, Tensor]) -> None:
         """Fill `tensors` in place from step-N, whatever the number of ranks that wrote it."""
@@ -132,10 +124,6 @@ class Checkpoints:
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
-
-    def clear(self) -> None:
-        if self.world.is_main:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _newest(self) -> dict[str, Any] | None:
         for leftover in self.folder.glob(".step-*"):
@@ -161,50 +149,35 @@ class Checkpoints:
 
     def _write(self, step: int, record: str, tensors: dict[str, Tensor]) -> None:
         """Never raises: the failure is stored for `wait`, the same on all ranks."""
-        reasons, fault = [], ""
+        problem = None  # of this rank: the system's reason if there is one, and the traceback
         temporary = self.folder / f".{self.path(step).name}.tmp"
         writer = Writer(temporary, sync_files=True)
         try:
-            self._make(temporary)
             dcp.save(tensors, storage_writer=writer, process_group=self.world.files, no_dist=self.world.size == 1)
             if self.world.is_main:
                 self._publish(step, record, temporary)
         except (Exception, CheckpointException) as error:
-            reasons = [reason for reason in map(_system_reason, (error, *writer.failures)) if reason]
-            fault = traceback.format_exc()
-        found = self.world.gather((reasons, fault))
-        reasons, faults = [reason for some, _ in found for reason in some], [fault for _, fault in found if fault]
-        if not faults:
+            problem = _system_reason(error) or _system_reason(writer.failure), traceback.format_exc()
+        problems = [found for found in self.world.gather(problem) if found is not None]
+        if not problems:
             self.saved_step = step
             return
         if self.world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-        earlier = f"the one of step {self.saved_step} is intact" if self.saved_step else "there is no earlier one"
-        if not reasons:
-            self.failure = RuntimeError(faults[0])
+        reason = next((reason for reason, _ in problems if reason), None)
+        if reason is None:
+            self.failure = RuntimeError(problems[0][1])
             return
+        earlier = f"the one of step {self.saved_step} is intact" if self.saved_step else "there is no earlier one"
         self.failure = InputError(
-            f"{self.path(step)}: the checkpoint could not be written ({reasons[0]}); {earlier}: "
+            f"{self.path(step)}: the checkpoint could not be written ({reason}); {earlier}: "
             "fix this and repeat the command with --resume"
         )
 
-    def _make(self, temporary: Path) -> None:
-        """Make the folder on rank 0; raises OSError on all ranks if that fails."""
-        reason = ""
-        if self.world.is_main:
-            try:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-            except OSError as error:
-                reason = error.strerror or str(error)
-        if reason := self.world.gather(reason)[0]:
-            raise OSError(0, reason)
-
     def _publish(self, step: int, record: str, temporary: Path) -> None:
         (temporary / STATE).write_text(record + "\n", encoding="utf-8")
-        files = {
-            path.name: {"sha256": _digest(path), "bytes": path.stat().st_size} for path in sorted(temporary.iterdir())
-        }
+        paths = sorted(temporary.iterdir())
+        files = {path.name: {"sha256": digest_of(path), "bytes": path.stat().st_size} for path in paths}
         (temporary / MANIFEST).write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
         for name in (STATE, MANIFEST, "."):
             sync(temporary / name)
@@ -217,24 +190,20 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Rename each folder before removing it, so that a kill leaves no partial checkpoint under its name."""
-        last = self._steps()[-self.keep :]
-        keep = set(last)
-        for step in last:
-            keep.add(json.loads((self.path(step) / STATE).read_text(encoding="utf-8"))["progress"]["best_step"])
-        for step in self._steps():
-            if step not in keep:
-                os.rename(self.path(step), self.folder / f".{self.path(step).name}.old")
+        steps = self._steps()
+        states = [json.loads((self.path(step) / STATE).read_text(encoding="utf-8")) for step in steps[-self.keep :]]
+        keep = {state["progress"][name] for state in states for name in ("step", "best_step")}
+        for step in set(steps) - keep:
+            os.rename(self.path(step), self.folder / f".{self.path(step).name}.old")
         for leftover in self.folder.glob(".step-*.old"):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
 def finish(output: Path, write: Callable[[Path], None]) -> None:
     """Move the files that `write` makes into OUTPUT, config.json last: without it a folder is no model."""
+    temporary = output / ".finished"
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=".finished.", dir=output))
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written ({error.strerror})") from None
-    try:
+        temporary.mkdir(exist_ok=True)
         write(temporary)
         files = sorted(temporary.iterdir(), key=lambda path: path.name in LAST_FILES)
         for file in files:
@@ -265,7 +234,7 @@ def _verified(path: Path) -> dict[str, Any]:
             file = path / name
             if file.stat().st_size != entry["bytes"]:
                 raise InputError(f"{file}: damaged ({file.stat().st_size:,} bytes, {entry['bytes']:,} were written)")
-            if _digest(file) != entry["sha256"]:
+            if digest_of(file) != entry["sha256"]:
                 raise InputError(f"{file}: damaged (its SHA-256 is not the manifest's)")
         return json.loads((path / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -275,22 +244,18 @@ def _verified(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: damaged ({reason})") from None
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _system_reason(error: BaseException) -> str | None:
+def _system_reason(error: BaseException | None) -> str | None:
     """The operating system's reason for a failed write, from within the exceptions that wrap it; None: no such."""
-    pending: list[BaseException | None] = [error]
-    seen: list[BaseException] = []
-    while pending:
-        inner = pending.pop()
-        if inner is None or inner in seen:
-            continue
-        seen.append(inner)
-        if isinstance(inner, OSError) and inner.strerror:
-            return inner.strerror
-        failures = getattr(inner, "failures", {})  # torch.distributed.checkpoint's, by rank
-        pending += [inner.__cause__, inner.__context__, *(failure[0] for failure in failures.values())]
-    return None
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if error is None:
+        return None
+    failures = getattr(error, "failures", {})  # torch.distributed.checkpoint's, by rank
+    inner = [error.__cause__, error.__context__, *(failure for failure, _ in failures.values())]
+    return next((reason for some in inner if (reason := _system_reason(some))), None)

@@ -6,11 +6,11 @@ so `--help` answers at once.
 """
 
 import argparse
-import json
+import math
 import tempfile
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,12 @@ from minillama.cli import Parser, nearest
 from minillama.errors import InputError
 
 DTYPES = ("float32", "bfloat16")
-KEEP = ("last", "best")
-PACKINGS = ("off", "step", "epoch")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Settings that do not change the weights, so a resumed run may have others.
 CHANGEABLE_ON_RESUME = ("checkpoint_every", "keep_checkpoints", "save_dtype", "checkpoint_activations")
 
 
-def option(default: Any, text: str, low: float | None = None, high: float | None = None, choices: Any = ()) -> Any:
+def option(default: Any, text: str, low: float = -math.inf, high: float = math.inf, choices: Any = ()) -> Any:
     return field(default=default, metadata={"help": text, "low": low, "high": high, "choices": list(choices)})
 
 
@@ -49,7 +47,7 @@ class Settings:
     packing: str = option(
         "step",
         "step: a forward pass is one row without padding; epoch: examples fill sequences; off: padded rows",
-        choices=PACKINGS,
+        choices=("off", "step", "epoch"),
     )
     sequence_length: int = option(2048, "tokens of a sequence with --packing epoch", low=2)
     max_length: int = option(0, "longest sequence in tokens; 0: the model's context", low=0)
@@ -57,12 +55,8 @@ class Settings:
     compute_dtype: str = option("", "of matrix multiplications, if different (mixed precision)", choices=DTYPES)
     save_dtype: str = option("", "of the finished model's file, if different", choices=DTYPES)
     optimizer_state: str = option("", "dtype of AdamW's two moments, if not that of the weights", choices=DTYPES)
-    checkpoint_activations: bool = option(
-        False, "keep only each layer's input for backward and recompute the layer there"
-    )
-    release_gradients: bool = option(
-        False, "optimizer in backward: update each weight there and free its gradient (needs --clip 0)"
-    )
+    checkpoint_activations: bool = option(False, "keep only each layer's input and recompute the layer in backward")
+    release_gradients: bool = option(False, "update each weight in backward and free its gradient (needs --clip 0)")
     compile: bool = option(False, "compile the layers with torch.compile")
     lora_rank: int = option(0, "train low-rank adapters of this rank instead of the weights; 0: the weights", low=0)
     lora_alpha: float = option(0.0, "the adapters' scale is alpha / rank; 0: twice the rank", low=0.0, high=1e6)
@@ -71,17 +65,16 @@ class Settings:
     seed: int = option(0, "of data order and fresh weights", low=0, high=2**63 - 1)
     eval_every: int = option(0, "steps between validations; 0: once an epoch", low=0)
     patience: int = option(0, "stop after this many validations without a better loss; 0: never", low=0)
-    keep: str = option("last", "weights of the finished model: the last, or the best on --valid", choices=KEEP)
+    keep: str = option("last", "weights of the finished model; best: on --valid", choices=("last", "best"))
     checkpoint_every: int = option(0, "steps between checkpoints; 0: once an epoch", low=0)
     keep_checkpoints: int = option(2, "number of checkpoints to keep, besides the best on --valid", low=1)
 
     def __post_init__(self) -> None:
         for entry in fields(self):
             value, low, high = getattr(self, entry.name), entry.metadata["low"], entry.metadata["high"]
-            if low is not None and high is not None and not low <= value <= high:
-                raise InputError(f"{flag(entry.name)} is {value}; it must lie between {low:g} and {high:g}")
-            if low is not None and value < low:
-                raise InputError(f"{flag(entry.name)} is {value}; it must be at least {low}")
+            if low > -math.inf and not low <= value <= high:
+                limit = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+                raise InputError(f"{flag(entry.name)} is {value}; it must be {limit}")
         if self.max_length == 1:
             raise InputError("--max-length is 1; a sequence needs at least 2 tokens, one to predict the other")
         if self.release_gradients and self.clip:
@@ -96,9 +89,6 @@ class Settings:
         """The linear layers that `lora_targets` names."""
         return self.lora_targets.replace(" ", "").split(",")
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
@@ -108,22 +98,18 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """The model to start from, the output, and every field of Settings; `defaults`: a command's own."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", metavar="DIR", help="folder or hub id to start from")
-    source.add_argument(
-        "--init", metavar="CONFIG", help="config.json to start from, with fresh weights (needs --tokenizer)"
-    )
+    source.add_argument("--init", metavar="CONFIG", help="config.json for fresh weights (needs --tokenizer)")
     parser.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer, if not the model's")
     parser.add_argument("--output", metavar="DIR", required=True, help="folder of the run and of the finished model")
     parser.add_argument("--config", metavar="FILE", help="TOML file with any of these options; the command line wins")
-    yes_no = argparse.BooleanOptionalAction
-    parser.add_argument("--resume", action=yes_no, default=False, help="resume from the last checkpoint in --output")
-    parser.add_argument(
-        "--dry-run", action=yes_no, default=False, help="show the plan and three samples; write nothing"
-    )
-    parser.add_argument("--merge", action=yes_no, default=False, help="with --lora-rank: save a normal model")
-    parser.add_argument("--tensorboard", action=yes_no, default=False, help="write OUTPUT/tensorboard too")
-    parser.add_argument(
-        "--leave-checkpoints", action=yes_no, default=False, help="keep the checkpoints of a finished run"
-    )
+    for name, text in (
+        ("--resume", "resume from the last checkpoint in --output"),
+        ("--dry-run", "show the plan and three samples; write nothing"),
+        ("--merge", "with --lora-rank: save a normal model"),
+        ("--tensorboard", "write OUTPUT/tensorboard too"),
+        ("--leave-checkpoints", "keep the checkpoints of a finished run"),
+    ):
+        parser.add_argument(name, action=argparse.BooleanOptionalAction, default=False, help=text)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: the first GPU, else the CPU")
     add_settings(parser, **defaults)
 
@@ -169,25 +155,26 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     """The arguments of `argv`, and those of its --config file that it does not set itself.
 
     A key of the file is an option's name, with `-` or `_`. The file becomes arguments before `argv`, so argparse alone
-    knows types, choices and what is required. Raises InputError that names the key.
+    knows types, choices and what is required. Raises InputError that names the key or the option.
     """
     finder = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     path = finder.parse_known_args(list(argv))[0].config
     if path is None:
         return parser.parse_args(argv)
-    typed = {action.dest for action in parser._actions if _is_typed(action, argv)}
-    exclusive = {
-        action.dest: {other.dest for other in group._group_actions}
-        for group in parser._mutually_exclusive_groups
-        for action in group._group_actions
-    }
+    known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    given = {word.split("=")[0] for word in argv}
+    typed = {name for name, action in known.items() if not given.isdisjoint(action.option_strings)}
+    if typed & {"model", "init"}:  # each excludes the other
+        typed |= {"model", "init"}
     words: list[str] = []
     for key, value in _read_toml(Path(path)).items():
-        action = _action(parser, key, path)
-        arguments = _arguments(action, key, value, path)
-        if typed.isdisjoint(exclusive.get(action.dest, {action.dest})):
-            words += arguments
+        name = key.replace("-", "_")
+        if name not in known:
+            near = nearest(name, known).replace("_", "-")
+            raise InputError(f"--config {path}: unknown key {key!r}; did you mean {near!r}?")
+        if name not in typed:
+            words += _arguments(known[name], key, value, path)
     return parser.parse_args([*words, *argv])
 
 
@@ -200,43 +187,15 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"--config {path}: not TOML ({error})") from None
 
 
-def _is_typed(action: argparse.Action, argv: Sequence[str]) -> bool:
-    return any(word.split("=")[0] in action.option_strings for word in argv)
-
-
-def _action(parser: argparse.ArgumentParser, key: str, path: str) -> argparse.Action:
-    known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    if (action := known.get(key.replace("-", "_"))) is not None:
-        return action
-    near = nearest(key.replace("-", "_"), known).replace("_", "-")
-    raise InputError(f"--config {path}: unknown key {key!r}; did you mean {near!r}?")
-
-
 def _arguments(action: argparse.Action, key: str, value: Any, path: str) -> list[str]:
     """The arguments on a command line that mean `key = value`."""
     name = action.option_strings[0]
     if isinstance(action, argparse.BooleanOptionalAction):
-        _expect(isinstance(value, bool), key, value, "true or false", path)
+        if not isinstance(value, bool):
+            raise InputError(f"--config {path}: {key} is {value!r}; it must be true or false")
         return [name if value else action.option_strings[1]]
-    if action.nargs == "+":
-        items = value if isinstance(value, list) else [value]
-        valid = bool(items) and all(isinstance(item, str) and not item.startswith("-") for item in items)
-        _expect(valid, key, value, "a list of names", path)
-        return [name, *items]
-    kind = action.type or str
-    if kind is float:
-        _expect(type(value) in (int, float), key, value, "a number", path)
-    elif kind is int:
-        _expect(type(value) is int, key, value, "a whole number", path)
-    else:
-        _expect(isinstance(value, str), key, value, "a text in quotes", path)
-        if value == "" and action.choices:  # the default of an optional choice
-            return []
-    choices = list(action.choices or [value])
-    _expect(value in choices, key, value, "one of " + ", ".join(map(str, choices)), path)
+    if action.nargs == "+" and isinstance(value, list):
+        return [name, *map(str, value)]
+    if value == "" and action.choices:  # the default of an optional choice
+        return []
     return [f"{name}={value}"]
-
-
-def _expect(valid: bool, key: str, value: Any, right: str, path: str) -> None:
-    if not valid:
-        raise InputError(f"--config {path}: {key} is {json.dumps(value, default=str)}; it must be {right}")

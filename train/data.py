@@ -71,11 +71,6 @@ def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) 
     return [batches[i] for i in generator.permutation(len(batches))]
 
 
-def micro_batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-    for start in range(0, len(examples), size):
-        yield examples[start : start + size]
-
-
 @dataclass(frozen=True)
 class Schedule:
     """The micro-batches of every optimizer step: a deterministic function of the examples and the settings.
@@ -95,10 +90,6 @@ class Schedule:
     rank: int = 0
     world_size: int = 1
     _steps: dict[int, list[list[list[int]]]] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def steps_in_epoch(self, epoch: int) -> int:
-        """Optimizer steps of epoch 0, 1, …; with packing "epoch" they may differ by a few."""
-        return self._ends[epoch] - (self._ends[epoch - 1] if epoch else 0)
 
     @property
     def total_steps(self) -> int:
@@ -128,10 +119,8 @@ class Schedule:
     def held_out(self, examples: Sequence[Example]) -> list[Batch]:
         """Forward passes for validation: examples of similar length together, `micro_batch_size` at a time."""
         order = sorted(examples, key=lambda example: len(example.tokens))
-        return [
-            self.layout(some)
-            for some in micro_batches(order, self.settings.micro_batch_size or self.settings.batch_size)
-        ]
+        size = self.settings.micro_batch_size or self.settings.batch_size
+        return [self.layout(order[start : start + size]) for start in range(0, len(order), size)]
 
     def indices_of(self, step: int, number: int) -> list[int]:
         """The examples of this rank's micro-batch 0, 1, … of one step; empty if none is left for this rank."""
@@ -165,9 +154,8 @@ class Schedule:
         """The number of steps until the end of each epoch."""
         if self.settings.packing == "epoch":
             return list(accumulate(len(self._epoch(epoch)) for epoch in range(self.settings.epochs)))
-        return [
-            -(-len(self.examples) // self.settings.batch_size) * (epoch + 1) for epoch in range(self.settings.epochs)
-        ]
+        steps = -(-len(self.examples) // self.settings.batch_size)
+        return [steps * (epoch + 1) for epoch in range(self.settings.epochs)]
 
     def _epoch(self, epoch: int) -> list[list[list[int]]]:
         """Steps of sequences of indices; the last requested epoch is cached."""

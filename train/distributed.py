@@ -78,8 +78,10 @@ def started(device: str) -> Iterator[DistributedContext]:
     """Join the process group of torchrun, if there is one. `device`: as in pick_device; each rank uses its own GPU."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     target = pick_device(device)
-    if target.type == "cuda":
-        _use_deterministic_algorithms()
+    if target.type == "cuda":  # sum in a fixed order, as a CPU does, so that a resumed run gives the same bits
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if size == 1:
         yield DistributedContext(device=target)
         return
@@ -95,25 +97,15 @@ def started(device: str) -> Iterator[DistributedContext]:
         dist.destroy_process_group()
 
 
-def _use_deterministic_algorithms() -> None:
-    """Make a GPU sum in a fixed order, as a CPU does, so that a resumed run gives the same bits."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
 class Loss(nn.Module):
-    """Model and loss as one module, so that FSDP also gathers the output layer for the loss.
+    """`function(model, batch)` as one module, so that FSDP also gathers the output layer for the loss."""
 
-    Calling it with `*batch` returns `function(model, *batch)`.
-    """
-
-    def __init__(self, model: Llama, function: Callable[..., Tensor]) -> None:
+    def __init__(self, model: Llama, function: Callable[[Llama, Any], Tensor]) -> None:
         super().__init__()
         self.model, self.function = model, function
 
-    def forward(self, *batch: Any) -> Tensor:
-        return self.function(self.model, *batch)
+    def forward(self, batch: Any) -> Tensor:
+        return self.function(self.model, batch)
 
 
 def shard(loss: Loss, world: DistributedContext) -> None:

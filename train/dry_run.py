@@ -1,11 +1,7 @@
 """`--dry-run`: the plan of a run and its first samples as the model would see them, with nothing written."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from itertools import groupby
-
-from rich.console import Console
-from rich.text import Text
 
 from minillama.config import LlamaConfig
 from minillama.tokenizer import Tokenizer
@@ -15,7 +11,6 @@ from train.distributed import DistributedContext
 from train.memory import memory_of
 from train.packing import Example
 
-SAMPLES = 3
 # Steps that are laid out to measure how full their forward passes are.
 MEASURED_STEPS = 50
 
@@ -27,63 +22,27 @@ def show(
     settings: Settings,
     world: DistributedContext,
 ) -> None:
-    """Print examples, tokens, steps, density, memory, and three samples with their labels in colour."""
-    console = Console(highlight=False, soft_wrap=True)
+    """Print examples, tokens, steps, density, memory, and the first examples with their labels between « and »."""
     schedule = Schedule(examples, settings, world.rank, world.size)
     measured = range(min(MEASURED_STEPS, schedule.total_steps))
     batches = [batch for step in measured for batch in schedule.micro_batches(step)]
     sizes = [batch.inputs_BT.numel() for batch in batches]
+    density = sum(schedule.num_tokens(step) for step in measured) / world.size / sum(sizes)
     tokens, labels = sum(len(e.tokens) for e in examples), sum(e.num_labels for e in examples)
-    epochs = [f"{schedule.steps_in_epoch(epoch):,}" for epoch in range(settings.epochs)]
-    for name, text in (
-        ("examples", f"{len(examples):,}"),
-        ("tokens", f"{tokens:,}, {labels / tokens:.0%} of them targets"),
-        ("steps", f"{schedule.total_steps:,}; by epoch {', '.join(epochs[:5])}{', …' if len(epochs) > 5 else ''}"),
-        ("ranks", f"{world.size}, on {world.device.type}"),
-        ("packing", f"{settings.packing}; {sum(sizes) / len(sizes):,.0f} positions in a forward pass"),
-        ("density", density(Schedule(examples, settings), measured)),
-    ):
-        console.print(f"{name:12}{text}")
-    most = max(len(batch.labels_M) for batch in batches)
-    for line in memory_of(config, settings, max(sizes), most, world.size, world.device.type).lines():
-        console.print(line)
-    single = Schedule(examples, replace(settings, micro_batch_size=1))
-    for number in range(SAMPLES):
-        sample = [examples[index] for index in single.indices_of(0, number)]
-        if sample:
-            length = sum(len(example.tokens) for example in sample)
-            console.print(f"\nsample {number + 1}: {length} tokens, {len(sample)} example(s)", style="bold")
-        for example in sample:
-            console.print(highlighted(example, tokenizer, console.is_terminal))
+    print(f"examples    {len(examples):,}: {tokens:,} tokens, {labels / tokens:.0%} of them targets")
+    print(f"steps       {schedule.total_steps:,} in {settings.epochs} epochs")
+    print(f"packing     {settings.packing}; {sum(sizes) / len(sizes):,.0f} positions per forward, {world.size} rank(s)")
+    print(f"density     {density:.2f} tokens per position; padding lowers it, a shared prefix raises it")
+    labels = max(len(batch.labels_M) for batch in batches)
+    print(memory_of(config, settings, max(sizes), labels, world.size, world.device.type))
+    for number, example in enumerate(schedule.examples_of(0)[:3], 1):
+        prompt, response = example.tokens[: example.prompt_len], example.tokens[example.prompt_len :]
+        print(f"\nsample {number}: {len(example.tokens)} tokens")
+        print(f"{_readable(prompt, tokenizer)}«{_readable(response, tokenizer)}»")
 
 
-def density(schedule: Schedule, steps: range) -> str:
-    """The share of computed positions that are not padding, over some steps of all ranks."""
-    needed = sum(len(example.tokens) - 1 for step in steps for example in schedule.examples_of(step))
-    computed = sum(batch.inputs_BT.numel() for step in steps for batch in schedule.micro_batches(step))
-    if computed < needed:
-        text = f"no padding; a shared prefix, computed once, saves {1 - computed / needed:.0%}"
-    else:
-        text = f"{needed / computed:.1%}, {1 - needed / computed:.1%} padding"
-    if schedule.settings.packing == "epoch":
-        single = replace(schedule, settings=replace(schedule.settings, micro_batch_size=1))
-        length = schedule.settings.sequence_length
-        room = sum(1 for step in steps for _ in single.micro_batches(step)) * length
-        text += f"; sequences of {length:,} are {needed / room:.1%} full"
-    return text
-
-
-def highlighted(example: Example, tokenizer: Tokenizer, colour: bool) -> Text:
-    """The example's text, control tokens by name; its labels in colour, or between « and »."""
-    prompt = "".join(_readable(example.tokens[: example.prompt_len], tokenizer))
-    labels = "".join(_readable(example.tokens[example.prompt_len :], tokenizer))
-    if colour:
-        return Text(prompt, style="dim").append(labels, style="bold green not dim")
-    return Text(f"{prompt}«{labels}»")
-
-
-def _readable(tokens: list[int], tokenizer: Tokenizer) -> Iterator[str]:
+def _readable(tokens: list[int], tokenizer: Tokenizer) -> str:
+    """The text of the tokens, control tokens by name."""
     names = {token: name for name, token in tokenizer.specials.items()}
-    for name, group in groupby(tokens, key=names.get):
-        run = list(group)
-        yield tokenizer.decode(run) if name is None else name * len(run)
+    runs = ((name, list(run)) for name, run in groupby(tokens, key=names.get))
+    return "".join(tokenizer.decode(run) if name is None else name * len(run) for name, run in runs)

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import torch
 
-from corpora import Prompt
 from minillama.cli import Parser
 from minillama.errors import InputError, exit_code
-from minillama.files import atomic_folder, resolve_folder
+from minillama.files import resolve_folder
 from minillama.model import Llama
-from minillama.tokenizer import Tokenizer
 from train.config import DTYPES, check_output
+from train.merge import save_like
 
 EXAMPLES = """examples:
   python -m train.first_layers --model runs/smollm2 --layers 4 --output runs/drafter-start
@@ -41,11 +40,8 @@ def first_layers(model: Llama, count: int) -> Llama:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m train.first_layers",
-        description="Save the first layers of a model as a normal folder, to train a draft model from.",
-        epilog=EXAMPLES,
-    )
+    description = "Save the first layers of a model as a normal folder, to train a draft model from."
+    parser = Parser(prog="python -m train.first_layers", description=description, epilog=EXAMPLES)
     parser.add_argument("--model", required=True, metavar="DIR", help="a folder or hub id")
     parser.add_argument("--layers", required=True, type=int, metavar="N")
     parser.add_argument("--output", required=True, metavar="DIR")
@@ -55,13 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output(output, resume=False)
     base = resolve_folder(arguments.model)
     model = first_layers(Llama.from_pretrained(base), arguments.layers)
-    if arguments.save_dtype:
-        model.to(getattr(torch, arguments.save_dtype))
-    with atomic_folder(output) as folder:
-        model.write_files(folder)
-        Tokenizer.from_pretrained(base).save(folder)
-        if (base / "prompt.toml").exists():
-            Prompt.load(base).save(folder)
+    save_like(base, base, model, arguments.save_dtype, output)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{output}: {arguments.layers} layers of {arguments.model}, {parameters:,} parameters", file=sys.stderr)
     return 0

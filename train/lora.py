@@ -8,7 +8,6 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +32,12 @@ class LoraLinear(Linear):
     def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
-        self.weight, self.bias, self.scale = base.weight, base.bias, scale
-        with torch.device("meta"):
             self.lora_A = Linear(base.in_features, rank, bias=False)
             self.lora_B = Linear(rank, base.out_features, bias=False)
+        self.weight, self.bias, self.scale = base.weight, base.bias, scale
         for adapter in (self.lora_A, self.lora_B):
-            adapter.weight = nn.Parameter(
-                torch.zeros(adapter.weight.shape, dtype=torch.float32, device=base.weight.device)
-            )
+            zeros = torch.zeros(adapter.weight.shape, dtype=torch.float32, device=base.weight.device)
+            adapter.weight = nn.Parameter(zeros)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
@@ -57,22 +54,28 @@ class LoraLinear(Linear):
         return result
 
 
-def add_adapters(model: Llama, settings: Settings) -> None:
-    """Freeze the model and add adapters to the settings' layers: A random from the seed, B zero.
+def add_adapters(model: Llama, settings: Settings) -> Llama:
+    """With a `lora_rank`, freeze the model and add adapters to the settings' layers: A random from the seed, B zero.
 
-    Raises InputError for a layer number that the model does not have.
+    Returns the model. Raises InputError for a layer number that it does not have.
     """
+    if not settings.lora_rank:
+        return model
     model.requires_grad_(False)
-    layers = layer_numbers(settings.lora_layers, model.config.num_hidden_layers)
     scale = alpha_of(settings) / settings.lora_rank
-    for name in _adapted(model, settings.targets, layers):
-        layer = LoraLinear(_linear(model, name), settings.lora_rank, scale)
-        _replace(model, name, layer)
-        generator = torch.Generator().manual_seed(settings.seed ^ hash_of(name))
-        bound = 1 / math.sqrt(layer.in_features)  # kaiming_uniform with a = sqrt(5), as peft's
-        fresh = torch.empty(layer.lora_A.weight.shape).uniform_(-bound, bound, generator=generator)
-        with torch.no_grad():
-            layer.lora_A.weight.copy_(fresh)
+    for number in layer_numbers(settings.lora_layers, model.config.num_hidden_layers):
+        for local_name, linear in list(model.model.layers[number].named_modules()):
+            if local_name.rpartition(".")[2] not in settings.targets or not isinstance(linear, nn.Linear):
+                continue
+            name = f"model.layers.{number}.{local_name}"
+            layer = LoraLinear(linear, settings.lora_rank, scale)
+            _replace(model, name, layer)
+            generator = torch.Generator().manual_seed(settings.seed ^ hash_of(name))
+            bound = 1 / math.sqrt(layer.in_features)  # kaiming_uniform with a = sqrt(5), as peft's
+            fresh = torch.empty(layer.lora_A.weight.shape).uniform_(-bound, bound, generator=generator)
+            with torch.no_grad():
+                layer.lora_A.weight.copy_(fresh)
+    return model
 
 
 def alpha_of(settings: Settings) -> float:
@@ -131,29 +134,6 @@ def write_adapter(model: Llama, settings: Settings, base: str, folder: Path) -> 
 def load_adapter(model: Llama, folder: Path) -> None:
     """Add the adapter of a folder of peft's or `write_adapter`'s. Raises InputError if it does not fit the model."""
     config = read_json(folder / CONFIG)
-    _check_kind(config, folder)
-    rank = config["r"]
-    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder / WEIGHTS}: cannot be read ({error})") from None
-    names = {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
-    for name in sorted(names):
-        try:
-            layer = LoraLinear(_linear(model, name), rank, scale)
-        except AttributeError:
-            raise InputError(f"{folder}: the adapter has {name}, which the model does not have") from None
-        for part in ("lora_A", "lora_B"):
-            adapter, tensor = getattr(layer, part), tensors.get(f"{PREFIX}{name}.{part}.weight")
-            if tensor is None or tensor.shape != adapter.weight.shape:
-                found = "missing" if tensor is None else str(list(tensor.shape))
-                raise InputError(f"{folder}: {name}.{part} is {found}; expected {list(adapter.weight.shape)}")
-            adapter.weight = nn.Parameter(tensor.float().to(layer.weight.device))
-        _replace(model, name, layer)
-
-
-def _check_kind(config: dict[str, Any], folder: Path) -> None:
     unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
     if config.get("bias", "none") != "none":
         unsupported.append("bias")
@@ -162,23 +142,25 @@ def _check_kind(config: dict[str, Any], folder: Path) -> None:
         raise InputError(f"{folder}: {what} cannot be merged; only plain LoRA can")
     if not all(isinstance(config.get(key), int | float) and config[key] > 0 for key in ("r", "lora_alpha")):
         raise InputError(f"{folder / CONFIG}: r and lora_alpha must be numbers above 0")
-
-
-def _adapted(model: Llama, targets: list[str], layers: list[int]) -> list[str]:
-    found = []
-    for number in layers:
-        for name, _ in model.model.layers[number].named_modules():
-            if name.rpartition(".")[2] in targets:
-                found.append(f"model.layers.{number}.{name}")
-    return found
-
-
-def _linear(model: Llama, name: str) -> nn.Linear:
-    """Raises AttributeError if the model has no linear layer of that name."""
-    module = model.get_submodule(name)
-    if not isinstance(module, nn.Linear):
-        raise AttributeError(name)
-    return module
+    rank = config["r"]
+    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder / WEIGHTS}: cannot be read ({error})") from None
+    names = {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
+    for name in sorted(names):
+        linear = dict(model.named_modules()).get(name)
+        if not isinstance(linear, nn.Linear):
+            raise InputError(f"{folder}: the adapter has {name}, which the model does not have")
+        layer = LoraLinear(linear, rank, scale)
+        for part in ("lora_A", "lora_B"):
+            adapter, tensor = getattr(layer, part), tensors.get(f"{PREFIX}{name}.{part}.weight")
+            if tensor is None or tensor.shape != adapter.weight.shape:
+                found = "missing" if tensor is None else str(list(tensor.shape))
+                raise InputError(f"{folder}: {name}.{part} is {found}; expected {list(adapter.weight.shape)}")
+            adapter.weight = nn.Parameter(tensor.float().to(layer.weight.device))
+        _replace(model, name, layer)
 
 
 def _replace(model: Llama, name: str, module: nn.Module) -> None:

@@ -1,12 +1,11 @@
 """Predicted memory of a training step, from shapes alone; tests compare it with measured peaks.
 
-What autograd saves of a layer is counted by running the model of one and of two layers on fake tensors. The peak is
-the largest of three moments: backward begins (all activations, few gradients), backward ends (all gradients, the
-activations of one layer), the optimizer's step.
+What autograd saves is counted by running the model on fake tensors. The peak is the largest of three moments: backward
+begins (all activations, few gradients), backward ends (all gradients, one layer's activations), the optimizer's step.
 """
 
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from train.optim import GROUP_SIZE, TEMPORARY_BYTES
 
 GIB = 1 << 30
 SHAPES = Path(__file__).with_name("shapes.toml")
-# Workspaces of libraries; on a GPU also the driver's context and the allocator's fragmentation.
+# Workspaces of libraries; on a GPU also the driver's context and fragmentation.
 RESERVE = {"cpu": 16 << 20, "cuda": GIB}
 
 
@@ -40,22 +39,11 @@ class Memory:
     peak: int
     checkpoint_copy: int
 
-    def lines(self) -> Iterator[str]:
-        """A line per kind of memory, in GiB, the peak last."""
-        for name, remark in (
-            ("weights", ""),
-            ("gradients", ""),
-            ("optimizer", ""),
-            ("activations", "saved by the forward pass for backward"),
-            ("logits", "a chunk of them, and the gradients of the output layer"),
-            ("reserve", "workspaces of libraries"),
-            ("peak", "not the sum: gradients grow as activations are freed"),
-        ):
-            yield f"{name:12}{format_gib(getattr(self, name)):>10}  {remark}".rstrip()
-
-
-def format_gib(count: float) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / GIB:.4f} GiB"
+    def __str__(self) -> str:
+        """A line per kind of memory. The peak is not the sum: gradients grow as activations are freed."""
+        kinds = ("weights", "gradients", "optimizer", "activations", "logits", "reserve", "peak")
+        sizes = {name: getattr(self, name) / GIB for name in kinds}
+        return "\n".join(f"{name:12}{size:>6.{2 if size >= 0.1 else 4}f} GiB" for name, size in sizes.items())
 
 
 def shape_of(model: str) -> LlamaConfig:
@@ -65,19 +53,12 @@ def shape_of(model: str) -> LlamaConfig:
         return read_config(path)
     if path.is_file():
         return LlamaConfig.from_dict(read_json(path), str(path))
-    known: list[str] = []
-    for entry in tomllib.loads(SHAPES.read_text(encoding="utf-8"))["shape"]:
-        names = entry.pop("names")
-        known += names
-        if model in names or model in (name.split("/")[-1].lower() for name in names):
-            return LlamaConfig(**entry)
-    raise InputError(f"--model {model}: no such folder, and no known shape; known: {', '.join(known)}")
-
-
-def forward_size(settings: Settings, ranks: int) -> int:
-    """Positions of a rank's forward pass if no data is given: its share of the step's sequences, all of full length."""
-    share = -(-settings.batch_size // ranks)
-    return min(settings.micro_batch_size or share, share) * settings.sequence_length
+    shapes = tomllib.loads(SHAPES.read_text(encoding="utf-8"))["shape"]
+    known = {name: shape for shape in shapes for name in shape.pop("names")}
+    short = {name.split("/")[-1].lower(): name for name in known}
+    if (name := short.get(model, model)) not in known:
+        raise InputError(f"--model {model}: no such folder, and no known shape; known: {', '.join(known)}")
+    return LlamaConfig(**known[name])
 
 
 def memory_of(
@@ -85,8 +66,7 @@ def memory_of(
 ) -> Memory:
     """Of one rank, for forward passes of so many positions and labels, unpadded.
 
-    With several ranks (FSDP2) each has its shard of weights, gradients and optimizer states, and gathers the weights of
-    the layers at work.
+    With several ranks (FSDP2) each has its shard of all states, and gathers the weights of the layers at work.
     """
     model = _model(config, settings)
     weights = _bytes(model.parameters()) // ranks
@@ -100,10 +80,14 @@ def memory_of(
 
     compute_size = getattr(torch, settings.compute_dtype or settings.dtype).itemsize
     stream = positions * config.hidden_size * model.dtype.itemsize  # the hidden states between two layers
-    saved = _saved_activations(config, settings, positions)
-    activations, recomputed, cast = saved.total, 0, 0
+    everywhere = replace(settings, lora_layers="all")
+    one, two = (_saved_by_autograd(replace(config, num_hidden_layers=n), everywhere, positions) for n in (1, 2))
+    layer_saved = two - one
+    activations, recomputed, cast = _saved_by_autograd(config, settings, positions), 0, 0
     if settings.checkpoint_activations:
-        activations, recomputed = saved.outside + saved.layers * stream, saved.layer
+        first = layer_numbers(settings.lora_layers, config.num_hidden_layers)[0] if settings.lora_rank else 0
+        activations = max(0, one - layer_saved) + (config.num_hidden_layers - first) * stream
+        recomputed = layer_saved
         if compute_size < model.dtype.itemsize and not settings.lora_rank:  # autocast caches them until backward
             cast = sum(p.numel() for p in model.model.layers.parameters() if p.dim() >= 2) * compute_size
 
@@ -120,7 +104,7 @@ def memory_of(
         begins += gradients  # of earlier micro-batches
     kept = table if settings.release_gradients else gradients
     # the gradient of a tied embedding is added to that of the output layer, after all others
-    ends = kept + max(saved.layer + passing, table if config.tie_word_embeddings else 0)
+    ends = kept + max(layer_saved + passing, table if config.tie_word_embeddings else 0)
     step = kept + update
     if ranks > 1:
         layer = _bytes(p for name, p in model.model.layers[0].named_parameters() if "lora_" not in name)
@@ -128,7 +112,7 @@ def memory_of(
         outer_gradients = 0 if settings.lora_rank else outer
         begins += outer + 2 * layer  # gathered: a layer and the next one, and throughout what is outside of layers
         gathered = outer + (2 if settings.lora_rank else 4) * layer  # with a layer's gradients, and their copy to send
-        ends = kept - outer_gradients // ranks + gathered + saved.layer + passing + table
+        ends = kept - outer_gradients // ranks + gathered + layer_saved + passing + table
         received = outer_gradients // ranks if device == "cpu" else 0  # gloo's own buffer
         step = max(step, kept + 2 * outer_gradients + received)
     return Memory(
@@ -143,32 +127,11 @@ def memory_of(
     )
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """Bytes that autograd saves: in total, of one layer, outside of layers; and the number of layers that save any."""
-
-    total: int
-    layer: int
-    outside: int
-    layers: int
-
-
-def _saved_activations(config: LlamaConfig, settings: Settings, positions: int) -> _Saved:
-    adapted = layer_numbers(settings.lora_layers if settings.lora_rank else "all", config.num_hidden_layers)
-    without = config.num_hidden_layers - adapted[0] - len(adapted)  # layers below the first adapter save nothing
-    one = _saved_by_autograd(config, replace(settings, lora_layers="all"), positions, 1)
-    layer = _saved_by_autograd(config, replace(settings, lora_layers="all"), positions, 2) - one
-    total = one + (len(adapted) - 1) * layer
-    if without:
-        total += without * (_saved_by_autograd(config, replace(settings, lora_layers="0"), positions, 2) - one)
-    return _Saved(total, layer, max(0, one - layer), len(adapted) + without)
-
-
-def _saved_by_autograd(config: LlamaConfig, settings: Settings, positions: int, layers: int) -> int:
-    """Bytes of the tensors that a forward pass of so many layers saves for backward, the weights not counted."""
+def _saved_by_autograd(config: LlamaConfig, settings: Settings, positions: int) -> int:
+    """Bytes of the tensors that a forward pass saves for backward, without weights, counted on fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    model = _model(replace(config, num_hidden_layers=layers), settings)
+    model = _model(config, settings)
     saved: dict[int, Tensor] = {}
 
     def save(tensor: Tensor) -> Tensor:
@@ -178,8 +141,7 @@ def _saved_by_autograd(config: LlamaConfig, settings: Settings, positions: int, 
     with FakeTensorMode(allow_non_fake_inputs=True):
         weights = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in model.named_parameters()}
         model.load_state_dict(weights, assign=True)
-        mixed = settings.compute_dtype == "bfloat16" and settings.dtype == "float32"
-        autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=settings.compute_dtype == "bfloat16" != settings.dtype)
         with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), autocast:
             model.hidden(torch.empty(1, positions, dtype=torch.int64))
     rope_frequencies.cache_clear()  # it has a fake tensor
@@ -191,10 +153,7 @@ def _saved_by_autograd(config: LlamaConfig, settings: Settings, positions: int, 
 def _model(config: LlamaConfig, settings: Settings) -> Llama:
     """The model that would be trained, on the meta device."""
     with torch.device("meta"):
-        model = Llama(config).to(getattr(torch, settings.dtype))
-    if settings.lora_rank:
-        add_adapters(model, settings)
-    return model
+        return add_adapters(Llama(config).to(getattr(torch, settings.dtype)), settings)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

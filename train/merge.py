@@ -21,11 +21,8 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m train.merge",
-        description="Merge a LoRA adapter (of train.sft or of peft) into its model and save a normal folder.",
-        epilog=EXAMPLES,
-    )
+    description = "Merge a LoRA adapter (of train.sft or of peft) into its model and save a normal folder."
+    parser = Parser(prog="python -m train.merge", description=description, epilog=EXAMPLES)
     parser.add_argument("--model", required=True, metavar="DIR", help="the adapter's base: a folder or hub id")
     parser.add_argument("--adapter", required=True, metavar="DIR", help="folder with adapter_config.json")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the merged model")
@@ -39,15 +36,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = Llama.from_pretrained(base)
     load_adapter(model, adapter)
     merge(model)
-    if arguments.save_dtype:
-        model.to(getattr(torch, arguments.save_dtype))
+    save_like(base, adapter, model, arguments.save_dtype, output)
+    print(f"{output}: {arguments.model} with {adapter} merged", file=sys.stderr)
+    return 0
+
+
+def save_like(base: Path, prompt: Path, model: Llama, save_dtype: str, output: Path) -> None:
+    """Save a model with the tokenizer of `base` and, if there is one, the prompt of the folder `prompt`."""
+    if save_dtype:
+        model.to(getattr(torch, save_dtype))
     with atomic_folder(output) as folder:
         model.write_files(folder)
         Tokenizer.from_pretrained(base).save(folder)
-        if (adapter / "prompt.toml").exists():
-            Prompt.load(adapter).save(folder)
-    print(f"{output}: {arguments.model} with {adapter} merged", file=sys.stderr)
-    return 0
+        if (prompt / "prompt.toml").exists():
+            Prompt.load(prompt).save(folder)
 
 
 if __name__ == "__main__":

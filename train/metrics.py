@@ -1,20 +1,21 @@
 """The records of a run (metrics.jsonl, timing.jsonl, TensorBoard) and its progress on standard error.
 
 metrics.jsonl holds what was computed, so it has the same bytes in two runs with the same weights; timing.jsonl holds
-seconds and memory. Progress is a bar on a terminal, otherwise a line every LINE_SECONDS.
+seconds and memory. Progress is a line: renewed on a terminal, otherwise printed every LINE_SECONDS.
 """
 
 import json
+import math
 import os
 import resource
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from minillama.errors import InputError
 
@@ -32,130 +33,121 @@ class JsonLines:
         size = path.stat().st_size if path.exists() else 0
         if size < keep:
             raise InputError(f"{path}: {size:,} bytes, but the checkpoint was saved with {keep:,}; cannot resume")
-        try:
+        with self._writing():
             self.stream = open(path, "r+b" if keep else "wb")  # noqa: SIM115 (closed by `close`)
             self.stream.truncate(keep)
             self.stream.seek(keep)
-        except OSError as error:
-            raise self._write_error(error) from None
 
     def write(self, record: dict[str, Any]) -> None:
-        try:
+        with self._writing():
             self.stream.write((json.dumps(record) + "\n").encode())
             self.stream.flush()
-        except OSError as error:
-            raise self._write_error(error) from None
 
     def sync(self) -> int:
         """Wait until all bytes are on the disk; returns their number."""
-        try:
-            self.stream.flush()
+        with self._writing():
             os.fsync(self.stream.fileno())
-            return self.stream.tell()
-        except OSError as error:
-            raise self._write_error(error) from None
+        return self.stream.tell()
 
     def close(self) -> None:
-        try:
+        with self._writing():
             self.stream.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            raise self._write_error(error) from None
-
-    def _write_error(self, error: OSError) -> InputError:
-        return InputError(
-            f"{self.path}: cannot be written ({error.strerror}); the last checkpoint is intact: fix this and repeat "
-            "the command with --resume"
-        )
+            raise InputError(
+                f"{self.path}: cannot be written ({error.strerror}); the last checkpoint is intact: fix this and "
+                "repeat the command with --resume"
+            ) from None
 
 
-class Timing:
-    """timing.jsonl: seconds, speed and peak memory so far of each step."""
+class Records:
+    """metrics.jsonl, truncated to `metrics_bytes`; timing.jsonl; with `tensorboard` its scalars. `step`: the last one.
 
-    def __init__(self, output: Path, resumed: bool, device: torch.device) -> None:
-        path = output / "timing.jsonl"
+    timing.jsonl has seconds, speed and peak memory so far of each step.
+    """
+
+    def __init__(self, output: Path, metrics_bytes: int, step: int, device: torch.device, tensorboard: bool) -> None:
+        self.metrics = JsonLines(output / "metrics.jsonl", metrics_bytes)
+        timing = output / "timing.jsonl"
         # a killed process may have left half a line
-        self.lines = JsonLines(path, path.read_bytes().rfind(b"\n") + 1 if resumed and path.exists() else 0)
-        self.device = device
-        self.last = time.monotonic()
+        self.timing = JsonLines(timing, timing.read_bytes().rfind(b"\n") + 1 if step and timing.exists() else 0)
+        self.board: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise InputError("--tensorboard: the package is not installed; pip install tensorboard") from None
+            # what a killed run wrote after the last checkpoint is dropped
+            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+        self.device, self.last = device, time.monotonic()
 
-    def step(self, step: int, tokens: int, targets: int) -> None:
-        now = time.monotonic()
-        seconds, self.last = max(now - self.last, 1e-9), now
-        self.lines.write(
-            {
-                "step": step,
-                "time": round(time.time(), 3),
-                "seconds": round(seconds, 6),
-                "tokens_per_second": round(tokens / seconds, 1),
-                "targets_per_second": round(targets / seconds, 1),
-                "peak_bytes": peak_bytes(self.device),
-            }
-        )
+    def write(self, record: dict[str, Any]) -> None:
+        """Write what a training step or a validation computed, and of a training step its time."""
+        self.metrics.write(record)
+        for name in ("loss", "valid_loss", "grad_norm", "lr"):
+            if self.board is not None and name in record:
+                self.board.add_scalar(name, record[name], record["step"])
+        if "loss" in record:
+            now = time.monotonic()
+            seconds, self.last = max(now - self.last, 1e-9), now
+            self.timing.write(
+                {
+                    "step": record["step"],
+                    "time": round(time.time(), 3),
+                    "seconds": round(seconds, 6),
+                    "tokens_per_second": round(record["tokens"] / seconds, 1),
+                    "targets_per_second": round(record["targets"] / seconds, 1),
+                    "peak_bytes": peak_bytes(self.device),
+                }
+            )
 
     def close(self) -> None:
-        self.lines.close()
+        for writer in (self.metrics, self.timing, self.board):
+            if writer is not None:
+                writer.close()
 
 
 def peak_bytes(device: torch.device) -> int:
     """Peak memory so far: allocated on a GPU, resident (getrusage) on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes if sys.platform == "darwin" else kilobytes * 1024
-
-
-def tensorboard_writer(output: Path, first_step: int) -> Any:
-    """A SummaryWriter that drops what a killed run wrote from `first_step` on. Raises InputError if not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("--tensorboard: the package is not installed; pip install tensorboard") from None
-    return SummaryWriter(str(output / "tensorboard"), purge_step=first_step)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Reporter:
-    """Shows the loss (smoothed over about 50 steps), tokens per second, the share of target tokens, the time left."""
+    """Shows the loss (smoothed over about 50 steps), tokens per second and the time left."""
 
     def __init__(self, silent: bool = False) -> None:
         self.console = Console(stderr=True, quiet=silent)
-        self.silent = silent
-        self.bar: Progress | None = None
-        self.smooth: float | None = None
+        self.status = self.console.status("")
 
     def start(self, step: int, total: int) -> None:
         self.total, self.first = total, step
         self.started = self.last_line = time.monotonic()
-        self.tokens = self.targets = 0
-        if self.console.is_terminal and not self.silent:
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
-            self.bar = Progress(*columns, console=self.console)
-            self.task = self.bar.add_task("", total=total, completed=step, status="")
-            self.bar.start()
+        self.tokens, self.smooth = 0, math.nan
+        if self.console.is_terminal:
+            self.status.start()
 
-    def step(self, step: int, loss: float, tokens: int, targets: int) -> None:
+    def step(self, step: int, loss: float, tokens: int) -> None:
         self.tokens += tokens
-        self.targets += targets
-        self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
+        self.smooth = loss if math.isnan(self.smooth) else 0.98 * self.smooth + 0.02 * loss
         now = time.monotonic()
-        if self.bar is not None:
-            self.bar.update(self.task, completed=step, status=self._status(now))
-        elif not self.silent and (now - self.last_line >= LINE_SECONDS or step == self.total):
+        seconds = max(now - self.started, 1e-9)
+        left = seconds / (step - self.first) * (self.total - step)
+        speed = f"{self.tokens / seconds:,.0f} tokens/s"
+        line = f"step {step}/{self.total}  loss {self.smooth:.4f}  {speed}  {left:,.0f} s left"
+        if self.console.is_terminal:
+            self.status.update(line)
+        elif now - self.last_line >= LINE_SECONDS or step == self.total:
             self.last_line = now
-            left = (now - self.started) / (step - self.first) * (self.total - step)
-            print(f"step {step}/{self.total}  {self._status(now)}  {left:,.0f} s left", file=sys.stderr, flush=True)
-
-    def validation(self, step: int, loss: float, best: float) -> None:
-        mark = "  (best)" if loss <= best else ""
-        self.note(f"step {step}: validation loss {loss:.4f}{mark}")
+            self.note(line)
 
     def note(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def stop(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def _status(self, now: float) -> str:
-        speed = self.tokens / max(now - self.started, 1e-9)
-        share = self.targets / max(self.tokens, 1)
-        return f"loss {self.smooth:.4f}  {speed:,.0f} tokens/s  {share:.0%} targets"
+        self.status.stop()

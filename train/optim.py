@@ -6,6 +6,7 @@ step, weight), so a resumed run samples the same ones.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,9 +40,8 @@ class Optimizer:
     """
 
     def __init__(self, model: nn.Module, settings: Settings, world: DistributedContext) -> None:
-        self.world = world
+        self.world, self.settings = world, settings
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.state_dtype = getattr(torch, settings.optimizer_state) if settings.optimizer_state else None
         self.in_backward = settings.release_gradients
         self.prepared = False
         self.squared_norms: list[Tensor] = []
@@ -81,7 +81,7 @@ class Optimizer:
         for name, adamw in self.adamw_of.items():
             parameter = self.parameters[name]
             if not adamw.state[parameter]:
-                adamw.state[parameter] = fresh_state(parameter, self.state_dtype)
+                adamw.state[parameter] = fresh_state(parameter, self.settings)
             for key in MOMENTS:
                 found[f"optimizer.{key}.{name}"] = adamw.state[parameter][key]
         return found
@@ -107,42 +107,32 @@ def _adamw(parameters: dict[str, nn.Parameter], settings: Settings) -> torch.opt
     vectors = [p for p in parameters.values() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    betas = (settings.beta1, settings.beta2)
     if not settings.optimizer_state:
-        return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, fused=True)
-    seeds = {parameter: hash_of(name) for name, parameter in parameters.items()}
-    state_dtype = getattr(torch, settings.optimizer_state)
-    return StochasticAdamW(groups, settings.lr, betas, state_dtype, settings.seed, seeds)
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
+    return StochasticAdamW(groups, settings, {parameter: hash_of(name) for name, parameter in parameters.items()})
 
 
-def fresh_state(parameter: nn.Parameter, state_dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The state before the first step. state_dtype: of a matrix's moments (a vector's: float32); None: the weights'."""
-    if state_dtype is None:
-        dtype, step = parameter.dtype, torch.zeros((), device=parameter.device)
-    else:
-        dtype, step = state_dtype if parameter.dim() >= 2 else torch.float32, torch.zeros(())
+def fresh_state(parameter: nn.Parameter, settings: Settings) -> dict[str, Tensor]:
+    """The state before the first step; the moments of a vector are float32 where `optimizer_state` is given."""
+    dtype, step = parameter.dtype, torch.zeros((), device=parameter.device)
+    if settings.optimizer_state:
+        dtype = getattr(torch, settings.optimizer_state) if parameter.dim() >= 2 else torch.float32
+        step = torch.zeros(())
     return {"step": step, **{key: torch.zeros_like(parameter.detach(), dtype=dtype) for key in MOMENTS}}
 
 
 class StochasticAdamW(torch.optim.Optimizer):
-    """AdamW that computes in float32 and keeps its moments in `state_dtype`, float32 or bfloat16.
+    """AdamW that computes in float32 and keeps its moments in float32 or bfloat16 (`optimizer_state`).
 
     Moments and weights in bfloat16 are rounded stochastically. Vectors (norms, biases) have float32 moments. A step
     updates groups of at most GROUP_SIZE weights with about 25 operations each, so its temporary tensors take at most
     GROUP_SIZE * TEMPORARY_BYTES (64 MiB), whatever the size of the model.
     """
 
-    def __init__(
-        self,
-        groups: list[dict[str, Any]],
-        lr: float,
-        betas: tuple[float, float],
-        state_dtype: torch.dtype,
-        seed: int,
-        seeds: dict[nn.Parameter, int],
-    ) -> None:
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": 1e-8, "weight_decay": 0.0})
-        self.state_dtype, self.seed, self.seeds = state_dtype, seed, seeds
+    def __init__(self, groups: list[dict[str, Any]], settings: Settings, seeds: dict[nn.Parameter, int]) -> None:
+        betas = settings.beta1, settings.beta2
+        super().__init__(groups, {"lr": settings.lr, "betas": betas, "eps": 1e-8, "weight_decay": 0.0})
+        self.settings, self.seeds = settings, seeds
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -153,33 +143,26 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         if not self.state[parameter]:
-            self.state[parameter] = fresh_state(parameter, self.state_dtype)
+            self.state[parameter] = fresh_state(parameter, self.settings)
         state = self.state[parameter]
         state["step"] += 1
         step = int(state["step"])
         weights = local(parameter)
         generator = torch.Generator(weights.device).manual_seed(
-            (self.seed * 1_000_003 + step) * 1_000_003 + self.seeds[parameter] & (1 << 63) - 1
+            (self.settings.seed * 1_000_003 + step) * 1_000_003 + self.seeds[parameter] & (1 << 63) - 1
         )
         assert parameter.grad is not None
         gradient, *updated = (
             local(tensor) for tensor in (parameter.grad, weights, state["exp_avg"], state["exp_avg_sq"])
         )
         flat = [gradient.reshape(-1), *(tensor.view(-1) for tensor in updated)]
-        for gradient_N, weight_N, first_N, second_N in zip(*(tensor.split(GROUP_SIZE) for tensor in flat)):
-            _update_group(weight_N, gradient_N, first_N, second_N, group, step, generator)
+        for tensors in zip(*(tensor.split(GROUP_SIZE) for tensor in flat)):
+            _update_group(tensors, group, step, generator)
 
 
-def _update_group(
-    weight_N: Tensor,
-    gradient_N: Tensor,
-    first_N: Tensor,
-    second_N: Tensor,
-    group: dict[str, Any],
-    step: int,
-    generator: torch.Generator,
-) -> None:
+def _update_group(tensors: Sequence[Tensor], group: dict[str, Any], step: int, generator: torch.Generator) -> None:
     """One AdamW step of N weights and their two moments, in place. (Loshchilov and Hutter, ICLR 2019, algorithm 2.)"""
+    gradient_N, weight_N, first_N, second_N = tensors
     beta1, beta2 = group["betas"]
     g = gradient_N.float()
     m = first_N.to(torch.float32, copy=True).lerp_(g, 1 - beta1)

@@ -18,22 +18,18 @@ SMOOTHING = 0.02
 def read_curves(run: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
     """(step, loss) of training and of validation, from RUN/metrics.jsonl or the file itself. Raises InputError."""
     path = run / "metrics.jsonl" if run.is_dir() else run
-    train: list[tuple[int, float]] = []
-    valid: list[tuple[int, float]] = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; give a run's --output folder") from None
+    records = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-            for key, curve in (("loss", train), ("valid_loss", valid)):
-                if key in record:
-                    curve.append((int(record["step"]), float(record[key])))
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines):  # a running training may be writing it
-                break
-            raise InputError(f"{path}:{number}: no record of a step") from None
+            records.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):  # a running training may be writing the last one
+                raise InputError(f"{path}:{number}: no record of a step") from None
+    train, valid = ([(r["step"], r[key]) for r in records if key in r] for key in ("loss", "valid_loss"))
     if not train:
         raise InputError(f"{path}: no step in it yet")
     return train, valid
@@ -64,10 +60,7 @@ def plot(runs: Sequence[Path], names: Sequence[str], output: Path, log: bool) ->
         axes.plot(steps, smooth(losses, width), color=colour, label=name)
         if valid:
             axes.plot(*zip(*valid), color=colour, linestyle="--", marker="o", markersize=3, label=f"{name}, validation")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss, nats per target token")
-    if log:
-        axes.set_yscale("log")
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per target token", yscale="log" if log else "linear")
     axes.grid(alpha=0.3)
     axes.legend()
     try:
@@ -79,11 +72,7 @@ def plot(runs: Sequence[Path], names: Sequence[str], output: Path, log: bool) ->
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m train.plot",
-        description="Plot the loss curves of several runs in one figure.",
-        epilog=EXAMPLES,
-    )
+    parser = Parser(prog="python -m train.plot", description="Plot the loss curves of runs.", epilog=EXAMPLES)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="--output folders of runs, finished or not")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="of the curves (default: the folders')")
     parser.add_argument("--output", required=True, metavar="FILE", help="PNG, SVG or PDF")

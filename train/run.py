@@ -1,11 +1,10 @@
 """From a command line to a finished model: what CPT and SFT have in common around the training loop."""
 
 import argparse
-import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ from minillama.machine import versions
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
 from minillama.weights import open_folder
-from train.checkpoint import finish, is_finished
+from train.checkpoint import digest_of, finish, is_finished
 from train.config import Settings, check_output
 from train.distributed import DistributedContext, started, unsharded
 from train.dry_run import show
-from train.lora import add_adapters, layer_numbers, merge, write_adapter
+from train.lora import add_adapters, merge, write_adapter
 from train.metrics import Reporter
 from train.packing import Example
 from train.trainer import Trainer
@@ -59,17 +58,39 @@ class Start:
         return Llama.from_pretrained(self.folder, dtype=dtype, device=device)
 
 
-@contextmanager
-def started_run(arguments: argparse.Namespace, settings: Settings) -> Iterator[DistributedContext | None]:
-    """Check arguments and --output before any work and join the ranks; None if --resume finds the model finished."""
+@dataclass(frozen=True)
+class Data:
+    """What a command trains on and validates on, its notes in run.json, and the prompt to save with the model."""
+
+    examples: Sequence[Example]
+    held_out: Sequence[Example]
+    notes: dict[str, Any]
+    prompt: Prompt | None = None
+
+
+def run(arguments: argparse.Namespace, settings: Settings, load: Callable[[Start, DistributedContext], Data]) -> int:
+    """Train on what `load` returns and write a normal Hugging Face folder, or an adapter. Returns the exit code.
+
+    Arguments and --output are checked before any work. Nothing is done where --resume finds the model finished.
+    """
     with started(arguments.device) as world:
-        finished = world.on_main(lambda: _is_finished(arguments, settings))
-        if finished:
+        if world.on_main(lambda: _is_finished(arguments, settings)):
             world.log(f"{arguments.output}: already finished")
-        yield None if finished else world
+            return 0
+        start = _load_start(arguments, world)
+        data = load(start, world)
+        if not data.examples:
+            raise InputError("there is nothing to train on: no example is left after reading")
+        if arguments.valid and not data.held_out:
+            raise InputError(f"--valid {' '.join(arguments.valid)}: no example in it; nothing would be validated")
+        if not arguments.dry_run:
+            _train(arguments, settings, world, start, data)
+        elif world.is_main:
+            show(start.config, start.tokenizer, data.examples, settings, world)
+    return 0
 
 
-def load_start(arguments: argparse.Namespace, world: DistributedContext) -> Start:
+def _load_start(arguments: argparse.Namespace, world: DistributedContext) -> Start:
     """The configuration and tokenizer that the arguments name. Raises InputError if they do not fit together."""
     if arguments.init:
         if not arguments.tokenizer:
@@ -88,44 +109,27 @@ def load_start(arguments: argparse.Namespace, world: DistributedContext) -> Star
             f"the tokenizer has {len(tokenizer)} entries, the model only {config.vocab_size}; "
             "vocab_size must be at least the tokenizer's"
         )
-    if arguments.lora_rank:
-        layer_numbers(arguments.lora_layers, config.num_hidden_layers)  # raises InputError
     return Start(config, tokenizer, folder)
 
 
-def train_and_save(
-    arguments: argparse.Namespace,
-    settings: Settings,
-    world: DistributedContext,
-    start: Start,
-    examples: Sequence[Example],
-    held_out: Sequence[Example],
-    notes: dict[str, Any],
-    prompt: Prompt | None,
+def _train(
+    arguments: argparse.Namespace, settings: Settings, world: DistributedContext, start: Start, data: Data
 ) -> None:
-    """Train on the examples and write a normal Hugging Face folder (or an adapter) with the run's record, run.json."""
-    if arguments.valid and not held_out:
-        raise InputError(f"--valid {' '.join(arguments.valid)}: no example in it; nothing would be validated")
-    if arguments.dry_run:
-        if world.is_main:
-            show(start.config, start.tokenizer, examples, settings, world)
-        return
-    output = Path(arguments.output)
-    model = _with_adapters(start.model(settings, world), settings)
-    trainer = Trainer(model, examples, held_out, settings, output, world, arguments.tensorboard)
+    output, examples = Path(arguments.output), data.examples
+    model = add_adapters(start.model(settings, world), settings)
+    trainer = Trainer(model, examples, data.held_out, settings, output, world, arguments.tensorboard)
     tokens, labels = sum(len(e.tokens) for e in examples), sum(e.num_labels for e in examples)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     trained = sum(sizes[name] for name in trainer.optimizer.parameters)
-    ranks = f" ({world.size} ranks)" if world.size > 1 else ""
     world.log(
-        f"{len(examples):,} examples, {tokens:,} tokens ({labels / tokens:.0%} targets), {len(held_out):,} held out; "
-        f"{trainer.total_steps:,} steps in {settings.epochs} epochs on {world.device}{ranks}, "
-        f"{trained:,} of {sum(sizes.values()):,} parameters in {settings.dtype}"
+        f"{len(examples):,} examples, {tokens:,} tokens ({labels / tokens:.0%} targets), "
+        f"{trainer.total_steps:,} steps on {world.device}"
     )
+    names = [name for option in ("text", "train", "valid") for name in getattr(arguments, option, None) or []]
     record = {
-        "settings": settings.as_dict(),
-        "data": notes,
-        "sha256": _checksums(arguments),
+        "settings": asdict(settings),
+        "data": data.notes,
+        "sha256": {name: digest_of(Path(name)) for name in names if Path(name).is_file()},  # a named split has none
         "examples_digest": trainer.fingerprint["examples"],
         "examples": len(examples),
         "tokens": tokens,
@@ -136,8 +140,16 @@ def train_and_save(
         "versions": versions(*PACKAGES),
     }
     world.on_main(lambda: _write_record(output, arguments, record))
-    outcome = trainer.run(arguments.resume, Reporter(silent=not world.is_main))
-    result = unsharded(model, world, lambda: _with_adapters(Llama(start.config), settings))
+    started_at = time.monotonic()
+    progress = trainer.run(arguments.resume, Reporter(silent=not world.is_main))
+    outcome = {
+        "steps": progress.step,
+        "epochs": settings.epochs,
+        "best_loss": progress.best_loss if progress.best_step else None,
+        "best_step": progress.best_step or None,
+        "seconds": time.monotonic() - started_at,
+    }
+    result = unsharded(model, world, lambda: add_adapters(Llama(start.config), settings))
 
     def write(folder: Path) -> None:
         assert result is not None
@@ -147,15 +159,14 @@ def train_and_save(
             merge(result)
             result.to(getattr(torch, settings.save_dtype or settings.dtype)).write_files(folder)
         start.tokenizer.save(folder)
-        if prompt is not None:
-            prompt.save(folder)
-        (folder / "run.json").write_text(_json({**record, **asdict(outcome)}), encoding="utf-8")
+        if data.prompt is not None:
+            data.prompt.save(folder)
+        (folder / "run.json").write_text(_json(record | outcome), encoding="utf-8")
 
     world.on_main(lambda: finish(output, write))
-    if not arguments.leave_checkpoints:
-        trainer.checkpoints.clear()
-    best = f", best validation loss {outcome.best_loss:.4f} at step {outcome.best_step}" if outcome.best_loss else ""
-    world.log(f"{output}: {outcome.steps:,} steps in {outcome.seconds:,.0f} s{best}")
+    if world.is_main and not arguments.leave_checkpoints:
+        shutil.rmtree(trainer.checkpoints.folder, ignore_errors=True)
+    world.log(f"{output}: {progress.step:,} steps in {outcome['seconds']:,.0f} s")
 
 
 def _is_finished(arguments: argparse.Namespace, settings: Settings) -> bool:
@@ -177,12 +188,6 @@ def _is_finished(arguments: argparse.Namespace, settings: Settings) -> bool:
     return True
 
 
-def _with_adapters(model: Llama, settings: Settings) -> Llama:
-    if settings.lora_rank:
-        add_adapters(model, settings)
-    return model
-
-
 def _write_record(output: Path, arguments: argparse.Namespace, record: dict[str, Any]) -> None:
     """run.toml, which `--config` reads, and run.json, before the first step."""
     try:
@@ -193,17 +198,6 @@ def _write_record(output: Path, arguments: argparse.Namespace, record: dict[str,
         atomic_write(output / "run.json", _json(record))
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror})") from None
-
-
-def _checksums(arguments: argparse.Namespace) -> dict[str, str]:
-    """SHA-256 of every file that --text, --train and --valid name; a named split has none."""
-    names = [name for option in ("text", "train", "valid") for name in getattr(arguments, option, None) or []]
-    found = {}
-    for name in names:
-        if Path(name).is_file():
-            with open(name, "rb") as stream:
-                found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
 
 
 def _json(record: dict[str, Any]) -> str:

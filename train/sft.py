@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from corpora import Pairs, Prompt, language_name, read_pairs
 from minillama.cli import Parser
-from minillama.errors import InputError, exit_code
+from minillama.errors import exit_code
 from train.config import Settings, add_arguments, parse, settings_from
 
 if TYPE_CHECKING:
     from train.distributed import DistributedContext
     from train.packing import Example
+    from train.run import Data, Start
 
 EXAMPLES = """examples:
   python -m train.sft --model runs/base-ja --train alt:ja-en:train --source ja --target en --output runs/S_src
@@ -26,11 +27,7 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m train.sft",
-        description="Fine-tuning on sentence pairs, loss on the response only.",
-        epilog=EXAMPLES,
-    )
+    parser = Parser(prog="python -m train.sft", description="Fine-tuning on sentence pairs.", epilog=EXAMPLES)
     files = "one TSV, JSON lines or parquet file, two line-aligned files, or a split such as alt:ja-en:train"
     parser.add_argument("--train", nargs="+", required=True, metavar="FILE", help=files)
     parser.add_argument("--valid", nargs="+", metavar="FILE", help="held-out pairs for the validation loss, likewise")
@@ -47,22 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         language_name(language)  # raises InputError if it is unknown
     prompt = Prompt.load(arguments.prompt)
 
-    from train.run import started_run
+    from train.run import run
 
-    with started_run(arguments, settings) as world:
-        if world is not None:
-            train(arguments, settings, prompt, world)
-    return 0
+    return run(arguments, settings, lambda start, world: _read(arguments, settings, prompt, start, world))
 
 
-def train(arguments: argparse.Namespace, settings: Settings, prompt: Prompt, world: "DistributedContext") -> None:
+def _read(
+    arguments: argparse.Namespace, settings: Settings, prompt: Prompt, start: "Start", world: "DistributedContext"
+) -> "Data":
     from minillama.chat import chat_format
     from train.data import responses
-    from train.run import load_start, train_and_save
+    from train.run import Data
 
     pairs = read_pairs(arguments.train, arguments.source, arguments.target)
     held_out = read_pairs(arguments.valid, arguments.source, arguments.target) if arguments.valid else None
-    start = load_start(arguments, world)
     chat = chat_format(arguments.chat, start.tokenizer)
     bos, eos, limit = start.config.bos_token_id, start.end_token, start.longest(settings)
     world.log(pairs.describe())
@@ -78,11 +73,7 @@ def train(arguments: argparse.Namespace, settings: Settings, prompt: Prompt, wor
             world.log(f"{some.origin}: {len(examples) - len(fitting)} examples over {limit} tokens left out")
         return fitting
 
-    if not pairs.source:
-        raise InputError(f"{pairs.origin}: no pair has two sides; there is nothing to train on")
     examples, valid = examples_of(pairs), examples_of(held_out) if held_out else []
-    if not examples:
-        raise InputError(f"{pairs.origin}: every example is over {limit} tokens; raise --max-length")
     notes = {
         "train": pairs.describe(),
         "valid": held_out.describe() if held_out else None,
@@ -92,7 +83,7 @@ def train(arguments: argparse.Namespace, settings: Settings, prompt: Prompt, wor
         "prompt": prompt.name,
         "chat": chat.name,
     }
-    train_and_save(arguments, settings, world, start, examples, valid, notes, replace(prompt, chat=chat.name))
+    return Data(examples, valid, notes, replace(prompt, chat=chat.name))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import threading
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,7 +32,7 @@ from train.checkpoint import Checkpoints, Progress
 from train.config import CHANGEABLE_ON_RESUME, Settings
 from train.data import Schedule
 from train.distributed import DistributedContext, Loss, full_tensor, reshard, shard
-from train.metrics import JsonLines, Reporter, Timing, tensorboard_writer
+from train.metrics import Records, Reporter
 from train.optim import Optimizer, learning_rate
 from train.packing import Batch, Example
 
@@ -53,17 +53,6 @@ def target_loss(model: Llama, batch: Batch) -> Tensor:
     hidden_BTD = model.hidden(batch.inputs_BT, packed=batch.packed)
     hidden_MD = hidden_BTD.flatten(0, 1).index_select(0, batch.label_positions_M)
     return linear_cross_entropy(hidden_MD, model.output_weight, batch.labels_M)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Results of a finished run; without a validation the best loss and its step are None."""
-
-    steps: int
-    epochs: int
-    best_loss: float | None
-    best_step: int | None
-    seconds: float
 
 
 class StopRequest:
@@ -109,8 +98,6 @@ class Trainer:
         world: DistributedContext | None = None,
         tensorboard: bool = False,
     ) -> None:
-        if not examples:
-            raise InputError("there is nothing to train on: no example is left after reading")
         self.model, self.settings, self.output, self.tensorboard = model, settings, output, tensorboard
         self.world = world or DistributedContext(device=model.device)
         self.schedule = Schedule(examples, settings, self.world.rank, self.world.size)
@@ -126,15 +113,15 @@ class Trainer:
         self.optimizer = Optimizer(model, settings, self.world)
         self.checkpoints = Checkpoints(output / "checkpoints", settings.keep_checkpoints, self.world)
         self.progress = Progress()
-        self.saved_step = 0
+        self.records: Records | None = None  # of rank 0, while it trains
         self.stop = StopRequest()
 
-    def run(self, resume: bool, reporter: Reporter) -> Outcome:
+    def run(self, resume: bool, reporter: Reporter) -> Progress:
         """Train; afterwards the model has the last or the best weights. Raises InputError if the loss is not finite."""
         self.output.mkdir(parents=True, exist_ok=True)
         if resume:
             self._restore()
-        started, progress = time.monotonic(), self.progress
+        progress = self.progress
         self.model.train()
         self.reporter = reporter
         reporter.start(progress.step, self.total_steps)
@@ -156,20 +143,12 @@ class Trainer:
         if self.settings.keep == "best" and progress.best_step not in (0, progress.step):
             self.checkpoints.load(progress.best_step, self._weights())
         self.model.eval()
-        validated = progress.best_step > 0
-        return Outcome(
-            steps=progress.step,
-            epochs=self.settings.epochs,
-            best_loss=progress.best_loss if validated else None,
-            best_step=progress.best_step if validated else None,
-            seconds=time.monotonic() - started,
-        )
+        return progress
 
     def _train(self) -> None:
-        progress, is_main = self.progress, self.world.is_main
-        self.metrics = JsonLines(self.output / "metrics.jsonl", progress.metrics_bytes) if is_main else None
-        self.timing = Timing(self.output, progress.step > 0, self.world.device) if is_main else None
-        self.board = tensorboard_writer(self.output, progress.step + 1) if is_main and self.tensorboard else None
+        progress, device = self.progress, self.world.device
+        if self.world.is_main:
+            self.records = Records(self.output, progress.metrics_bytes, progress.step, device, self.tensorboard)
         try:
             self._evaluate_and_checkpoint_if_due()
             while progress.step < self.total_steps and not progress.stopped:
@@ -178,9 +157,8 @@ class Trainer:
                 self._evaluate_and_checkpoint_if_due()
             self._checkpoint(wait=True)
         finally:
-            for writer in (self.metrics, self.timing, self.board):
-                if writer is not None:
-                    writer.close()
+            if self.records is not None:
+                self.records.close()
 
     def _evaluate_and_checkpoint_if_due(self) -> None:
         """Called after each step; a resumed run does first what was due when it was stopped."""
@@ -232,9 +210,7 @@ class Trainer:
                 f"step {step}: gradient norm {norm:.3g}, {ratio:.1f} times the median of the last {RECENT} steps"
             )
         self._record(record)
-        if self.timing is not None:
-            self.timing.step(step, tokens, labels)
-        self.reporter.step(step, total, tokens, labels)
+        self.reporter.step(step, total, tokens)
 
     def _forward(self, batch: Batch) -> Tensor:
         batch = batch.to(self.world.device)
@@ -248,13 +224,12 @@ class Trainer:
         total = self.world.all_reduce_sum([sum(values)])[0]
         if math.isfinite(total) and math.isfinite(norm):
             return total
-        number = next((number for number, value in enumerate(values) if not math.isfinite(value)), None)
         where = ""
-        if number is not None:
-            numbers = [index + 1 for index in self.schedule.indices_of(step - 1, number)]
-            shown = ", ".join(map(str, numbers[:16])) + (", …" if len(numbers) > 16 else "")
-            where = f" in micro-batch {number + 1} of {len(values)} (examples {shown})"
-        where = next((found for found in self.world.gather(where) if found), "")
+        if not all(map(math.isfinite, values)):
+            number = [math.isfinite(value) for value in values].index(False)
+            examples = ", ".join(str(index + 1) for index in self.schedule.indices_of(step - 1, number))
+            where = f" in micro-batch {number + 1} of {len(values)} (examples {examples:.200})"
+        where = max(self.world.gather(where))  # of a rank that has one
         raise InputError(
             f"step {step}: loss {total}{where}, gradient norm {norm}; the run ends here. Start again with a smaller "
             f"--lr in another --output; {self.output} keeps metrics.jsonl and the last good checkpoint, if any"
@@ -288,25 +263,20 @@ class Trainer:
         progress.validated_step = progress.step
         progress.stopped = 0 < self.settings.patience <= progress.stale
         self._record({"step": progress.step, "valid_loss": loss})
-        self.reporter.validation(progress.step, loss, progress.best_loss)
+        mark = "  (best)" if progress.best_step == progress.step else ""
+        self.reporter.note(f"step {progress.step}: validation loss {loss:.4f}{mark}")
 
     def _record(self, record: dict[str, Any]) -> None:
-        if self.metrics is not None:
-            self.metrics.write(record)
-        if self.board is not None:
-            for name in ("loss", "valid_loss", "grad_norm", "lr"):
-                if name in record:
-                    self.board.add_scalar(name, record[name], record["step"])
+        if self.records is not None:
+            self.records.write(record)
 
     def _checkpoint(self, wait: bool) -> None:
         progress = self.progress
-        if self.saved_step != progress.step:
-            progress.metrics_bytes = self.metrics.sync() if self.metrics is not None else 0
+        self.checkpoints.wait()
+        if self.checkpoints.saved_step != progress.step:
+            progress.metrics_bytes = self.records.metrics.sync() if self.records is not None else 0
             progress.epoch, progress.position = self.schedule.epoch_of(progress.step)
             self.checkpoints.save(progress, self.fingerprint, self._tensors(), wait)
-            self.saved_step = progress.step
-        if wait:
-            self.checkpoints.wait()
 
     def _weights(self) -> dict[str, Tensor]:
         return {f"model.{name}": p.detach() for name, p in self.optimizer.parameters.items()}
@@ -316,23 +286,17 @@ class Trainer:
         return {**self._weights(), **self.optimizer.tensors(), "generator": torch.get_rng_state()}
 
     def _restore(self) -> None:
-        found = self.checkpoints.newest(self._check_fingerprint)
-        if found is None:
+        state = self.checkpoints.newest()
+        if state is None:
             return
-        tensors = self._tensors()
-        self.checkpoints.load(found.step, tensors)
-        self.optimizer.set_step(found.step)
-        torch.set_rng_state(tensors["generator"])
-        self.progress, self.saved_step = found, found.step
-
-    def _check_fingerprint(self, saved: dict[str, Any]) -> None:
-        changed = [
-            f"{name} (was {saved.get(name)}, now {value})"
-            for name, value in self.fingerprint.items()
-            if saved.get(name) != value
-        ]
-        if changed:
+        saved, now = state["fingerprint"], self.fingerprint
+        if changed := [f"{n} (was {saved.get(n)}, now {now[n]})" for n in now if saved.get(n) != now[n]]:
             raise InputError(f"--resume {self.output}: the run was started with other settings: {', '.join(changed)}")
+        self.progress = Progress(**state["progress"])
+        tensors = self._tensors()
+        self.checkpoints.load(self.progress.step, tensors)
+        self.optimizer.set_step(self.progress.step)
+        torch.set_rng_state(tensors["generator"])
 
 
 def _fingerprint(model: Llama, examples: Sequence[Example], settings: Settings) -> dict[str, Any]:
@@ -344,5 +308,5 @@ def _fingerprint(model: Llama, examples: Sequence[Example], settings: Settings) 
     for parameter in model.parameters():
         if not parameter.requires_grad:
             frozen = zlib.crc32(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data, frozen)
-    values = {name: value for name, value in settings.as_dict().items() if name not in CHANGEABLE_ON_RESUME}
+    values = {name: value for name, value in asdict(settings).items() if name not in CHANGEABLE_ON_RESUME}
     return {**values, "examples": digest.hexdigest()[:16], "frozen_weights": frozen}

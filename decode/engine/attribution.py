@@ -5,13 +5,14 @@ it is negative where sampling or beam search took another token than the best. E
 
     contribution_i = w_i * (logit_i[token] - logit_i[runner-up]),    sum_i contribution_i = margin
 
-The members' softmax normalisers cancel in the difference. Nothing here takes part in the choice: tokens and
+The members' softmax normalisers cancel in the difference. Nothing here takes part in sampling: tokens and
 log-probabilities are those of a run without explanations, and an explanation does not depend on the batch.
 
     N members  R rows of logits, one a token  V vocabulary
 """
 
 from collections.abc import Sequence
+from math import isnan
 from typing import NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ class Explanation(NamedTuple):
         return self.pushes.index(max(self.pushes))
 
     def overruled(self, weights: Sequence[float]) -> list[int]:
-        """Members of positive weight that alone would have chosen another token."""
+        """Members of positive weight that alone would have sampled another token."""
         return [n for n, rank in enumerate(self.ranks) if rank is not None and rank > 1 and weights[n] > 0]
 
 
@@ -68,7 +69,7 @@ def explain(
     """One explanation for each row of the members' logits, N tensors (R, V).
 
     weights: (N,) or (N, R) float32; zero leaves a member out of that row.   tokens, logprobs: of each row the token
-    that was chosen and its log-probability in nats under the combined distribution.
+    that was sampled and its log-probability in nats under the combined distribution.
     """
     token_R = torch.tensor(tokens, device=logits[0].device)
     combined = fused_logits(logits, weights, members=True, top_k=2, targets=token_R)
@@ -80,54 +81,46 @@ def explain(
     runner_up_R1 = combined.top_token.gather(1, second_R1)
     runner_up_logprob_R1 = combined.top_logprob.gather(1, second_R1)
 
-    both_R2 = torch.cat((token_R[:, None], runner_up_R1.clamp_min(0)), dim=1)
-    both_NR2 = torch.stack([logits_RV.gather(1, both_R2).double() for logits_RV in logits])
-    weights_NR = (weights if weights.dim() == 2 else weights[:, None]).double().expand(len(logits), len(tokens))
-    left_out_NR = weights_NR == 0
-    push_NR = (weights_NR * (both_NR2[:, :, 0] - both_NR2[:, :, 1])).masked_fill(left_out_NR, 0.0)
-
-    own_logprob_NR = combined.member_target_logprob[:, :, 0].double()
-    peak_NR = torch.stack([logits_RV.amax(dim=1).double() for logits_RV in logits])
-    best_logprob_NR = own_logprob_NR + (peak_NR - both_NR2[:, :, 0])
-    rank_NR, best_NR = _ranks_and_bests(logits, token_R, (both_NR2[:, :, 0] < peak_NR) & ~left_out_NR)
-
-    columns = [runner_up_R1.T, runner_up_logprob_R1.T, own_logprob_NR, rank_NR, push_NR, best_NR, best_logprob_NR]
-    rows = torch.cat([column.double() for column in columns]).round(decimals=DECIMALS).T.tolist()
-    left_out = left_out_NR.T.tolist()
-    return [_explanation(*row) for row in zip(tokens, logprobs, rows, left_out, strict=True)]
+    both_R2 = torch.cat((runner_up_R1.clamp_min(0), token_R[:, None]), dim=1)
+    lead_NR = torch.cat([logits_RV.gather(1, both_R2).double().diff(dim=1).T for logits_RV in logits])
+    weights_NR = (weights if weights.dim() == 2 else weights[:, None]).double().expand_as(lead_NR)
+    logprob_NR = combined.member_target_logprob[:, :, 0].double()
+    behind_NR, rank_NR, best_NR = map(torch.stack, zip(*(_alone(logits_RV, token_R) for logits_RV in logits)))
+    values_5NR = torch.stack((logprob_NR, rank_NR, weights_NR * lead_NR, best_NR, logprob_NR + behind_NR))
+    values_5NR.masked_fill_(weights_NR == 0, torch.nan)
+    columns = runner_up_R1[:, 0], runner_up_logprob_R1[:, 0], values_5NR.permute(2, 0, 1)
+    figures = (column.double().round(decimals=DECIMALS).tolist() for column in columns)
+    return [_explanation(*row) for row in zip(tokens, logprobs, *figures, strict=True)]
 
 
-def _ranks_and_bests(logits: Sequence[Tensor], token_R: Tensor, other_NR: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, R): 1 + the number of larger logits than the token's, and the token with the largest.
-
-    other_NR: where that is another token; only there are rows read. Of equal logits the chosen token's is the first.
+def _alone(logits_RV: Tensor, token_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one member, (R,) float64: how far the token's logit is below the largest, 1 + the number of larger logits, and
+    the token with the largest; of equal logits the sampled token's is the first.
     """
-    rank_NR, best_NR = torch.ones_like(other_NR, dtype=torch.int64), token_R.repeat(len(logits), 1)
-    for logits_RV, other_R, rank_R, best_R in zip(logits, other_NR, rank_NR, best_NR):
-        rows_SV = logits_RV[other_R]
-        if len(rows_SV):
-            own_S1 = rows_SV.gather(1, token_R[other_R][:, None])
-            rank_R[other_R] += (rows_SV > own_S1).sum(dim=1)
-            best_R[other_R] = rows_SV.argmax(dim=1)
-    return rank_NR, best_NR
+    own_R1 = logits_RV.gather(1, token_R[:, None])
+    behind_R = logits_RV.amax(dim=1).double() - own_R1[:, 0].double()
+    rank_R, best_R = torch.ones_like(token_R), token_R.clone()
+    rows_S = (behind_R > 0).nonzero()[:, 0]  # only these are read again
+    if len(rows_S):
+        logits_SV = logits_RV[rows_S]
+        rank_R[rows_S] += (logits_SV > own_R1[rows_S]).sum(dim=1)
+        best_R[rows_S] = logits_SV.argmax(dim=1)
+    return behind_R, rank_R.double(), best_R.double()
 
 
-def _explanation(token: int, logprob: float, values: list[float], left_out: list[bool]) -> Explanation:
-    runner_up, runner_up_logprob, *of_members = values
-    count = len(left_out)
-    own, ranks, pushes, bests, best_logprobs = (of_members[at * count : (at + 1) * count] for at in range(5))
-
-    def present(values: list[float]) -> list[float | None]:
-        return [None if out else value for value, out in zip(values, left_out)]
-
+def _explanation(
+    token: int, logprob: float, runner_up: float, runner_up_logprob: float, values_5N: list[list[float]]
+) -> Explanation:
+    """The values of a member that is left out are NaN."""
+    own, ranks, pushes, bests, best_logprobs = values_5N
     return Explanation(
         token,
         round(logprob, DECIMALS),
         None if runner_up < 0 else int(runner_up),
         None if runner_up < 0 else runner_up_logprob,
-        present(own),
-        [None if out else int(rank) for rank, out in zip(ranks, left_out)],
-        [] if runner_up < 0 else pushes,
-        [None if out else int(best) for best, out in zip(bests, left_out)],
-        present(best_logprobs),
+        [None if isnan(value) else value for value in own],
+        [None if isnan(rank) else int(rank) for rank in ranks],
+        [] if runner_up < 0 else [0.0 if isnan(push) else push for push in pushes],
+        [None if isnan(best) else int(best) for best in bests],
+        [None if isnan(value) else value for value in best_logprobs],
     )

@@ -51,8 +51,8 @@ class Beam:
 class BeamSearch:
     """The search of one sequence.
 
-    beams: by number, None where there is no beam.   finished: hypotheses, best first.   taken: the beams that the last
-    step's tokens led to, running or finished.
+    beams: by number, None where there is no beam.   finished: hypotheses, best first.   latest: the beams that the
+    last step's tokens led to, running or finished.
     """
 
     params: SamplingParams
@@ -60,7 +60,7 @@ class BeamSearch:
     limit: int
     beams: list[Beam | None] = field(default_factory=list)
     finished: list[Hypothesis] = field(default_factory=list)
-    taken: list[Beam] = field(default_factory=list)
+    latest: list[Beam] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.beams = [Beam(), *[None] * (self.params.beams - 1)]
@@ -93,20 +93,20 @@ class BeamSearch:
             for token, logprob in candidates[number]
         )
         continued: list[Beam] = []
-        self.taken = []
+        self.latest = []
         for rank, (_, number, token, logprob) in enumerate(ranked):
             beam = before[number]
             assert beam is not None
             if token not in self.stops and length < self.limit:
                 continued.append(beam.extended(token, logprob, number))
             elif rank < self.params.beams:
-                self.taken.append(beam.extended(token, logprob, number))
-                self._finish(self.taken[-1])
+                self.latest.append(beam.extended(token, logprob, number))
+                self._finish(self.latest[-1])
         del continued[self.params.beams :]
         self.beams = [None] * self.params.beams
         if self._is_over(continued):
             return []
-        self.taken += continued
+        self.latest += continued
         others = []
         for beam in continued:
             if self.beams[beam.parent] is None:

@@ -1,4 +1,4 @@
-"""A plain step as one CUDA graph: every member's forward pass, the choice of tokens, and their copy to the host.
+"""A plain step as one CUDA graph: every member's forward pass, sampling, and the copy of tokens to the host.
 
 A step in which every slot reads one token is some hundreds of small kernels a member. Launched one by one from Python
 they take longer than the weights take to be read; a graph is launched as a whole, and small members run beside the
@@ -55,7 +55,7 @@ class Shape:
 
 @dataclass
 class Buffers:
-    """The tensors of one shape: results of the choice, logits of each member, and on a GPU the graph over them."""
+    """The tensors of one shape: results of sampling, logits of each member, and on a GPU the graph over them."""
 
     out: FusedLogits | None = None
     logits: list[Tensor] = field(default_factory=list)
@@ -74,7 +74,7 @@ class GraphRunner:
         self.logits: list[Tensor] = []  # of the last step, of every member (slots in use, V)
         members = len(self.models)
         self.inputs_IB = torch.zeros(POSITIONS + members, slots, dtype=torch.int64, device=self.device)
-        self.inputs_FB = torch.zeros(WEIGHTS + members, slots, dtype=torch.float32, device=self.device)
+        self.inputs_FB = torch.zeros(WEIGHTS + members, slots, dtype=torch.float64, device=self.device)
         self.results_3B = torch.zeros(3, slots, dtype=torch.float64, device=self.device)
         self.members_of_stream = balanced([model.nbytes for model in self.models], STREAMS)
         # The host's side of the three; pinned, so that copies do not wait.
@@ -131,7 +131,7 @@ class GraphRunner:
         floats += [[0.0, 1.0, *default]] * idle
         host_IB, host_FB, _ = self.host
         host_IB.copy_(torch.tensor(integers).T)
-        host_FB.copy_(torch.tensor(floats).T)
+        host_FB.copy_(torch.tensor(floats, dtype=torch.float64).T)
         self.inputs_IB.copy_(host_IB, non_blocking=True)
         self.inputs_FB.copy_(host_FB, non_blocking=True)
 
@@ -187,11 +187,11 @@ class GraphRunner:
                 seed=inputs_IB[SEED],
                 row_id=inputs_IB[KEY],
                 position=inputs_IB[POSITION],
-                temperature=inputs_FB[TEMPERATURE],
+                temperature=inputs_FB[TEMPERATURE].float(),
                 top_k=inputs_IB[TOP_K] if shape.truncated else 0,
                 top_p=inputs_FB[TOP_P] if shape.truncated else 1.0,
             )
-        weights = inputs_FB[WEIGHTS:] if shape.own_weights else self.ensemble.weights_N
+        weights = inputs_FB[WEIGHTS:].float() if shape.own_weights else self.ensemble.weights_N
         out = buffers.out = fused_logits(buffers.logits, weights, sample=sample, out=buffers.out)
         token, logprob = (out.token, out.logprob) if sample is None else (out.sample_token, out.sample_logprob)
         assert token is not None

@@ -27,7 +27,7 @@ from kernels.types import MAX_TOP_K
 from minillama import InputError
 
 # A token that a step led to: the row of its logits, the sequence, where its explanation goes, token, log-probability.
-Chosen = tuple[int, Sequence, list[Explanation], int, float]
+Sampled = tuple[int, Sequence, list[Explanation], int, float]
 
 
 class Engine:
@@ -52,7 +52,7 @@ class Engine:
         if slots < 1 or min(capacity) < 1:
             raise InputError(f"{slots} slots of {min(capacity)} positions: both must be at least 1")
         mode = check_mode(speculate)
-        self.ensemble, self.stats = ensemble, Stats()
+        self.ensemble, self.slots, self.stats = ensemble, slots, Stats()
         self.runner = ModelRunner(ensemble, slots, capacity, prefix or [[] for _ in members])
         self.scheduler = Scheduler(self.runner.slots)
         self.speculation = None if mode == "off" else Speculation(self.runner, mode)
@@ -139,7 +139,7 @@ class Engine:
                     yield index, update.completion
 
     def _run(self, inputs: SequenceOf[SlotInput], draft: Draft | None) -> SamplerOutput:
-        """All members' forward passes, the scores of targets, and the choice at every other position."""
+        """All members' forward passes, the scores of targets, and sampling at every other position."""
         runner = self.runner
         self.stats.steps += bool(inputs)
         if runner.graphs is not None and draft is None and inputs and all(map(_is_plain, inputs)):
@@ -161,9 +161,9 @@ class Engine:
         return runner.sample(logits, positions, min(num_top, logits[0].shape[1]))
 
     def _update(self, inputs: SequenceOf[SlotInput], draft: Draft | None, output: SamplerOutput) -> list[Update]:
-        """Record the chosen tokens, and finish the sequences that end."""
+        """Record the sampled tokens, and finish the sequences that end."""
         updates, self._updates = self._updates, []
-        chosen: list[Chosen] = []
+        sampled: list[Sampled] = []
         before = {entry.sequence.id: len(entry.sequence.tokens) for entry in inputs}
         searched: dict[int, dict[int, int]] = {}  # by sequence and beam the row of its logits
         row = 0
@@ -174,11 +174,11 @@ class Engine:
             if sequence.search is not None:
                 searched.setdefault(sequence.id, {})[entry.slot.number] = row
             else:
-                chosen += self._accept(entry, draft, output, row)
+                sampled += self._accept(entry, draft, output, row)
             row += entry.num_logits
         for number, rows in searched.items():
-            chosen += self._extend_beams(self.scheduler.running[number], rows, output)
-        _explain(self.ensemble, self.runner, output, chosen)
+            sampled += self._extend_beams(self.scheduler.running[number], rows, output)
+        _explain(self.ensemble, self.runner, output, sampled)
         for sequence in {entry.sequence.id: entry.sequence for entry in inputs}.values():
             new = slice(before[sequence.id], None)
             completion = None
@@ -195,8 +195,8 @@ class Engine:
             self.stats.first_token_time = time.perf_counter()
         return updates
 
-    def _accept(self, entry: SlotInput, draft: Draft | None, output: SamplerOutput, row: int) -> list[Chosen]:
-        """The accepted prefix of a draft, and the token chosen after it; the KV positions of the rest are dropped."""
+    def _accept(self, entry: SlotInput, draft: Draft | None, output: SamplerOutput, row: int) -> list[Sampled]:
+        """The accepted prefix of a draft, and the token sampled after it; the KV positions of the rest are dropped."""
         sequence, proposed = entry.sequence, entry.draft
         accepted = next((at for at, token in enumerate(proposed) if output.tokens[row + at] != token), len(proposed))
         if proposed:
@@ -205,7 +205,7 @@ class Engine:
             failed = any(output.flags[row + accepted + 1 : row + len(proposed) + 1])
             self.runner.slots.truncate(entry.slot, len(proposed) - accepted, clear=failed)
             self.stats.add_draft(self.speculation.name(draft), len(proposed), accepted)
-        chosen: list[Chosen] = []
+        sampled: list[Sampled] = []
         for at in range(row, row + accepted + 1):
             token, logprob = output.tokens[at], output.logprobs[at]
             if output.flags[at]:
@@ -215,12 +215,12 @@ class Engine:
             count = len(sequence.tokens)
             sequence.append(token, logprob, output.top[at] if output.top else [])
             self.stats.tokens += len(sequence.tokens) - count
-            chosen.append((at, sequence, sequence.explanations, token, logprob))
+            sampled.append((at, sequence, sequence.explanations, token, logprob))
             if sequence.finish_reason is not None:
                 break
-        return chosen
+        return sampled
 
-    def _extend_beams(self, sequence: Sequence, rows: dict[int, int], output: SamplerOutput) -> list[Chosen]:
+    def _extend_beams(self, sequence: Sequence, rows: dict[int, int], output: SamplerOutput) -> list[Sampled]:
         """One token more for every beam. rows: by beam the row of its logits."""
         search = sequence.search
         assert search is not None
@@ -238,14 +238,14 @@ class Engine:
             sequence.finish_reason = search.finished[0].finish_reason if search.finished else "stop"
         return [
             (rows[beam.parent], sequence, beam.explanations, beam.tokens[-1], beam.logprobs[-1])
-            for beam in search.taken
+            for beam in search.latest
         ]
 
     def _refusal(self, sequence: Sequence) -> str:
         """Why this engine cannot decode a sequence; empty if it can. Raises InputError where no engine could."""
         _prepare(self.ensemble, sequence, "the sequence's prompt")
-        if sequence.params.beams > self.runner.slots.count:
-            return f"needs {sequence.params.beams} slots, one for each beam; there are {self.runner.slots.count}"
+        if sequence.params.beams > self.slots:
+            return f"needs {sequence.params.beams} slots, one for each beam; there are {self.slots}"
         return self.runner.slots.check_room(sequence)
 
 
@@ -296,12 +296,12 @@ def _num_top(sequence: Sequence) -> int:
     return sequence.search.num_candidates if sequence.search is not None else sequence.top_logprobs
 
 
-def _explain(ensemble: Ensemble, runner: ModelRunner, output: SamplerOutput, chosen: SequenceOf[Chosen]) -> None:
-    """Why these tokens were chosen, for the sequences that request it."""
-    chosen = [entry for entry in chosen if entry[1].explain]
-    if not chosen:
+def _explain(ensemble: Ensemble, runner: ModelRunner, output: SamplerOutput, sampled: SequenceOf[Sampled]) -> None:
+    """Why these tokens were sampled, for the sequences that request it."""
+    sampled = [entry for entry in sampled if entry[1].explain]
+    if not sampled:
         return
-    rows, sequences, sinks, tokens, logprobs = zip(*chosen)
+    rows, sequences, sinks, tokens, logprobs = zip(*sampled)
     logits = output.logits
     if list(rows) != list(range(len(output.tokens))):
         index_R = torch.tensor(rows, device=ensemble.device)

@@ -48,7 +48,7 @@ def translate(
     prompts: token ids, a list per sentence, or {"L": [...], "S": [...]} with a list per member. With ignore_eos stop
     tokens are ordinary ones and every result has max_new_tokens, as far as the context reaches. speculate: "off",
     "auto" or the number of tokens to draft; the tokens are the same. params: greedy unless it says otherwise. explain:
-    return why each token was chosen (attribution.py).
+    return why each token was sampled (attribution.py).
     Raises InputError for prompts that do not fit a member's context, FloatingPointError when a member's logits are NaN
     or infinite.
     """

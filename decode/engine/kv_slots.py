@@ -35,8 +35,8 @@ class Slot:
 class KVSlots:
     """`count` slots of `capacity[n]` positions in a cache for each member n.
 
-    prefix: for each member the tokens that a sequence's prompt may begin with; whoever computes them stores them in
-    slot `shared`.
+    prefix: for each member the tokens that a sequence's prompt may begin with; the model runner computes them and
+    stores them in slot `shared`.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class KVSlots:
         target.lengths = list(source.lengths)
 
     def _clear(self, slot: Slot) -> None:
-        """Zero what is left behind if it may hold NaN: attention multiplies masked values by 0, which keeps NaN."""
+        """Zero what a sequence leaves if it may hold NaN: attention multiplies masked values by 0, which keeps NaN."""
         if slot.sequence.reads_prompt or slot.sequence.finish_reason in ("error", "cancelled"):
             for cache, length in zip(self.caches, slot.lengths):
                 cache.entries_LBSEKC[:, slot.index, :length] = 0

@@ -26,7 +26,7 @@ from kernels import Sampling, fused_logits
 
 Result = TypeVar("Result")
 
-# Bytes of the smallest member from which on a thread for each member is faster than all threads for each in turn.
+# Bytes of the smallest member from which on a thread for each member is faster than all threads for one after another.
 MEMBER_THREAD_BYTES = 100_000_000
 
 
@@ -34,7 +34,7 @@ MEMBER_THREAD_BYTES = 100_000_000
 class SlotInput:
     """What one slot computes in a step.
 
-    tokens: for each member the tokens that it reads now, at most one of them chosen and the others drafted, or a chunk
+    tokens: for each member the tokens that it reads now, at most one of them sampled and the others drafted, or a chunk
     of the prompt.   num_logits: logits are needed at so many positions, the last ones.   draft: tokens that were
     proposed after the last one.
     """
@@ -57,7 +57,7 @@ class SlotInput:
 
 @dataclass(frozen=True)
 class SamplerOutput:
-    """For R positions the chosen token and its log-probability in nats, a flag (kernels.describe_flag), the best tokens
+    """For R positions the sampled token, its log-probability in nats, a flag (kernels.describe_flag), the best tokens
     where requested, and each member's logits (R, V), valid until the next step.
     """
 

@@ -1,4 +1,4 @@
-"""A request to the engine and its result: what is decoded, how its tokens are chosen, and how far it is."""
+"""A request to the engine and its result: what is decoded, how its tokens are sampled, and how far it is."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of one sequence are chosen.
+    """How the tokens of one sequence are sampled.
 
     temperature: 0 takes the most probable token.   top_k: sample among the k most probable tokens; 0: all.   top_p:
     sample among the most probable tokens that reach this probability together.   seed: the same seed gives the same
@@ -128,7 +128,7 @@ class Update:
 
 @dataclass(eq=False)
 class Sequence:
-    """One prompt per member, how its tokens are chosen, and the state of its decoding.
+    """One prompt per member, how its tokens are sampled, and the state of its decoding.
 
     prompts: token ids in the members' order.   max_new_tokens: fewer where a member's context ends before.
     stop_tokens: None: the ensemble's.   weights: of the members; 0 leaves a member out; None: the ensemble's.

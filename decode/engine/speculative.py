@@ -2,7 +2,7 @@
 
 Several tokens of a sequence are verified in one forward pass of every member: where reading weights is what a pass
 costs, that is cheaper than a pass for each. The combined distribution chooses a token at every drafted position, and
-the longest prefix of the draft that equals these choices is accepted, with the choice after it: the tokens are those of
+the longest prefix of the draft that equals these tokens is accepted, with the token after it: the tokens are those of
 plain decoding, whatever proposed the draft. A sample is a function of (seed, key, position) and the logits, so that
 holds for sampling too.
 
@@ -46,7 +46,7 @@ LOOKUP = "lookup"
 
 @dataclass
 class Acceptance:
-    """How often a proposer's token was the combined choice, over about the last hundred comparisons."""
+    """How often a proposer's token was the sampled one, over about the last hundred comparisons."""
 
     accepted: float = 0.0
     seen: float = 0.0
@@ -84,7 +84,7 @@ class Speculation:
         self.runner, self.mode = runner, mode
         self.least_confidence = MIN_CONFIDENCE if mode == "auto" else 0.0
         weights = [model.nbytes for model in runner.models]
-        # A single member's draft would be the choice itself.
+        # A single member's draft would be the sampled token itself.
         self.costs = {n: size / sum(weights) for n, size in enumerate(weights)} if len(weights) > 1 else {}
         self.acceptance = {proposer: Acceptance() for proposer in (None, *self.costs)}
         self.indexes: dict[int, NGramIndex] = {}
@@ -110,13 +110,13 @@ class Speculation:
         return Draft(None) if any(entry.draft for entry in decoding) else None
 
     def update(self, inputs: SequenceOf[SlotInput], draft: Draft | None, output: SamplerOutput) -> None:
-        """Learn from the tokens that were chosen in this step."""
+        """Learn from the tokens that were sampled in this step."""
         row = 0
         for entry in inputs:
-            for proposed, chosen in zip(entry.draft, output.tokens[row : row + entry.num_logits]):
+            for proposed, sampled in zip(entry.draft, output.tokens[row : row + entry.num_logits]):
                 assert draft is not None
-                self.acceptance[draft.member].add(proposed == chosen)
-                if proposed != chosen:
+                self.acceptance[draft.member].add(proposed == sampled)
+                if proposed != sampled:
                     break
             match = self.matches.get(entry.sequence.id)
             if match and (draft is None or draft.member is not None):
@@ -156,7 +156,7 @@ class Speculation:
             self.matches[sequence.id] = index.next(sequence.tokens, _room(sequence, MAX_DRAFT))
 
     def _observe(self, inputs: SequenceOf[SlotInput], output: SamplerOutput) -> None:
-        """Compare what each member would have proposed with what was chosen, in a step without drafts."""
+        """Compare what each member would have proposed with what was sampled, in a step without drafts."""
         positions = [(entry.sequence, 0) for entry in inputs if entry.num_logits]
         alone = torch.ones(1, device=self.runner.device)
         for member in self.costs:
@@ -164,9 +164,9 @@ class Speculation:
             if acceptance.known and self.steps % OBSERVE_EVERY:
                 continue
             own = self.runner.sample([output.logits[member]], positions, weights=alone)
-            for token, logprob, chosen in zip(own.tokens, own.logprobs, output.tokens):
+            for token, logprob, sampled in zip(own.tokens, own.logprobs, output.tokens):
                 if math.exp(logprob) >= self.least_confidence:
-                    acceptance.add(token == chosen)
+                    acceptance.add(token == sampled)
 
     def _draft(
         self, member: int, length: int, inputs: SequenceOf[SlotInput], decoding: SequenceOf[SlotInput]
@@ -248,5 +248,5 @@ def check_mode(mode: str | int) -> str | int:
 
 
 def _room(sequence: Sequence, length: int) -> int:
-    """Tokens that may be drafted: a token is chosen after them, within the limit."""
+    """Tokens that may be drafted: a token is sampled after them, within the limit."""
     return max(0, min(length, sequence.limit - len(sequence.tokens) - 1))

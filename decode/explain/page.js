@@ -99,7 +99,7 @@ function list() {
   $("forward").disabled = last === shown.length;
   $("where").textContent = `${first + 1} to ${last} of ${shown.length}`;
   document.querySelector(".page").hidden = shown.length <= PER_PAGE;
-  choose(null);
+  select(null);
 }
 
 function article(sentence, passes) {
@@ -135,10 +135,10 @@ function article(sentence, passes) {
 }
 
 // Panel: the details of one token.
-let chosen = null;
-function choose(button) {
-  if (chosen) chosen.setAttribute("aria-pressed", "false");
-  chosen = button;
+let selected = null;
+function select(button) {
+  if (selected) selected.setAttribute("aria-pressed", "false");
+  selected = button;
   const panel = $("panel");
   panel.classList.toggle("empty", !button);
   document.body.classList.toggle("open", !!button);
@@ -151,7 +151,7 @@ function choose(button) {
   const { sentence, number } = button.shown;
   const close = make("button", { type: "button", class: "close", "aria-label": "Close" }, "\u00d7");
   close.addEventListener("click", () => {
-    choose(null);
+    select(null);
     button.focus();
   });
   panel.replaceChildren(close, ...details(sentence, number, sentence.tokens[number]));
@@ -209,15 +209,15 @@ function details(sentence, number, token) {
   return found;
 }
 
-// Keys and clicks. A sentence is one stop of the Tab key; the focused token is the chosen one.
+// Keys and clicks. A sentence is one stop of the Tab key; the focused token is the selected one.
 $("list").addEventListener("focusin", (event) => {
-  if (event.target.shown) choose(event.target);
+  if (event.target.shown) select(event.target);
 });
 $("list").addEventListener("click", (event) => {
   const button = event.target.closest(".token");
   if (!button) return;
   button.focus();
-  choose(button);
+  select(button);
 });
 $("list").addEventListener("keydown", (event) => {
   const button = event.target;
@@ -246,7 +246,7 @@ document.addEventListener("keydown", (event) => {
     event.preventDefault();
     $("text").focus();
   }
-  if (event.key === "Escape") choose(null);
+  if (event.key === "Escape") select(null);
 });
 let timer = 0;
 $("text").addEventListener("input", () => {

@@ -7,20 +7,20 @@ atomically; an interrupted run leaves the page of the finished sentences, which 
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from decode.engine.attribution import Explanation
 from decode.engine.expression import format_weights
 from decode.pipeline.config import Options
+from decode.pipeline.journal import Record
 from decode.pipeline.output import OrderedWriter
-from decode.pipeline.record import Record
 from minillama import InputError
 from minillama.files import atomic_open
 
@@ -66,9 +66,8 @@ class PageWriter(OrderedWriter):
 
     def __init__(self, path: str, run: ExplainedRun) -> None:
         super().__init__(path)
-        self.run = run
+        self.run, self.file = run, ExitStack()
         self.used: set[int] = set()
-        self.file = ExitStack()
         self.before_sentences, self.before_end, self.after_end = _template(run)
 
     def __enter__(self) -> "PageWriter":
@@ -79,37 +78,34 @@ class PageWriter(OrderedWriter):
         self.stream.write(self.before_sentences)
         return self
 
-    def put_sentence(self, line: int, source: str, record: Record | None) -> None:
-        """record: None for a line that is blank or was skipped."""
-        self.put(line, "" if record is None else self._row(line, source, record), translated=record is not None)
-
-    def _row(self, line: int, source: str, record: Record) -> str:
+    def format(self, line: int, source: str, record: Record | None) -> str:
+        if record is None:
+            return ""
         explanations = [Explanation(*fields) for fields in record.explanations]
-        for explanation in explanations:
-            tokens = (explanation.token, explanation.runner_up, *explanation.bests)
-            self.used |= {token for token in tokens if token is not None}
+        for e in explanations:
+            self.used |= {token for token in (e.token, e.runner_up, *e.bests) if token is not None}
         row = {
             "line": line + 1,
             "source": source,
             "reference": self.run.reference(line),
             "text": record.text,
             "finished": record.finished,
-            "tokens": [_figures(explanation) for explanation in explanations],
+            # the explanation's fields in their order, then the deciding member, -1 for none
+            "tokens": [[*_rounded([*e]), -1 if e.decider is None else e.decider] for e in explanations],
         }
         return _json(row)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None and not self.count:
-            self.file.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        whole = error[0] is None
+        if not whole and not self.count:
+            self.file.__exit__(*error)
             return
         pieces = {token: self.run.piece(token) for token in sorted(self.used)}
-        self.stream.write(self.before_end + _json({"whole": kind is None, "pieces": pieces}) + self.after_end)
+        self.stream.write(self.before_end + _json({"whole": whole, "pieces": pieces}) + self.after_end)
         self.file.close()
 
 
-def _template(run: ExplainedRun) -> tuple[str, str, str]:
+def _template(run: ExplainedRun) -> list[str]:
     """The page up to its sentences, from there to the tokens' texts, and the rest."""
     expression, options = format_weights(dict(run.weights)), run.options
     description = {
@@ -120,20 +116,17 @@ def _template(run: ExplainedRun) -> tuple[str, str, str]:
         "search": run.search,
         "other": run.other_decider,
     }
-    page, style, script = (
-        files("decode.explain").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js")
-    )
-    page = page.replace("@@style@@", style).replace("@@script@@", script)
-    page = page.replace("@@title@@", escape(f"{expression}, {options.source} to {options.target}"))
-    before_sentences, rest = page.replace("@@run@@", _json(description)).split("@@sentences@@")
-    before_end, after_end = rest.split("@@end@@")
-    return before_sentences, before_end, after_end
-
-
-def _figures(explanation: Explanation) -> list[Any]:
-    """The explanation's fields in their order, then the deciding member, -1 for none."""
-    decider = explanation.decider
-    return [*map(_rounded, explanation), -1 if decider is None else decider]
+    folder = files("decode.explain")
+    texts = {
+        "style": (folder / "page.css").read_text("utf-8"),
+        "script": (folder / "page.js").read_text("utf-8"),
+        "title": escape(f"{expression}, {options.source} to {options.target}"),
+        "run": _json(description),
+    }
+    page = (folder / "page.html").read_text("utf-8")
+    for name, text in texts.items():
+        page = page.replace(f"@@{name}@@", text)
+    return re.split("@@(?:sentences|end)@@", page)
 
 
 def _rounded(value: Any) -> Any:

@@ -22,8 +22,8 @@ from rich.text import Text
 
 from decode.engine.attribution import Explanation
 from decode.explain.page import ExplainedRun
+from decode.pipeline.journal import Record
 from decode.pipeline.output import OrderedWriter
-from decode.pipeline.record import Record
 
 # Unicode categories of characters that are invisible or move the cursor: shown as escapes.
 INVISIBLE = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"}
@@ -38,13 +38,10 @@ class TextWriter(OrderedWriter):
         super().__init__("-")
         self.run = run
 
-    def put_sentence(self, line: int, source: str, record: Record | None) -> None:
-        """record: None for a line that is blank or was skipped."""
+    def format(self, line: int, source: str, record: Record | None) -> str:
         if record is None:
-            self.put(line, "", translated=False)
-        else:
-            write = in_colours if sys.stdout.isatty() else plain
-            self.put(line, write(self.run, line, source, record))
+            return ""
+        return (in_colours if sys.stdout.isatty() else plain)(self.run, line, source, record)
 
 
 def plain(run: ExplainedRun, line: int, source: str, record: Record) -> str:
@@ -59,7 +56,6 @@ def in_colours(run: ExplainedRun, line: int, source: str, record: Record) -> str
     """The same for a terminal: the token in the colour of the deciding member, the runner-up dimmed."""
     names, weights = list(run.weights), list(run.weights.values())
     colour = dict(zip(names, COLOURS))
-    number, *others = _head(run, line, source, record)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for column in _columns(run):
         table.add_column(column, header_style=f"bold {colour.get(column, 'default')}", overflow="fold")
@@ -75,10 +71,8 @@ def in_colours(run: ExplainedRun, line: int, source: str, record: Record) -> str
         table.add_row(*cells)
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=shutil.get_terminal_size().columns, highlight=False)
-    console.print(Text(number, style="bold"))
-    for other in others:
-        console.print(Text(other))
-    console.print(table)
+    number, *others = _head(run, line, source, record)
+    console.print(Text(number, style="bold"), *map(Text, others), table, sep="\n")
     return text.getvalue()
 
 

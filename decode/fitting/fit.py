@@ -12,7 +12,7 @@ import numpy as np
 
 from decode.engine.expression import format_weights
 from decode.fitting.hidden_states import HiddenStates
-from decode.fitting.newton import Array, Bounds, Function, Minimum, Point, minimise, standard_errors
+from decode.fitting.newton import NO_BOUNDS, Array, Bounds, Function, Minimum, Point, minimise, standard_errors
 
 # A first fit on about so many positions gives the start of the fit on all.
 COARSE_TOKENS = 1024
@@ -42,7 +42,8 @@ def format_sum(weights_N: Array, names: Sequence[str]) -> str:
 
 
 def _coarse(data: HiddenStates) -> HiddenStates | None:
-    return data.every(data.tokens // COARSE_TOKENS) if data.tokens >= 4 * COARSE_TOKENS else None
+    step = data.tokens // COARSE_TOKENS
+    return data.select(slice(None, None, step)) if step >= 4 else None
 
 
 def fit_weights(
@@ -50,7 +51,7 @@ def fit_weights(
     start_N: Array,
     prior_N: Array,
     l2: float = 0.0,
-    bounds: Bounds | None = None,
+    bounds: Bounds = NO_BOUNDS,
     log: Callable[[str], None] = lambda line: None,
 ) -> Fit:
     """The maximum-likelihood weights, from any start, with an L2 penalty towards the prior weights.
@@ -67,7 +68,8 @@ def fit_weights(
 
     minimum = minimise(logged, start_N, prior_N, l2, bounds)
     weights_N = np.array([rounded(weight) for weight in minimum.function.weights_N])
-    return Fit(minimum, weights_N, standard_errors(minimum, data.tokens, data.likelihood(weights_N).gradient_SN))
+    gradient_SN = data.derivatives(weights_N)[:, 1 : 1 + len(weights_N)]
+    return Fit(minimum, weights_N, standard_errors(minimum, data.tokens, gradient_SN))
 
 
 def best_scale(data: HiddenStates, prior_N: Array) -> tuple[float, float]:
@@ -96,42 +98,36 @@ def compare(
     fit: Fit, data: HiddenStates, against: Mapping[str, Array], held_out: HiddenStates | None = None
 ) -> list[dict[str, Any]]:
     """Nats per token of fixed weights, and the gain of the fitted ones with its standard error."""
-    rows: list[dict[str, Any]] = []
-    texts = {"": data} if held_out is None else {"": data, "held_out_": held_out}
-    fitted = {kind: part.nats(fit.weights_N) for kind, part in texts.items()}
-    for expression, weights_N in against.items():
-        row: dict[str, Any] = {"expression": expression}
-        for kind, part in texts.items():
+    rows: list[dict[str, Any]] = [{"expression": expression} for expression in against]
+    for kind, part in (("", data), ("held_out_", held_out)):
+        if part is None:
+            continue
+        fitted_S = part.nats(fit.weights_N)
+        for row, weights_N in zip(rows, against.values()):
             nats_S = part.nats(weights_N)
-            gain, error = _gain(nats_S - fitted[kind], part)
+            gain, error = _gain(nats_S - fitted_S, part)
             row |= {f"{kind}nats": float(nats_S.sum()) / part.tokens, f"{kind}gain": gain, f"{kind}gain_error": error}
-        rows.append(row)
     return rows
 
 
 def _gain(gain_S: Array, data: HiddenStates) -> tuple[float, float]:
     """Mean per token, and its standard error: of a ratio of sums, texts are the units; NaN for one text."""
     mean = float(gain_S.sum()) / data.tokens
-    length_S = np.bincount(data.text_T.cpu().numpy(), minlength=data.texts)
     if data.texts < 2:
-        return mean, float("nan")
-    about_S = gain_S - mean * length_S
+        return mean, math.nan
+    about_S = gain_S - mean * np.bincount(data.text_T.cpu().numpy(), minlength=data.texts)
     return mean, float(np.sqrt(data.texts / (data.texts - 1) * (about_S**2).sum()) / data.tokens)
 
 
 def describe_fit(fit: Fit, data: HiddenStates, names: Sequence[str]) -> dict[str, Any]:
     """Weights, standard errors and the certificate."""
     minimum = fit.minimum
-
-    def direction(null_N: Array) -> dict[str, float]:
-        shares_N = null_N / np.abs(null_N).max()
-        return {name: round(float(share), 3) for name, share in zip(names, shares_N) if abs(share) > 1e-3}
-
+    directions = [np.round(null_N / np.abs(null_N).max(), 3) for null_N in minimum.null_KN]
     return {
         "objective": "likelihood",
         "combine": format_sum(fit.weights_N, names),
-        "weights": dict(zip(names, map(float, fit.weights_N))),
-        "standard_errors": dict(zip(names, map(float, fit.error_N))),
+        "weights": dict(zip(names, fit.weights_N.tolist())),
+        "standard_errors": dict(zip(names, fit.error_N.tolist())),
         "fit": {
             "texts": data.texts,
             "tokens": data.tokens,
@@ -142,8 +138,8 @@ def describe_fit(fit: Fit, data: HiddenStates, names: Sequence[str]) -> dict[str
             "smallest_eigenvalue": minimum.eigenvalues[0],
             "largest_eigenvalue": minimum.eigenvalues[-1],
             "left_to_gain": max(minimum.decrement, 0.0),
-            "at_bounds": [name for name, free in zip(names, minimum.bounds.free(minimum.point)) if not free],
-            "flat": [format_weights(direction(null_N)) for null_N in minimum.null_KN],
+            "at_bounds": [name for name, free in zip(names, minimum.free_N) if not free],
+            "flat": [format_sum(shares_N, names) for shares_N in directions],
         },
     }
 
@@ -151,42 +147,34 @@ def describe_fit(fit: Fit, data: HiddenStates, names: Sequence[str]) -> dict[str
 def report_lines(report: Mapping[str, Any]) -> list[str]:
     """What decode.tune prints: weights, likelihoods beside those of fixed expressions, certificate, expression."""
     fit, scale = report["fit"], report["temperature"]
-    weights, nats = [["", "weight", "s.e."]], [["nats per token", "on the text", "gain of the fit"]]
+    weights = [["", "weight", "s.e."]]
     for name, weight in report["weights"].items():
         error = report["standard_errors"][name]
         shown = "at its bound" if name in fit["at_bounds"] else "–" if math.isnan(error) else f"{error:.4f}"
         weights.append([name, f"{weight:.4f}", shown])
-    nats.append(["fitted", f"{fit['nats']:.4f}", ""])
-    kinds = [""]
-    if "held_out" in report:
-        nats[0] += ["held out", "gain of the fit"]
-        nats[1] += [f"{report['held_out']['nats']:.4f}", ""]
-        kinds.append("held_out_")
-    for row in report["against"]:
-        nats.append([row["expression"]])
-        for kind in kinds:
+    nats = [["nats per token"], ["fitted"], *([row["expression"]] for row in report["against"])]
+    for kind, title, fitted in (("", "on the text", fit), ("held_out_", "held out", report.get("held_out"))):
+        if fitted is None:
+            continue
+        nats[0] += [title, "gain of the fit"]
+        nats[1] += [f"{fitted['nats']:.4f}", ""]
+        for cells, row in zip(nats[2:], report["against"]):
             gain, error = row[f"{kind}gain"], row[f"{kind}gain_error"]
-            nats[-1] += [f"{row[f'{kind}nats']:.4f}", f"{gain:.4f} ± {error:.4f}"]
-    certificate = [
+            cells += [f"{row[f'{kind}nats']:.4f}", f"{gain:.4f} ± {error:.4f}"]
+    notes = [
         f"{fit['texts']:,} texts, {fit['tokens']:,} tokens, {fit['steps']} Newton steps in {fit['seconds']:.1f} s: "
         f"gradient {fit['gradient_norm']:.1e}, smallest eigenvalue of the Hessian {fit['smallest_eigenvalue']:.4g}, "
         f"Newton decrement {fit['left_to_gain']:.1e} nats per token"
     ]
     if not fit["converged"]:
-        hint = "check the scale of the logits, or give --l2 or --bounds"
-        certificate.append(f"not converged: the gradient is not zero; {hint}")
-    certificate += [
-        f"the Hessian is singular along {direction}: the text does not determine the weights in this direction; they "
-        "keep the values of --combine there"
-        for direction in fit["flat"]
-    ]
+        notes.append("not converged: check the scale of the logits, or give --l2 or --bounds")
+    notes += [f"the Hessian is singular along {direction}: there --combine decides" for direction in fit["flat"]]
     confidence = "over-confident" if scale["scale"] < 1 else "under-confident"
-    temperature = (
+    notes.append(
         f"{fit['centre']} is {confidence}: it fits best at temperature {scale['temperature']:.3g} "
         f"({scale['nats']:.4f} nats per token); greedy decoding is the same at every temperature"
     )
-    combine = f'--combine "{report["combine"]}"'
-    return [*_table(weights), "", *_table(nats), "", *certificate, temperature, "", combine]
+    return [*_table(weights), "", *_table(nats), "", *notes, "", f'--combine "{report["combine"]}"']
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

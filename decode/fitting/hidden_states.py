@@ -39,19 +39,6 @@ END = -1
 
 
 @dataclass(frozen=True)
-class Likelihood:
-    """Negative log-likelihoods of texts in nats, their gradients and Hessians: sums over a text's positions.
-
-    weights_N: the weights that were used, rounded to float32.
-    """
-
-    weights_N: Array
-    nats_S: Array
-    gradient_SN: Array
-    hessian_SNN: Array
-
-
-@dataclass(frozen=True)
 class HiddenStates:
     """hidden: (T, D_i) of each member.   output: its output layer (V, D_i), of the same dtype.   token_T: the next
     token at each position; at the end of a text END, until `with_end`.   text_T: each position's text, ascending.
@@ -69,21 +56,18 @@ class HiddenStates:
     def tokens(self) -> int:
         return len(self.token_T)
 
-    def every(self, step: int) -> "HiddenStates":
-        """Every `step`-th position of all texts: a cheap approximation of the whole."""
-        hidden = tuple(hidden_TD[::step] for hidden_TD in self.hidden)
-        return replace(self, hidden=hidden, token_T=self.token_T[::step], text_T=self.text_T[::step])
+    def select(self, positions: slice | Tensor) -> "HiddenStates":
+        """Some of the positions. positions: an index of (T,)."""
+        hidden = tuple(hidden_TD[positions] for hidden_TD in self.hidden)
+        return replace(self, hidden=hidden, token_T=self.token_T[positions], text_T=self.text_T[positions])
 
     def with_end(self, weights_N: Array) -> tuple["HiddenStates", int | None]:
         """The same with a token in place of END, the most likely one under these weights, and that token."""
-        ends_T = self.token_T == END
-        if not self.stops or not ends_T.any():
+        if not self.stops:
             return self, None
-        end = self.stops[0]
+        ends_T, end = self.token_T == END, self.stops[0]
         if len(self.stops) > 1:
-            ends = replace(
-                self, hidden=tuple(hidden_TD[ends_T] for hidden_TD in self.hidden), token_T=self.token_T[ends_T]
-            )
+            ends = self.select(ends_T)
             stops_TG = torch.tensor([self.stops] * ends.tokens, device=ends_T.device)
             end = self.stops[int(ends.logprobs(weights_N, stops_TG).sum(dim=0).argmax())]
         return replace(self, token_T=self.token_T.masked_fill(ends_T, end)), end
@@ -102,14 +86,13 @@ class HiddenStates:
         """Negative log-likelihood per token."""
         return float(self.nats(weights_N).sum()) / self.tokens
 
-    def likelihood(self, weights_N: Array) -> Likelihood:
-        """Value and derivatives. Weights are rounded to float32, in which logits are summed; sums over positions are
-        float64. Raises FloatingPointError for NaN or infinite logits.
+    def derivatives(self, weights_N: Array) -> Array:
+        """(S, 1 + N + N N): the texts' negative log-likelihoods in nats, their gradients and Hessians.
+
+        Sums over positions are float64. Raises FloatingPointError for NaN or infinite logits.
         """
-        weights_N = np.asarray(weights_N, dtype=np.float32).astype(np.float64)
-        members = len(self.names)
         terms = []
-        for part in self._heads(weights_N, self.token_T[:, None], range(members), moments=True):
+        for part in self._heads(weights_N, self.token_T[:, None], range(len(self.names)), moments=True):
             assert part.target_logprob is not None
             assert part.target_logits is not None
             assert part.mean is not None
@@ -117,15 +100,17 @@ class HiddenStates:
             gradient_NT = part.mean.double() - part.target_logits[:, :, 0].double()
             covariance_TM = part.covariance.double().flatten(0, 1).T
             terms.append(torch.cat((-part.target_logprob.double(), gradient_NT.T, covariance_TM), dim=1).cpu())
-        nats_S, gradient_SN, hessian_SM = np.split(self._by_text(torch.cat(terms)), (1, 1 + members), axis=1)
-        return Likelihood(weights_N, nats_S[:, 0], gradient_SN, hessian_SM.reshape(-1, members, members))
+        return self._by_text(torch.cat(terms))
 
     def objective(self, weights_N: Array) -> Point:
-        """The function that is minimised: negative log-likelihood, nats per token."""
-        found = self.likelihood(weights_N)
-        sums = found.nats_S.sum(), found.gradient_SN.sum(axis=0), found.hessian_SNN.sum(axis=0)
-        value, gradient_N, hessian_NN = (sum_ / self.tokens for sum_ in sums)
-        return Point(found.weights_N, float(value), gradient_N, hessian_NN)
+        """The function that is minimised: negative log-likelihood, nats per token. Logits are summed in float32, to
+        which the weights are rounded.
+        """
+        weights_N = weights_N.astype(np.float32).astype(np.float64)
+        value_1, gradient_N, hessian_M = np.split(
+            self.derivatives(weights_N).sum(axis=0) / self.tokens, (1, 1 + len(weights_N))
+        )
+        return Point(weights_N, float(value_1[0]), gradient_N, hessian_M.reshape(len(weights_N), -1))
 
     def _heads(
         self, weights_N: Array, targets_TG: Tensor, members: Sequence[int], moments: bool

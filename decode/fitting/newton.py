@@ -5,7 +5,7 @@ A step goes to the minimum of the quadratic model within the bounds and is short
 Tucker), the smallest eigenvalue of the Hessian, and the Newton decrement, the decrease that the model still predicts.
 
 The penalty (w - prior)' M (w - prior) / 2 is added: M = lambda I for --l2, and a term along each null direction of the
-Hessian, in which the function is constant: it keeps the weights at the prior's there and changes nothing else.
+Hessian, in which the function is constant: it moves the weights to the prior's there and changes nothing else.
 
 Nothing here knows models or text. All is float64, but the function may have float32's precision.
 
@@ -22,16 +22,15 @@ Array = NDArray[np.float64]
 
 GRADIENT_NORM = 1e-6
 MAX_STEPS = 100
+MIN_STEP_LENGTH, MAX_CUT = 2.0**-30, 1 / 64
 # Decreases below this are lost in the rounding of the value.
 MIN_DECREMENT = 1e-15
 # The error of a mean of float32 terms of about one nat.
 VALUE_NOISE = 1e-7
 SUFFICIENT_DECREASE = 1e-4
-MIN_STEP_LENGTH, MAX_CUT = 2.0**-30, 1 / 64
 # An eigenvalue of the Hessian below this fraction of the largest counts as zero: float32 moments have no more digits.
 NULL_EIGENVALUE = 1e-6
 NULL_PENALTY = 1e-3
-AT_BOUND = 1e-12
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,9 @@ class Point:
 
     def with_penalty(self, prior_N: Array, penalty_NN: Array) -> "Point":
         """The same point of the function plus (w - prior)' penalty (w - prior) / 2."""
-        slope_N = penalty_NN @ (self.weights_N - prior_N)
-        value = self.value + 0.5 * float((self.weights_N - prior_N) @ slope_N)
+        away_N = self.weights_N - prior_N
+        slope_N = penalty_NN @ away_N
+        value = self.value + 0.5 * float(away_N @ slope_N)
         return Point(self.weights_N, value, self.gradient_N + slope_N, self.hessian_NN + penalty_NN)
 
 
@@ -55,39 +55,32 @@ Function = Callable[[Array], Point]
 
 @dataclass(frozen=True)
 class Bounds:
-    low_N: Array
-    high_N: Array
+    """The same for every weight."""
 
-    @classmethod
-    def none(cls, count: int) -> "Bounds":
-        return cls(np.full(count, -np.inf), np.full(count, np.inf))
-
-    def clip(self, weights_N: Array) -> Array:
-        """The nearest weights within the bounds; a weight within rounding of a bound is set to it."""
-        weights_N = np.where(weights_N <= self.low_N + AT_BOUND, self.low_N, weights_N)
-        return np.where(weights_N >= self.high_N - AT_BOUND, self.high_N, weights_N)
+    low: float = -np.inf
+    high: float = np.inf
 
     def gradient_norm(self, point: Point) -> float:
         """Of the projected gradient: entries that point out of the box at a bound do not count."""
-        out_N = (point.weights_N <= self.low_N) & (point.gradient_N > 0)
-        out_N |= (point.weights_N >= self.high_N) & (point.gradient_N < 0)
+        out_N = (point.weights_N <= self.low) & (point.gradient_N > 0)
+        out_N |= (point.weights_N >= self.high) & (point.gradient_N < 0)
         return float(np.linalg.norm(np.where(out_N, 0.0, point.gradient_N)))
 
-    def free(self, point: Point) -> NDArray[np.bool_]:
-        """(N,) which weights are strictly inside."""
-        return (point.weights_N > self.low_N) & (point.weights_N < self.high_N)
+
+NO_BOUNDS = Bounds()
 
 
 @dataclass(frozen=True)
 class Minimum:
-    """`point` includes the penalty, `function` does not.   null_KN: unit directions in which the function is constant.
+    """`point` includes the penalty, `function` does not.   free_N: which weights are strictly inside their bounds.
 
-    decrement: the decrease that the quadratic model predicts for one more step.
+    null_KN: unit directions in which the function is constant.   decrement: the decrease that the quadratic model
+    predicts for one more step.
     """
 
     point: Point
     function: Point
-    bounds: Bounds
+    free_N: NDArray[np.bool_]
     null_KN: Array
     steps: int
     gradient_norm: float
@@ -109,22 +102,40 @@ def minimise(
     start_N: Array,
     prior_N: Array | None = None,
     l2: float = 0.0,
-    bounds: Bounds | None = None,
+    bounds: Bounds = NO_BOUNDS,
     gradient_norm: float = GRADIENT_NORM,
 ) -> Minimum:
     """The minimum of function(w) + l2/2 |w - prior|^2 within the bounds. prior_N None: the start."""
     prior_N = start_N if prior_N is None else prior_N
-    bounds = bounds or Bounds.none(len(start_N))
     l2_NN, steps = l2 * np.eye(len(start_N)), 0
-    at = function(bounds.clip(start_N))
+    at = function(start_N.clip(bounds.low, bounds.high))
+    null_penalty = max(NULL_PENALTY * float(np.linalg.eigvalsh(at.hessian_NN)[-1]), GRADIENT_NORM)
     while True:
         null_KN = null_directions(at.hessian_NN + l2_NN)
-        largest = float(np.linalg.eigvalsh(at.hessian_NN)[-1])
-        penalty_NN = l2_NN + max(NULL_PENALTY * largest, GRADIENT_NORM) * null_KN.T @ null_KN
-        found = _newton(function, at, prior_N, penalty_NN, bounds, gradient_norm)
-        at, steps = found.function, steps + found.steps
-        if len(null_directions(at.hessian_NN + l2_NN)) <= len(null_KN):  # no more of them than at the start
-            return replace(found, null_KN=null_KN, steps=steps)
+        penalty_NN = l2_NN + null_penalty * null_KN.T @ null_KN
+        point = at.with_penalty(prior_N, penalty_NN)
+        weights_N = point.weights_N
+        step_N = box_step(point.gradient_N, point.hessian_NN, bounds.low - weights_N, bounds.high - weights_N)
+        slope = float(point.gradient_N @ step_N)
+        decrement = -slope - 0.5 * float(step_N @ point.hessian_NN @ step_N)
+        norm, free_N = bounds.gradient_norm(point), (weights_N > bounds.low) & (weights_N < bounds.high)
+        reached = Minimum(point, at, free_N, null_KN, steps, norm, decrement)
+        if norm <= gradient_norm or decrement <= MIN_DECREMENT or steps == MAX_STEPS:
+            return reached
+        length = 1.0
+        while length >= MIN_STEP_LENGTH:
+            at = function((weights_N + length * step_N).clip(bounds.low, bounds.high))
+            trial = at.with_penalty(prior_N, penalty_NN)
+            if trial.value <= point.value + SUFFICIENT_DECREASE * length * slope + VALUE_NOISE:
+                break
+            # Cut to where the slope along the step vanishes: exact for a quadratic.
+            trial_slope = float(trial.gradient_N @ step_N)
+            length *= float(np.clip(slope / (slope - trial_slope), MAX_CUT, 0.5)) if trial_slope > slope else 0.5
+        else:
+            return reached
+        steps += 1
+        if decrement < VALUE_NOISE and bounds.gradient_norm(trial) >= norm:  # the function's precision is reached
+            return replace(reached, steps=steps)
 
 
 def null_directions(hessian_NN: Array) -> Array:
@@ -133,49 +144,18 @@ def null_directions(hessian_NN: Array) -> Array:
     return vectors_NN.T[values_N <= NULL_EIGENVALUE * max(float(values_N[-1]), 0.0)]
 
 
-def _newton(
-    function: Function, at: Point, prior_N: Array, penalty_NN: Array, bounds: Bounds, gradient_norm: float
-) -> Minimum:
-    point, steps = at.with_penalty(prior_N, penalty_NN), 0
-    while True:
-        low_N, high_N = bounds.low_N - point.weights_N, bounds.high_N - point.weights_N
-        step_N = box_step(point.gradient_N, point.hessian_NN, low_N, high_N)
-        slope = float(point.gradient_N @ step_N)
-        decrement = -slope - 0.5 * float(step_N @ point.hessian_NN @ step_N)
-        norm = bounds.gradient_norm(point)
-        reached = Minimum(point, at, bounds, np.empty((0, len(step_N))), steps, norm, decrement)
-        if norm <= gradient_norm or decrement <= MIN_DECREMENT or steps == MAX_STEPS:
-            return reached
-        length = 1.0
-        while True:
-            at = function(bounds.clip(point.weights_N + length * step_N))
-            trial = at.with_penalty(prior_N, penalty_NN)
-            if trial.value <= point.value + SUFFICIENT_DECREASE * length * slope + VALUE_NOISE:
-                break
-            # Cut to where the slope along the step vanishes: exact for a quadratic.
-            trial_slope = float(trial.gradient_N @ step_N)
-            length *= float(np.clip(slope / (slope - trial_slope), MAX_CUT, 0.5)) if trial_slope > slope else 0.5
-            if length < MIN_STEP_LENGTH:
-                return reached
-        steps += 1
-        if decrement < VALUE_NOISE and bounds.gradient_norm(trial) >= norm:  # the function's precision is reached
-            return replace(reached, steps=steps)
-        point = trial
-
-
 def box_step(gradient_N: Array, hessian_NN: Array, low_N: Array, high_N: Array) -> Array:
     """The minimum of g'd + d'Hd / 2 over low <= d <= high; H is positive definite.
 
     Of the bounds that the unbounded minimum violates, one at least is active at the bounded minimum: otherwise a short
     way from there to the unbounded minimum would stay inside and go down. So each is tried. There are few weights.
     """
-    step_N: Array = -np.linalg.solve(hessian_NN, gradient_N).astype(np.float64)
+    step_N = -np.linalg.solve(hessian_NN, gradient_N).astype(np.float64)
     candidates = []
     for held in np.flatnonzero((step_N < low_N) | (step_N > high_N)):
         free_N = np.arange(len(step_N)) != held
-        step = np.clip(step_N[held], low_N[held], high_N[held])
-        slope_N = gradient_N[free_N] + hessian_NN[free_N, held] * step
-        candidate_N = np.full_like(step_N, step)
+        candidate_N = np.clip(step_N, low_N, high_N)
+        slope_N = gradient_N[free_N] + hessian_NN[free_N, held] * candidate_N[held]
         candidate_N[free_N] = box_step(slope_N, hessian_NN[np.ix_(free_N, free_N)], low_N[free_N], high_N[free_N])
         candidates.append(candidate_N)
     return min(candidates, key=lambda d_N: gradient_N @ d_N + d_N @ hessian_NN @ d_N / 2) if candidates else step_N
@@ -188,13 +168,11 @@ def standard_errors(minimum: Minimum, tokens: int, gradient_SN: Array) -> Array:
     gradient_SN: each text's gradient at the minimum, a sum over its tokens, where the function is a mean over all
     tokens. The penalty counts as fixed. NaN for a weight at its bound and for fewer than two texts.
     """
-    errors_N = np.full(gradient_SN.shape[1], np.nan)
-    free_N = minimum.bounds.free(minimum.point)
-    texts = len(gradient_SN)
-    if texts < 2 or not free_N.any():
-        return errors_N
-    about_SN = (gradient_SN - gradient_SN.mean(axis=0))[:, free_N]
-    hessian_NN = tokens * minimum.point.hessian_NN[np.ix_(free_N, free_N)]
-    half_NS = np.linalg.solve(hessian_NN, about_SN.T)
-    errors_N[free_N] = np.sqrt(texts / (texts - 1) * (half_NS**2).sum(axis=1))
+    texts, free_N = len(gradient_SN), minimum.free_N
+    errors_N = np.full(len(free_N), np.nan)
+    if texts > 1:
+        about_SN = (gradient_SN - gradient_SN.mean(axis=0))[:, free_N]
+        hessian_NN = tokens * minimum.point.hessian_NN[np.ix_(free_N, free_N)]
+        half_NS = np.linalg.solve(hessian_NN, about_SN.T)
+        errors_N[free_N] = np.sqrt(texts / (texts - 1) * (half_NS**2).sum(axis=1))
     return errors_N

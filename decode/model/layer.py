@@ -33,7 +33,7 @@ from minillama.tensor_parallel import TPGroup
 
 # Floats after each row of the residual stream: the first makes its length that of RMSNorm, the others align the rows.
 TAIL = 16
-# Above this many elements PyTorch divides an operation among threads, at places that are not the ends of rows: more
+# Above this many elements PyTorch divides an operation among threads, at positions that are not the ends of rows: more
 # rows are processed in blocks.
 ONE_THREAD_ELEMENTS = 32_768
 # Rows of every matmul on a GPU under `invariant`.

@@ -12,6 +12,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 TOO_LONG = ("error", "truncate", "skip")
 MAX_SEED = 2**63 - 1
 DEFAULT_BATCH_SIZE = 128
+REQUIRES = {**dict.fromkeys(("temperature", "top_k", "top_p", "seed"), "--sample"), "length_penalty": "--beam"}
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Options:
     """How sentences are read and decoded. Languages are codes such as `ja`. `nbest` 0: no list is requested.
 
     One beam without `sample` is greedy decoding; see SamplingParams for the numbers. explain: record why each token was
-    chosen. Raises InputError for numbers out of range and for options that exclude one another or have no effect; the
+    sampled. Raises InputError for numbers out of range and for options that exclude one another or have no effect; the
     message names the option as the command line has it.
     """
 
@@ -67,28 +68,18 @@ class Options:
             raise InputError("--sample and --beam or --nbest exclude one another; give one of them")
         if self.speculate != "off" and self.beam > 1:
             raise InputError("--speculate and --beam exclude one another; give one of them")
-        if not self.sample:
-            self._check_unused("--sample", "temperature", "top_k", "top_p", "seed")
-        if self.beam == 1 and not self.nbest:
-            self._check_unused("--beam", "length_penalty")
-
-    def _check_unused(self, option: str, *names: str) -> None:
-        defaults = {field.name: field.default for field in fields(self)}
-        for name in names:
-            if getattr(self, name) != defaults[name]:
-                raise InputError(f"{_flag(name)} has no effect without {option}; give {option} too")
+        given = {"--sample": self.sample, "--beam": self.beam > 1 or self.nbest > 0}
+        for field in fields(self):
+            option = REQUIRES.get(field.name)
+            if option and not given[option] and getattr(self, field.name) != field.default:
+                raise InputError(f"{_flag(field.name)} has no effect without {option}; give {option} too")
 
     @property
     def sampling_params(self) -> SamplingParams:
         """The same for the engine, whose temperature 0 is greedy decoding."""
+        temperature = self.temperature if self.sample else 0.0
         return SamplingParams(
-            temperature=self.temperature if self.sample else 0.0,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            seed=self.seed,
-            beams=self.beam,
-            length_penalty=self.length_penalty,
-            nbest=self.nbest,
+            temperature, self.top_k, self.top_p, self.seed, self.beam, self.length_penalty, nbest=self.nbest
         )
 
 

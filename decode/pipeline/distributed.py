@@ -2,7 +2,8 @@
 
 Results never travel between processes: each rank writes its own journal, and the main process reads them. They share
 torchrun's key/value store for small things: the lines that are done, a counter that makes the chunks of sentences a
-work queue, and who is finished. torchrun ends the other processes when one dies; `--resume` does the rest.
+work queue, and the statistics of a rank that has finished. torchrun ends the other processes when one dies; `--resume`
+does the rest.
 
 With --tensor-parallel a rank is a group of processes that hold a model together (minillama/tensor_parallel.py). The
 first of a group is its leader: it takes chunks for all and it alone writes. Collectives exist only inside a group.
@@ -12,18 +13,16 @@ import json
 import os
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from minillama.errors import InputError
-from minillama.tensor_parallel import PeerLost, TPGroup
+from minillama.tensor_parallel import TPGroup
 
-T = TypeVar("T")
 JOIN_TIMEOUT = timedelta(minutes=10)
 POLL_SECONDS = 0.05
 
@@ -32,30 +31,20 @@ class Distributed:
     """This process among `processes`; a plain run is process 0 of 1 and shares nothing.
 
     Its group of `tp_size` processes is `rank` of `world`; in it this process is `tp_rank`. `tp` has the collectives.
+    is_main: it writes the output and the log.   is_leader: it takes chunks and writes a journal for its group. Raises
+    torch.distributed.DistError where torchrun's store is lost.
     """
 
     def __init__(self) -> None:
         alone = os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ
         self.process, self.processes = (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-        self.rank, self.world = self.process, self.processes
-        self.tp_rank, self.tp_size = 0, 1
-        self.tp: TPGroup | None = None
         # Processes on this machine, which share its memory.
         self.local_world = 1 if alone else int(os.environ.get("LOCAL_WORLD_SIZE", self.processes))
+        self.is_main = self.process == 0
+        self.form_groups(1)
+        self.tp: TPGroup | None = None
         if not alone:
-            from torch.distributed import rendezvous
-
-            self.store, _, _ = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes the output and talks to the user."""
-        return self.process == 0
-
-    @property
-    def is_leader(self) -> bool:
-        """Whether this process takes chunks and writes a journal for its group."""
-        return self.tp_rank == 0
+            self.store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
 
     def log(self, text: str) -> None:
         """A line on standard error, from the main process alone."""
@@ -70,45 +59,24 @@ class Distributed:
                 f"--tensor-parallel {tp_size}: {running} running; start a multiple of {tp_size} with torchrun "
                 f"(--nproc-per-node {tp_size})"
             )
-        self.tp_size = tp_size
         self.rank, self.tp_rank = divmod(self.process, tp_size)
-        self.world = self.processes // tp_size
+        self.world, self.tp_size, self.is_leader = self.processes // tp_size, tp_size, self.tp_rank == 0
 
     def join_group(self, on_gpu: bool) -> TPGroup | None:
         """Open the collectives of this process's group; None where it has no other process."""
-        if self.tp_size > 1 and self.tp is None:
-            import torch.distributed as dist
-
+        if self.tp_size > 1:
             store = dist.PrefixStore(f"group{self.rank}", self.store)
-            _ask(
-                lambda: dist.init_process_group(
-                    "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                    store=store,
-                    rank=self.tp_rank,
-                    world_size=self.tp_size,
-                    timeout=JOIN_TIMEOUT,
-                )
-            )
-            self.tp = TPGroup(self.tp_rank, self.tp_size)
+            backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+            rank, size = self.tp_rank, self.tp_size
+            dist.init_process_group(backend, rank=rank, world_size=size, store=store, timeout=JOIN_TIMEOUT)
+            self.tp = TPGroup(rank, size)
         return self.tp
 
     def leave_group(self) -> None:
         """Close the collectives, all processes of the group together."""
         if self.tp is not None:
-            import torch.distributed as dist
-
-            _ask(dist.barrier)
+            self.tp.all_reduce_min(torch.tensor(0))
             dist.destroy_process_group()
-            self.tp = None
-
-    @contextmanager
-    def checking(self) -> Iterator[None]:
-        """Around the checks of a run: what the main process refuses is reported once, by the main process."""
-        try:
-            yield
-        except InputError as error:
-            self.share_done(None)
-            raise error if self.is_main else InputError(f"rank {self.process}: {error}") from None
 
     def share_done(self, done: set[int] | None) -> set[int]:
         """The lines that an earlier run finished: the main process gives them, or None for a run that it refuses.
@@ -117,12 +85,11 @@ class Distributed:
         """
         if self.is_main:
             if self.processes > 1:
-                data = zlib.compress(json.dumps(None if done is None else sorted(done)).encode())
-                _ask(lambda: self.store.set("done", data))
+                self.store.set("done", json.dumps(None if done is None else sorted(done)))
             return done or set()
-        while not _ask(lambda: self.store.check(["done"])):
-            time.sleep(POLL_SECONDS)
-        found = json.loads(zlib.decompress(_ask(lambda: self.store.get("done"))))
+        for _ in self._wait_for("done"):
+            pass
+        found = json.loads(self.store.get("done"))
         if found is None:
             raise SystemExit(2)
         return set(found)
@@ -137,29 +104,25 @@ class Distributed:
             yield work[number]
 
     def _next_chunk(self) -> int:
-        """The number of the next chunk; the leader asks for its group."""
-        number = _ask(lambda: self.store.add("chunks", 1)) - 1 if self.is_leader else 0
+        """The number of the next chunk; the leader requests it for its group."""
+        number = self.store.add("chunks", 1) - 1 if self.is_leader else 0
         return number if self.tp is None else int(self.tp.broadcast(torch.tensor(number)))
 
-    def report_finished(self) -> None:
-        if self.world > 1 and self.is_leader:
-            _ask(lambda: self.store.set(f"finished{self.rank}", b"1"))
+    def report_finished(self, stats: Mapping[str, Any]) -> None:
+        """To the main process, from the leader of another rank."""
+        self.store.set(f"finished{self.rank}", json.dumps(stats))
 
-    def wait_for_others(self) -> Iterator[None]:
-        """Yield now and then until every other rank has finished."""
-        keys = [f"finished{rank}" for rank in range(1, self.world)]
-        while keys and not _ask(lambda: self.store.check(keys)):
+    def wait_for_others(self) -> Iterator[dict[str, Any] | None]:
+        """None now and then, and what each other rank reports once it has finished."""
+        for rank in range(1, self.world):
+            yield from self._wait_for(f"finished{rank}")
+            yield json.loads(self.store.get(f"finished{rank}"))
+
+    def _wait_for(self, key: str) -> Iterator[None]:
+        """Until the store has this key. The store's own waiting could not be interrupted, and ends after some time."""
+        while not self.store.check([key]):
             time.sleep(POLL_SECONDS)
             yield
-        yield
-
-
-def _ask(question: Callable[[], T]) -> T:
-    try:
-        return question()
-    except RuntimeError as error:  # torch.distributed's network errors
-        reason = str(error).split("\n")[0]
-        raise PeerLost(f"torchrun's store does not answer ({reason})") from None
 
 
 def chunks(costs: Sequence[int], ranks: int, batch_size: int) -> list[list[int]]:

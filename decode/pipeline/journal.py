@@ -1,7 +1,6 @@
-"""The journal: finished sentences, kept beside the output until it is complete: `hyp.txt.journal`, `….rank1` …
+"""The journal: finished sentences in a file beside the output until that is complete: `hyp.txt.journal`, `….rank1` …
 
-Lines of JSON, one file per process that translates. The head has the run's fingerprint, a record is a sentence (see
-record.py), and the last entry of a rank that came to its end is its statistics.
+Lines of JSON, one file per process that translates. The head has the run's fingerprint, each other line is a `Record`.
 
 A record is one write, made when its sentence ends, so a killed process loses nothing that was finished. The file is
 synced every two seconds, so a machine that stops loses two seconds. Anything after the last complete line (torn by a
@@ -16,12 +15,11 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from decode.pipeline.config import Options
-from decode.pipeline.record import Record
 from minillama.errors import InputError
 from minillama.files import sync
 
@@ -54,6 +52,38 @@ def rank_files(path: Path) -> list[Path]:
     return [Path(name) for name in sorted(glob.glob(f"{glob.escape(str(path))}.rank*"))]
 
 
+def remove_journal(path: Path) -> None:
+    """The output is complete: the journal is no longer needed."""
+    for file in (*rank_files(path), path):
+        file.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished sentence. line: from 0.   logprobs: in nats, one for each token.   finished: "stop" or "length".
+
+    nbest: the hypotheses listed for it, best first: text, log-probability in nats, score.   explanations: the fields of
+    each token's `decode.engine.attribution.Explanation`; after a "stop" the last is the stop token's.
+    """
+
+    line: int
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    finished: str
+    nbest: Sequence[Sequence[Any]] = ()
+    explanations: Sequence[Sequence[Any]] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object, lines from 1. Python writes floats so that they read back as the same bits."""
+        entry = {**vars(self), "line": self.line + 1}
+        return {name: value for name, value in entry.items() if value or name not in ("nbest", "explanations")}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "Record":
+        return cls(**{**entry, "line": entry["line"] - 1})
+
+
 class Journal:
     """A journal file open for appending, and locked: a context.
 
@@ -62,7 +92,17 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.descriptor = _open_locked(path)
+        try:
+            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self.descriptor)
+            raise InputError(f"{path}: another run is writing this output now; wait for it or end it") from None
+        except OSError:  # a file system without locks
+            pass
         self.synced = time.monotonic()
 
     def __enter__(self) -> "Journal":
@@ -72,14 +112,40 @@ class Journal:
         """Sync and unlock. A journal without a record has nothing to resume and is removed."""
         if next(read_records(self.path), None) is None:
             self.path.unlink(missing_ok=True)
-        self._sync()
+        os.fsync(self.descriptor)
         os.close(self.descriptor)
 
-    def start(self, run: Mapping[str, Any], keep: bool = True) -> None:
-        """Drop a damaged end, and a file without records or not to keep; write the head of an empty file."""
+    def open_run(self, run: Mapping[str, Any], resume: bool | None) -> set[int]:
+        """The lines that an earlier run finished, in this file or another rank's; then `start`.
+
+        resume: True continues that run, False drops it, None raises InputError if there is anything to lose. Raises
+        InputError too for the journal of a different run, naming the differences. Safe to be killed at any moment.
+        """
+        if resume is False:
+            os.ftruncate(self.descriptor, 0)
+            for file in rank_files(self.path):
+                file.unlink()
+        done: set[int] = set()
+        for file in (self.path, *rank_files(self.path)):
+            reader = JournalReader(file)
+            lines = {record.line for record in reader.new_records()}
+            if lines and resume and (different := differences(reader.run, run)):
+                raise InputError(f"{file} is of another run: {different}; --no-resume starts afresh")
+            if not lines and file != self.path:
+                file.unlink()
+            done |= lines
+        if done and resume is None:
+            raise InputError(
+                f"{self.path}: {len(done):,} finished sentences of a run that did not end; --resume continues it, "
+                "--no-resume starts afresh"
+            )
+        self.start(run)
+        return done
+
+    def start(self, run: Mapping[str, Any]) -> None:
+        """Drop a damaged end; write the head of a file without records."""
         reader = JournalReader(self.path)
-        count = sum(1 for _ in reader.new_records())
-        if keep and count:
+        if sum(1 for _ in reader.new_records()):
             os.ftruncate(self.descriptor, reader.offset)
             return
         os.ftruncate(self.descriptor, 0)
@@ -89,16 +155,8 @@ class Journal:
     def write(self, record: Record) -> None:
         self._append(record.to_json())
         if time.monotonic() - self.synced >= SYNC_SECONDS:
-            self._sync()
-
-    def end(self, stats: Mapping[str, Any]) -> None:
-        """The last entry: this process has nothing more to write."""
-        self._append({"end": dict(stats)})
-        self._sync()
-
-    def _sync(self) -> None:
-        os.fsync(self.descriptor)
-        self.synced = time.monotonic()
+            os.fsync(self.descriptor)
+            self.synced = time.monotonic()
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         data = json.dumps(entry, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
@@ -109,60 +167,16 @@ class Journal:
             raise InputError(f"{self.path}: cannot be written ({error.strerror}); --resume continues from it") from None
 
 
-def open_journal(path: Path, run: Mapping[str, Any], resume: bool | None) -> tuple[Journal, set[int]]:
-    """Open the main process's journal; returns it and the lines that an earlier run finished, in any of its files.
-
-    resume: True continues that run, False drops it, None raises InputError if there is anything to lose. Raises
-    InputError too for the journal of a different run, naming the differences. Safe to be killed at any moment.
-    """
-    journal = Journal(path)
-    try:
-        done: set[int] = set()
-        others = rank_files(path)
-        for file in (path, *others) if resume is not False else ():
-            reader = JournalReader(file)
-            lines = {record.line for record in reader.new_records()}
-            if lines and resume and (different := differences(reader.run, run)):
-                raise InputError(f"{file} is of another run: {different}; --no-resume starts afresh")
-            done |= lines
-        if done and resume is None:
-            raise InputError(
-                f"{path}: {len(done):,} finished sentences of a run that did not end; --resume continues it, "
-                "--no-resume starts afresh"
-            )
-        for file in others:
-            if resume is False or next(read_records(file), None) is None:
-                file.unlink()
-        journal.start(run, keep=resume is not False)
-    except BaseException:
-        journal.__exit__()
-        raise
-    return journal, done
-
-
-def remove_journal(path: Path) -> None:
-    """The output is complete: the journal is no longer needed."""
-    for file in rank_files(path):
-        file.unlink()
-    path.unlink(missing_ok=True)
-
-
-def read_records(path: Path) -> Iterator[Record]:
-    """The records of a journal file, in the order in which their sentences ended."""
-    return JournalReader(path).new_records()
-
-
 class JournalReader:
     """Reads a journal file, perhaps of another process and while it grows, as far as its lines are complete.
 
-    run: the fingerprint in its head.   stats: its last entry, once that is written.   offset: bytes read.
+    run: the fingerprint in its head.   offset: bytes read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.offset = 0
         self.run: dict[str, Any] = {}
-        self.stats: dict[str, Any] = {}
 
     def new_records(self) -> Iterator[Record]:
         """The records since the last call; ends before a line that is torn or damaged."""
@@ -174,15 +188,19 @@ class JournalReader:
                 try:
                     entry = json.loads(raw) if raw.endswith(b"\n") else None
                 except ValueError:
-                    return
+                    entry = None
                 if not isinstance(entry, dict):
                     return
                 self.offset += len(raw)
-                self.stats = entry.get("end", {})
                 if entry.get("journal") == FORMAT:
                     self.run = entry.get("run", {})
                 elif "line" in entry:
                     yield Record.from_json(entry)
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of a journal file, in the order in which their sentences ended."""
+    return JournalReader(path).new_records()
 
 
 def fingerprint(sentences: Sequence[str], models: "EnsembleSpec", options: Options) -> dict[str, Any]:
@@ -216,43 +234,25 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 def folder_digest(folder: Path) -> str:
     """A digest of a model's folder: small files in full, weights by size and sample."""
-    parts = []
+    pieces = []
     for file in sorted(folder.iterdir()):
         weights = file.suffix in (".safetensors", ".pth")
         if weights or file.name in ("config.json", "generation_config.json", "params.json") or "token" in file.name:
             size = file.stat().st_size
-            parts.append(f"{file.name} {size}".encode())
+            pieces.append(f"{file.name} {size}".encode())
             with open(file, "rb") as stream:
                 if not weights or size <= BLOCKS * BLOCK_BYTES:
-                    parts.append(stream.read())
+                    pieces.append(stream.read())
                 else:
                     for block in range(BLOCKS):
                         stream.seek(block * (size - BLOCK_BYTES) // (BLOCKS - 1))
-                        parts.append(stream.read(BLOCK_BYTES))
-    return _digest(parts)
+                        pieces.append(stream.read(BLOCK_BYTES))
+    return _digest(pieces)
 
 
-def _digest(parts: Iterable[bytes]) -> str:
+def _digest(pieces: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
+    for piece in pieces:
+        digest.update(len(piece).to_bytes(8, "little"))
+        digest.update(piece)
     return digest.hexdigest()[:16]
-
-
-def _open_locked(path: Path) -> int:
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise InputError(f"{path}: another run is writing this output now; wait for it or end it") from None
-        except OSError:  # a file system without locks
-            return descriptor
-        if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
-            return descriptor
-        os.close(descriptor)  # its last owner removed it between the two calls

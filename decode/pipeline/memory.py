@@ -6,13 +6,14 @@ beside the two sums and are not counted.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 
 import torch
 
+from decode.engine.sequence import Sequence
 from decode.model.batch import cache_positions
-from decode.pipeline.members import EnsembleSpec, MemberSpec
+from decode.pipeline.members import EnsembleSpec
 from minillama import InputError, KVCache
 from minillama.machine import free_memory
 from minillama.tensor_parallel import TPGroup
@@ -25,9 +26,12 @@ CGROUP = Path("/sys/fs/cgroup")
 class MemoryBudget:
     """Computes the batch size that fits beside the weights on every device. Make it before the weights are loaded."""
 
-    def __init__(self, models: EnsembleSpec, memory: str | None = None, processes: int = 1) -> None:
-        """memory: the user's limit per device, such as 24G.   processes: those that share this machine's memory."""
+    def __init__(self, models: EnsembleSpec, memory: str | None, processes: int = 1, may_lower: bool = True) -> None:
+        """memory: the user's limit per device, such as 24G.   processes: those that share this machine's memory.
+        may_lower: a batch size that does not fit.
+        """
         self.members, self.placements, self.memory = models.members, models.placements, memory
+        self.may_lower = may_lower
         self.weight_bytes: Counter[torch.device] = Counter()
         distinct = {(member.folder, self.placements[member.name]): member for member in self.members}
         for (_, placement), member in distinct.items():  # a folder named twice is held once
@@ -43,16 +47,14 @@ class MemoryBudget:
         limits = tp.all_reduce_min(torch.tensor(list(self.limits.values()))).tolist()
         self.limits = dict(zip(self.limits, limits))
 
-    def fit(
-        self, prompts: Sequence[Sequence[list[int]]], max_new_tokens: int, batch_size: int, may_lower: bool
-    ) -> tuple[int, str]:
+    def fit(self, sequences: SequenceOf[Sequence], batch_size: int) -> tuple[int, str]:
         """How many of these sequences can be decoded together, at most `batch_size`, and the memory of that in words.
 
         Raises InputError, with the numbers, when not one fits, or fewer than `batch_size` and that may not be lowered.
         """
-        positions = max_positions(prompts, self.members, max_new_tokens)
+        positions = self.max_positions(sequences)
         fitting = batch_size
-        required = 1 if may_lower else batch_size
+        required = 1 if self.may_lower else batch_size
         for device, weights in self.weight_bytes.items():
             slot = self.slot_bytes(device, positions)
             slots = max(0, (self.limits[device] - weights) // slot - PREFIX_SLOTS)
@@ -64,7 +66,7 @@ class MemoryBudget:
             fitting = min(fitting, slots)
         return fitting, self._describe(list(self.weight_bytes), positions, fitting)
 
-    def _describe(self, devices: Sequence[torch.device], positions: Sequence[int], slots: int) -> str:
+    def _describe(self, devices: SequenceOf[torch.device], positions: SequenceOf[int], slots: int) -> str:
         """`weights 36.88 MB + caches 63.96 MB (16 slots of …)`, summed over devices."""
         weights = sum(self.weight_bytes[device] for device in devices)
         slot = sum(self.slot_bytes(device, positions) for device in devices)
@@ -73,7 +75,7 @@ class MemoryBudget:
             f"up to {max(positions):,} positions, {format_size(slot)} each, and one for the shared prefix)"
         )
 
-    def slot_bytes(self, device: torch.device, positions: Sequence[int]) -> int:
+    def slot_bytes(self, device: torch.device, positions: SequenceOf[int]) -> int:
         """The cache of one sequence on a device. positions: for each member."""
         return sum(
             cache_positions(count)
@@ -83,16 +85,15 @@ class MemoryBudget:
             if self.placements[member.name].device == device
         )
 
-
-def max_positions(
-    prompts: Sequence[Sequence[list[int]]], members: Sequence[MemberSpec], max_new_tokens: int
-) -> list[int]:
-    """For each member, the positions of the longest of these prompts with its translation."""
-    longest = [0] * len(members)
-    for prompt in prompts:
-        room = min(max_new_tokens, *(member.context - len(tokens) for member, tokens in zip(members, prompt)))
-        longest = [max(count, len(tokens) + room) for count, tokens in zip(longest, prompt)]
-    return longest
+    def max_positions(self, sequences: SequenceOf[Sequence]) -> list[int]:
+        """For each member, the positions of the longest of these prompts with its translation."""
+        contexts = [member.context for member in self.members]
+        longest = [0] * len(contexts)
+        for sequence in sequences:
+            lengths = [len(prompt) for prompt in sequence.prompts]
+            room = min(sequence.max_new_tokens, *(context - n for context, n in zip(contexts, lengths)))
+            longest = [max(count, n + room) for count, n in zip(longest, lengths)]
+        return longest
 
 
 def available(device: torch.device, processes: int = 1) -> int:

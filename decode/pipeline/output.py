@@ -8,22 +8,17 @@ import argparse
 import json
 import os
 import signal
-import stat
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from decode.pipeline.journal import journal_path
-from decode.pipeline.record import Record
+from decode.pipeline.journal import Record, journal_path
 from minillama.errors import InputError
+from minillama.files import sync
 
 # Seconds between two lines of progress where there is no terminal.
 LINE_SECONDS = 30.0
@@ -38,15 +33,8 @@ def check_writable(path: str, others: list[str]) -> None:
         raise InputError(f"{path}: is a folder; the output must be a file")
     if file.exists() and any(name != "-" and Path(name).exists() and file.samefile(name) for name in others):
         raise InputError(f"{path}: is also an input; writing it would lose the input")
-    try:
-        if file.exists():
-            with open(file, "ab"):
-                pass
-        else:
-            with tempfile.TemporaryFile(dir=file.parent):
-                pass
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    if not os.access(file if file.exists() else file.parent, os.W_OK) or not file.parent.is_dir():
+        raise InputError(f"{path}: cannot be written; it needs a folder that is there, and permission to write")
 
 
 def check_outputs(arguments: argparse.Namespace, processes: int) -> None:
@@ -54,36 +42,25 @@ def check_outputs(arguments: argparse.Namespace, processes: int) -> None:
     for option in ("report", "details", "nbest_output"):
         if getattr(arguments, option) == "-":
             raise InputError(f"--{option.replace('_', '-')} -: give a file; standard output is for translations")
+    if arguments.nbest_output and not arguments.nbest:
+        raise InputError("--nbest-output has no effect without --nbest; give --nbest too")
+    if arguments.nbest and not arguments.nbest_output and journal_path(arguments.output) is None:
+        raise InputError("--nbest: with translations on standard output, name a file for the lists by --nbest-output")
     others = [file for file in (arguments.input, arguments.reference) if file]
-    explain = None if arguments.explain == "-" else arguments.explain
-    for file in (arguments.output, arguments.report, arguments.details, nbest_path(arguments), explain):
+    for file in (arguments.output, arguments.report, arguments.details, nbest_path(arguments), arguments.explain):
         if file:
             check_writable(file, others)
             others.append(file)
-    if arguments.input != "-" and journal_path(arguments.output) is not None:
-        return
-    if arguments.resume:
-        raise InputError(
-            "--resume: needs --input FILE and --output FILE; the journal is beside the output, and standard input "
-            "cannot be read again"
-        )
-    if processes > 1:
-        raise InputError(
-            f"{processes} processes share the sentences of a file and write one: give --input FILE and --output FILE, "
-            "or run one process"
-        )
+    if arguments.input == "-" or journal_path(arguments.output) is None:
+        if arguments.resume:
+            raise InputError("--resume: needs --input FILE and --output FILE, beside which the journal is")
+        if processes > 1:
+            raise InputError(f"{processes} processes share one file's sentences: give --input FILE and --output FILE")
 
 
 def nbest_path(arguments: argparse.Namespace) -> str | None:
-    """The file for n-best lists, None if none are requested; whether it can be written is not checked."""
-    path, output = arguments.nbest_output, arguments.output
-    if not arguments.nbest:
-        if path:
-            raise InputError("--nbest-output has no effect without --nbest; give --nbest too")
-        return None
-    if not path and (output == "-" or (Path(output).exists() and not Path(output).is_file())):
-        raise InputError("--nbest: with translations on standard output, name a file for the lists by --nbest-output")
-    return path or f"{output}.nbest"
+    """The file for n-best lists, None if none are requested."""
+    return (arguments.nbest_output or f"{arguments.output}.nbest") if arguments.nbest else None
 
 
 class OrderedWriter:
@@ -93,13 +70,12 @@ class OrderedWriter:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.next = 0
-        self.count = 0
+        self.next = self.count = 0
         self.last = -1
         self.waiting: dict[int, str] = {}
 
     def __enter__(self) -> "OrderedWriter":
-        # Standard output through a descriptor of our own: UTF-8 and bare line feeds, whatever the locale says.
+        # Standard output through a descriptor of our own: UTF-8 and bare line feeds in any locale.
         target = os.dup(sys.stdout.fileno()) if self.path == "-" else self.path
         self.stream: TextIO = open(target, "w", encoding="utf-8", newline="\n")
         return self
@@ -110,40 +86,37 @@ class OrderedWriter:
             self.count += translated
             self.last = max(self.last, line) if translated else self.last
             self.waiting[line] = text
-            self._write_ready()
+            while self.next in self.waiting:
+                self.stream.write(self.waiting.pop(self.next) + "\n")
+                self.next += 1
+            self.stream.flush()
 
     def put_sentence(self, line: int, source: str, record: Record | None) -> None:
         """The same for a sentence; record: None for a line that is blank or was skipped."""
-        self.put(line, record.text if record else "", translated=record is not None)
+        self.put(line, self.format(line, source, record), translated=record is not None)
+
+    def format(self, line: int, source: str, record: Record | None) -> str:
+        return record.text if record else ""
 
     def write_finished(self) -> int:
         """After an interruption: write what is finished after unfinished lines too; returns the number of those.
 
         Where gaps are filled an unfinished line is empty, else it is left out.
         """
+        lines = range(self.next, self.last + 1)
         with _uninterrupted():
-            gaps = [line for line in range(self.next, self.last) if line not in self.waiting]
-            finished = {line: text for line, text in self.waiting.items() if line <= self.last}
-            if self.fills_gaps:
-                finished |= dict.fromkeys(gaps, "")
-            self.stream.writelines(finished[line] + "\n" for line in sorted(finished))
+            for line in lines:
+                if self.fills_gaps or line in self.waiting:
+                    self.stream.write(self.waiting.get(line, "") + "\n")
             self.stream.flush()
-        return len(gaps)
-
-    def _write_ready(self) -> None:
-        while self.next in self.waiting:
-            self.stream.write(self.waiting.pop(self.next) + "\n")
-            self.next += 1
-        self.stream.flush()
+        return sum(line not in self.waiting for line in lines)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # On the disk before a journal is removed.
-        if self.path != "-" and stat.S_ISREG(os.fstat(self.stream.fileno()).st_mode):
-            self.stream.flush()
-            os.fsync(self.stream.fileno())
         self.stream.close()
+        if self.path != "-" and Path(self.path).is_file():
+            sync(Path(self.path))  # before a journal is removed
 
 
 class DetailsWriter(OrderedWriter):
@@ -151,9 +124,9 @@ class DetailsWriter(OrderedWriter):
 
     fills_gaps = False
 
-    def put_sentence(self, line: int, source: str, record: Record | None) -> None:
+    def format(self, line: int, source: str, record: Record | None) -> str:
         entry = record.to_json() if record else {"line": line + 1, "text": "", "tokens": [], "logprobs": []}
-        self.put(line, json.dumps(entry, ensure_ascii=False), translated=record is not None)
+        return json.dumps(entry, ensure_ascii=False)
 
 
 class NBestWriter(OrderedWriter):
@@ -166,107 +139,83 @@ class NBestWriter(OrderedWriter):
 
     fills_gaps = False
 
-    def put_sentence(self, line: int, source: str, record: Record | None) -> None:
-        entries = [f"{line} |||  ||| F0= 0 ||| 0"]
-        if record is not None:
-            entries = [f"{line} ||| {text} ||| F0= {total:.6f} ||| {score:.6f}" for text, total, score in record.nbest]
-        self.put(line, "\n".join(entries), translated=record is not None)
+    def format(self, line: int, source: str, record: Record | None) -> str:
+        if record is None:
+            return f"{line} |||  ||| F0= 0 ||| 0"
+        return "\n".join(f"{line} ||| {text} ||| F0= {nats:.6f} ||| {score:.6f}" for text, nats, score in record.nbest)
 
 
 class Outputs:
-    """A context with every file of a run. `put` accepts lines in any order; a record that comes again is dropped."""
+    """Every file of a run. `put` accepts lines in any order; a record that comes again is dropped."""
 
-    def __init__(self, arguments: argparse.Namespace, total: int | None, explanations: OrderedWriter | None) -> None:
-        """total: lines of the input, where that is known.   explanations: what decode.explain writes, in place of
-        translations where both go to standard output.
+    def __init__(
+        self, arguments: argparse.Namespace, total: int | None, explanations: OrderedWriter | None, files: ExitStack
+    ) -> None:
+        """total: lines of the input, where that is known.   explanations: what decode.explain writes, instead of
+        translations where both go to standard output.   files: closes them.
         """
         self.where = "on standard output" if arguments.output == "-" else f"in {arguments.output}"
         self.total = total
         self.writer = OrderedWriter(os.devnull if arguments.explain == arguments.output == "-" else arguments.output)
-        self.writers = [self.writer]
-        if arguments.details:
-            self.writers.append(DetailsWriter(arguments.details))
-        if nbest := nbest_path(arguments):
-            self.writers.append(NBestWriter(nbest))
-        if explanations:
-            self.writers.append(explanations)
+        details = DetailsWriter(arguments.details) if arguments.details else None
+        nbest = NBestWriter(path) if (path := nbest_path(arguments)) else None
+        self.writers = [w for w in (self.writer, details, nbest, explanations) if w is not None]
+        for writer in self.writers:
+            files.enter_context(writer)
+        self.progress = DecodeProgress(total)
+        files.callback(self.progress.stop)
         self.texts: dict[int, str] | None = {} if arguments.reference else None
         self.tokens = self.resumed = self.resumed_tokens = 0
-        self.files = ExitStack()
 
-    def __enter__(self) -> "Outputs":
-        for writer in self.writers:
-            self.files.enter_context(writer)
-        self.progress = DecodeProgress(self.total)
-        self.files.callback(self.progress.stop)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.files.__exit__(kind, error, trace)
-
-    def put_empty(self, lines: Sequence[int]) -> None:
-        """Lines that are blank or were skipped."""
-        for line in lines:
-            self._write(line, "", None)
-            self.progress.add(0)
-
-    def put(self, record: Record, source: str, resumed: bool = False) -> None:
-        """source: the input's line.   resumed: an earlier run finished it; it does not count for the speed."""
-        if record.line < self.writer.next or record.line in self.writer.waiting:
+    def put(self, line: int, source: str, record: Record | None, resumed: bool = False) -> None:
+        """source: the input's line.   record: None for a line that is blank or was skipped.   resumed: an earlier run
+        finished it; it does not count for the speed.
+        """
+        if line < self.writer.next or line in self.writer.waiting:
             return
-        self.tokens += len(record.tokens)
+        tokens = len(record.tokens) if record else 0
+        self.tokens += tokens
         if resumed:
             self.resumed += 1
-            self.resumed_tokens += len(record.tokens)
-        self._write(record.line, source, record)
-        self.progress.add(0 if resumed else len(record.tokens))
+            self.resumed_tokens += tokens
+        for writer in self.writers:
+            writer.put_sentence(line, source, record)
+        if self.texts is not None:
+            self.texts[line] = record.text if record else ""
+        self.progress.add(0 if resumed else tokens)
 
     def write_finished(self) -> str:
-        """After an interruption: write what is finished after unfinished lines too; says in words what was written."""
+        """After an interruption: write what is finished after unfinished lines too; returns what that is, in words."""
         gaps, *_ = [writer.write_finished() for writer in self.writers]
         of = f" of {self.total:,}" if self.total is not None else ""
         empty = f"; {gaps:,} empty lines between them are for unfinished sentences" if gaps else ""
         return f"{self.writer.count:,}{of} sentences were finished and are {self.where}{empty}"
 
-    def _write(self, line: int, source: str, record: Record | None) -> None:
-        for writer in self.writers:
-            writer.put_sentence(line, source, record)
-        if self.texts is not None:
-            self.texts[line] = record.text if record else ""
-
 
 class DecodeProgress:
-    """A bar on a terminal, a plain line now and then otherwise; on standard error."""
+    """A line on standard error, rewritten on a terminal, else a new one every LINE_SECONDS."""
 
-    def __init__(self, total: int | None) -> None:
+    def __init__(self, total: int | None = None) -> None:
         self.total, self.done, self.tokens = total, 0, 0
         self.started = self.last = time.monotonic()
-        self.bar: Progress | None = None
-        console = Console(stderr=True)
-        if console.is_terminal:
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
-            self.bar = Progress(*columns, console=console, transient=True)
-            self.task = self.bar.add_task("", total=total, status="")
-            self.bar.start()
+        self.on_terminal = sys.stderr.isatty()
 
     def add(self, tokens: int) -> None:
         """One more sentence, of so many tokens."""
         self.done += 1
         self.tokens += tokens
         now = time.monotonic()
-        status = f"{self.tokens / max(now - self.started, 1e-9):,.0f} tokens/s"
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, status=status)
-        elif now - self.last >= LINE_SECONDS:
-            self.last = now
-            of = f" of {self.total:,}" if self.total is not None else ""
-            print(f"{self.done:,}{of} sentences, {status}", file=sys.stderr, flush=True)
+        if now - self.last < (0.1 if self.on_terminal else LINE_SECONDS):
+            return
+        self.last, seconds = now, now - self.started
+        of = "" if self.total is None else f" of {self.total:,}"
+        start, end = ("\r\033[K", "") if self.on_terminal else ("", "\n")
+        text = f"{start}{self.done:,}{of} sentences, {self.tokens / seconds:,.0f} tokens/s"
+        print(text, end=end, file=sys.stderr, flush=True)
 
     def stop(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        if self.on_terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -275,13 +224,13 @@ def _uninterrupted() -> Iterator[None]:
 
     Python's handlers are exchanged: a signal mask would not do, other threads of the process would get the signal.
     """
-    held: list[int] = []
+    received: list[int] = []
     kinds = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(kind, lambda number, frame: held.append(number)) for kind in kinds]
+    before = {kind: signal.signal(kind, lambda number, frame: received.append(number)) for kind in kinds}
     try:
         yield
     finally:
-        for kind, handler in zip(kinds, before):
+        for kind, handler in before.items():
             signal.signal(kind, handler)
-    if held:
+    if received:
         raise KeyboardInterrupt

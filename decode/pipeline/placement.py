@@ -35,7 +35,7 @@ class Placement:
 
     @property
     def packed_dtype(self) -> str:
-        """The weight dtype for PackedLlama: float32 in place of float16 on a CPU that cannot multiply float16."""
+        """The weight dtype for PackedLlama: float32 instead of float16 on a CPU that cannot multiply float16."""
         return "float32" if self.weight_dtype == "float16" and not has_float16_product() else self.weight_dtype
 
     @property
@@ -49,49 +49,36 @@ class Placement:
 
 
 def placements(
-    device: str,
-    dtype: str | None,
-    names: Sequence[str],
-    batch_size: int = 1,
-    tp_sizes: Mapping[str, int] | None = None,
+    device: str, dtype: str | None, names: Sequence[str], batch_size: int = 1, tensor_parallel: str = "1"
 ) -> dict[str, Placement]:
-    """`cuda:1` for all members, or `L=cuda:0,S=cpu` by name; a member without a name in it gets the general value.
+    """By name from `cuda:1` for all members, or `L=cuda:0,S=cpu`; a member without a name gets the general value.
 
     auto: the first GPU, else the CPU; under torchrun the GPU of this process's LOCAL_RANK. dtype None: float32 on a
-    CPU, bfloat16 on a GPU; auto: the fastest for this batch size. Raises InputError for unknown names and devices, and
-    for a device with a number where several processes share a member.
+    CPU, bfloat16 on a GPU; auto: the fastest for this batch size. tensor_parallel: the number of processes that share
+    each member; 1 for those without one in `L=2`. Raises InputError for unknown names and devices, for a device with a
+    number where several processes share a member, and for two different sizes: a run's groups have one.
     """
-    requested = per_member(device.split(","), names, "--device", separator=",")
+    devices = per_member(device.split(","), names, "--device", "auto")
+    sizes = per_member(tensor_parallel.split(","), names, "--tensor-parallel", "1")
     found = {}
     for name in names:
-        where = _pick(requested[name] or "auto")
+        where = _pick(devices[name])
         on_cpu = where.type == "cpu"
         weight_dtype = dtype or ("float32" if on_cpu else "bfloat16")
         if weight_dtype == "auto":
             weight_dtype = fastest_weight_dtype(batch_size) if on_cpu else "bfloat16"
         if weight_dtype == "int8" and not on_cpu:
             raise InputError(f"--dtype int8: only on a CPU, and {name} is on {where}; use bfloat16")
-        tp_size = tp_sizes[name] if tp_sizes else 1
-        if tp_size > 1 and re.fullmatch(r"cuda:\d+", requested[name] or ""):
+        size = sizes[name]
+        if not re.fullmatch(r"[1-9]\d*", size):
+            raise InputError(f"--tensor-parallel {tensor_parallel}: {size or 'nothing'} is no number of processes")
+        if size != "1" and re.fullmatch(r"cuda:\d+", devices[name]):
             raise InputError(
-                f"--device {device}: {tp_size} processes share {name}, each with a GPU of its own; use auto or cuda"
+                f"--device {device}: {size} processes share {name}, each with a GPU of its own; use auto or cuda"
             )
-        found[name] = Placement(where, weight_dtype, tp_size)
-    return found
-
-
-def tp_sizes(text: str, names: Sequence[str]) -> dict[str, int]:
-    """`--tensor-parallel 2` for all members, `L=2` for one: the number of processes that share each, 1 by default.
-
-    Raises InputError for what is not a number of processes, and for two different ones: a run's groups have one size.
-    """
-    found = {}
-    for name, value in per_member(text.split(","), names, "--tensor-parallel", separator=",").items():
-        if value is not None and not re.fullmatch(r"[1-9]\d*", value):
-            raise InputError(f"--tensor-parallel {text}: {value or 'nothing'} is no number of processes")
-        found[name] = int(value or 1)
-    if len(sizes := {size for size in found.values() if size > 1}) > 1:
-        raise InputError(f"--tensor-parallel {text}: a run's groups have one size; give one number, not {len(sizes)}")
+        found[name] = Placement(where, weight_dtype, int(size))
+    if len({*sizes.values(), "1"}) > 2:
+        raise InputError(f"--tensor-parallel {tensor_parallel}: a run's groups have one size; give one number")
     return found
 
 
@@ -104,30 +91,28 @@ def fastest_weight_dtype(batch_size: int) -> str:
     return "int8" if batch_size <= INT8_BATCH_SIZE else "float16" if batch_size <= FLOAT16_BATCH_SIZE else "float32"
 
 
-def per_member(
-    values: Iterable[str], names: Sequence[str], option: str, separator: str | None = None
-) -> dict[str, str | None]:
-    """`NAME=VALUE` for one member, `VALUE` for all others; None for a member without a value."""
+def per_member(values: Iterable[str], names: Sequence[str], option: str, default: str = "") -> dict[str, str]:
+    """`NAME=VALUE` for one member, `VALUE` for all others, which get the default where there is none."""
     by_name: dict[str, str] = {}
     general = None
     for text in values:
         name, equals, value = text.partition("=")
         if not equals:
-            if separator and general is not None:
-                raise InputError(f"{option} {separator.join(values)}: two values without a name; use NAME=VALUE")
+            if general is not None:
+                raise InputError(f"{option} {general}, {text}: two values without a name; use NAME=VALUE")
             general = text
         elif name not in names:
             raise InputError(f"{option} {text}: {name} is no model; the models are {', '.join(names)}")
         else:
             by_name[name] = value
-    return {name: by_name.get(name, general) for name in names}
+    return {name: by_name.get(name, default if general is None else general) for name in names}
 
 
 def listed(values: Mapping[str, str]) -> str:
     """One value where all members have the same, else `L value, S value`."""
     different = set(values.values())
     text = different.pop() if len(different) == 1 else ", ".join(f"{name} {value}" for name, value in values.items())
-    return re.sub(r"\s+", " ", text)
+    return " ".join(text.split())
 
 
 def _pick(name: str) -> torch.device:

@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,26 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 from corpora.metrics import text_metrics
 from decode.engine.expression import format_weights
-from decode.pipeline.members import EncodedInput
 from decode.pipeline.placement import listed
 from minillama import machine
 from minillama.errors import InputError
 from minillama.files import atomic_write
 
 if TYPE_CHECKING:
+    from decode.pipeline.input import EncodedLine
     from decode.pipeline.run import TranslationRun
 
-# Numbers of too long lines that are kept for the report; beyond that they are only counted.
+# Too long lines whose numbers are listed in the report; beyond that they are only counted.
 LISTED = 1000
 
 
 @dataclass
 class RunStats:
-    """What a run did, without anything that grows with its input.
+    """What a run did.
 
     seconds: decoding alone, the longest of all processes.   steps: the sum of all processes.   first_token_seconds: the
-    earliest, since `started` (time.perf_counter()).   too_long_lines: numbers, from 1, of the first lines that were
-    skipped or truncated; too_long_counts: how many there were.
+    earliest, since `started` (time.perf_counter()).   too_long: numbers, from 1, of the lines.
     """
 
     started: float = field(default_factory=time.perf_counter)
@@ -39,28 +37,16 @@ class RunStats:
     steps: int = 0
     first_token_seconds: float | None = None
     lines: int = 0
-    too_long_lines: dict[str, list[int]] = field(default_factory=lambda: {"skipped": [], "truncated": []})
-    too_long_counts: Counter[str] = field(default_factory=Counter)
+    too_long: dict[str, list[int]] = field(default_factory=lambda: {"skipped": [], "truncated": []})
 
-    def add_input(self, group: EncodedInput) -> None:
-        self.lines += len(group.texts)
-        for kind, lines in self.too_long_lines.items():
-            found = getattr(group, kind)
-            self.too_long_counts[kind] += len(found)
-            lines += [line + 1 for line in found[: LISTED - len(lines)]]
+    def add_input(self, lines: "Sequence[EncodedLine]") -> None:
+        self.lines += len(lines)
+        for line in lines:
+            if line.too_long:
+                self.too_long[line.too_long].append(line.number + 1)
 
-    def add_first_token(self, moment: float | None) -> None:
-        """moment: time.perf_counter()."""
-        if self.first_token_seconds is None and moment is not None:
-            self.first_token_seconds = moment - self.started
-
-    def too_long(self) -> dict[str, Any]:
-        """The entries of run.json: the lines, and their number where not all are listed."""
-        lines = {f"{kind}_lines": found for kind, found in self.too_long_lines.items()}
-        return lines | {f"{kind}_count": count for kind, count in self.too_long_counts.items() if count > LISTED}
-
-    def to_json(self) -> dict[str, Any]:
-        """What the main process needs from another one."""
+    def shared(self) -> dict[str, Any]:
+        """What `merge` needs from another process."""
         return {name: getattr(self, name) for name in ("seconds", "steps", "first_token_seconds")}
 
     def merge(self, seconds: float, steps: int, first_token_seconds: float | None) -> None:
@@ -73,28 +59,27 @@ class RunStats:
 
 def describe_plan(run: "TranslationRun") -> str:
     """What the run will do, before the long part of it."""
-    options, processes, tp_size = run.options, run.distributed.processes, run.distributed.tp_size
+    options, distributed, file = run.options, run.distributed, run.file
     models, where = run.models.describe()
-    count = "standard input" if run.file is None else f"{len(run.file.texts):,} sentences of {run.arguments.input}"
-    parts = [
-        f"{models}: {count}",
+    groups = f" in groups of {distributed.tp_size}" if distributed.tp_size > 1 else ""
+    is_resumable = file is None or run.journal is not None or run.arguments.output == "-"
+    pieces = [
+        f"{models}: {'standard input' if file is None else f'{len(file):,} sentences of {run.arguments.input}'}",
         f"{len(run.done):,} of them finished by an earlier run" if run.done else "",
         f"{options.source} to {options.target}, batches of {options.batch_size}",
         run.memory,
         where,
-        f"{processes} processes" + (f" in groups of {tp_size}" if tp_size > 1 else "") if processes > 1 else "",
-        "no journal: this run cannot be resumed"
-        if run.file and not run.journal and run.arguments.output != "-"
-        else "",
+        f"{distributed.processes} processes{groups}" if distributed.processes > 1 else "",
+        "" if is_resumable else "no journal: this run cannot be resumed",
     ]
-    return ", ".join(filter(None, parts))
+    return ", ".join(filter(None, pieces))
 
 
 def describe_run(run: "TranslationRun") -> dict[str, Any]:
     """`run.json`: counts of the whole output; seconds, steps and speeds of this run, which may have resumed another."""
     assert run.outputs is not None
     stats, outputs, models = run.stats, run.outputs, run.models
-    seconds = max(stats.seconds, 1e-9)
+    seconds, first = max(stats.seconds, 1e-9), stats.first_token_seconds
     report: dict[str, Any] = {
         "sentences": stats.lines,
         "output_tokens": outputs.tokens,
@@ -102,15 +87,16 @@ def describe_run(run: "TranslationRun") -> dict[str, Any]:
         "tokens_per_second": round((outputs.tokens - outputs.resumed_tokens) / seconds, 2),
         "sentences_per_second": round((stats.lines - outputs.resumed) / seconds, 2),
         "steps": stats.steps,
-        "first_token_seconds": None if stats.first_token_seconds is None else round(stats.first_token_seconds, 4),
+        "first_token_seconds": None if first is None else round(first, 4),
         "resumed_sentences": outputs.resumed,
         "prompts": {member.name: member.prompt.name for member in models.members},
         "chat": {member.name: member.chat.name for member in models.members},
         **asdict(run.options),
-        "device": listed({name: machine.device_name(place.device) for name, place in models.placements.items()}),
-        "dtype": listed({name: place.weight_dtype for name, place in models.placements.items()}),
+        "device": listed({name: machine.device_name(p.device) for name, p in models.placements.items()}),
+        "dtype": listed({name: p.weight_dtype for name, p in models.placements.items()}),
         "versions": versions(),
-        **stats.too_long(),
+        **{f"{kind}_lines": lines[:LISTED] for kind, lines in stats.too_long.items()},
+        **{f"{kind}_count": len(lines) for kind, lines in stats.too_long.items() if len(lines) > LISTED},
         "load_seconds": round(stats.load_seconds, 4),
         "combine": run.arguments.combine or format_weights(models.weights),
         "weights": models.weights,
@@ -118,7 +104,7 @@ def describe_run(run: "TranslationRun") -> dict[str, Any]:
         "processes": run.distributed.processes,
         "tensor_parallel": run.distributed.tp_size,
     }
-    if run.references and outputs.texts is not None and len(run.references) == stats.lines:
+    if run.references and outputs.texts and len(run.references) == stats.lines:
         report |= scores([outputs.texts[line] for line in range(stats.lines)], run.references, run.options.target)
     return report
 
@@ -139,12 +125,11 @@ def versions() -> dict[str, str]:
 
 def summary(report: Mapping[str, Any]) -> list[str]:
     """The lines that a user reads at the end."""
-    found = [
-        f"{kind}, too long for a context: line {', '.join(map(str, lines))}"
-        + (f" and {report[f'{kind}_count'] - len(lines):,} more" if f"{kind}_count" in report else "")
-        for kind in ("skipped", "truncated")
-        if (lines := report[f"{kind}_lines"])
-    ]
+    found = []
+    for kind in ("skipped", "truncated"):
+        if lines := report[f"{kind}_lines"]:
+            more = f" and {report[f'{kind}_count'] - len(lines):,} more" if f"{kind}_count" in report else ""
+            found.append(f"{kind}, too long for a context: line {', '.join(map(str, lines))}{more}")
     resumed = f" ({report['resumed_sentences']:,} by an earlier run)" if report["resumed_sentences"] else ""
     first = report["first_token_seconds"]
     found.append(
@@ -152,10 +137,8 @@ def summary(report: Mapping[str, Any]) -> list[str]:
         f"{report['tokens_per_second']:,.0f} tokens/s, {report['sentences_per_second']:,.1f} sentences/s"
         + ("" if first is None else f"; first token after {first:.2f} s")
     )
-    found += [
-        f"{key} {report[key]:.2f}  {report[f'{key}_signature']}" for key in report if f"{key}_signature" in report
-    ]
-    return found
+    scored = [key.removesuffix("_signature") for key in report if key.endswith("_signature")]
+    return found + [f"{key} {report[key]:.2f}  {report[f'{key}_signature']}" for key in scored]
 
 
 def write_report(path: str, report: Mapping[str, Any]) -> None:
@@ -167,7 +150,7 @@ def write_report(path: str, report: Mapping[str, Any]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: null in their place."""
+    """JSON has no infinity and no NaN: null instead."""
     if isinstance(value, dict):
         return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list):

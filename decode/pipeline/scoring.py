@@ -7,19 +7,18 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from typing import Any
 
-from corpora import iter_lines
-from corpora.text import display_name, open_binary
+from corpora.text import display_name, iter_lines, open_binary
+from decode.engine.engine import Engine
 from decode.engine.ensemble import Ensemble
-from decode.engine.generate import score
 from decode.engine.sequence import Completion
 from decode.pipeline.config import Options
-from decode.pipeline.input import GROUP_BATCHES, read_available_lines
-from decode.pipeline.members import EnsembleSpec, MemberSpec, encode_pair
+from decode.pipeline.input import EncodedLine, encode_lines, group_available, open_lines, sequences_of
+from decode.pipeline.members import EnsembleSpec
 from decode.pipeline.output import DecodeProgress, OrderedWriter, check_writable
 from decode.pipeline.report import finite
 from minillama.errors import InputError, Interrupted
@@ -29,75 +28,58 @@ COLUMNS = ("line", "tokens", "logprob", "per_token", "perplexity")
 
 def run(arguments: argparse.Namespace) -> int:
     """The whole command after its options are parsed; what can be refused is refused before weights are loaded."""
-    if arguments.input == arguments.translation == "-":
+    source, translation, output = arguments.input, arguments.translation, arguments.output
+    if source == translation == "-":
         raise InputError("--input and --translation are both standard input; one of them must be a file")
     options = Options(arguments.source, arguments.target, batch_size=arguments.batch_size, too_long=arguments.too_long)
-    check_writable(arguments.output, [file for file in (arguments.input, arguments.translation) if file])
+    check_writable(output, [file for file in (source, translation) if file])
     with ExitStack() as stack:
-        groups = read_pairs(arguments.input, arguments.translation, GROUP_BATCHES * arguments.batch_size, stack)
-        models = EnsembleSpec.from_arguments(arguments, arguments.batch_size)
-        texts = display_name(arguments.translation or arguments.input)
+        first, second = (translation, source) if translation == "-" else (source, translation)
+        lines, ready = open_lines(first, stack)
+        others = iter_lines(stack.enter_context(open_binary(second)), second) if second else None
+        pairs = pair_lines(lines, others, display_name(first), second, swap=translation == "-")
+        models = EnsembleSpec.from_arguments(arguments, options.batch_size)
+        texts = display_name(translation or source)
         sum_of_models, where = models.describe()
         print(f"{sum_of_models}: scores of {texts}, {options.source} to {options.target}, {where}", file=sys.stderr)
         ensemble, seconds = models.load()
         print(f"loaded in {seconds:.1f} s", file=sys.stderr)
-        scorer = Scorer(ensemble, models.members, options, texts, arguments.json)
-        scorer.write(groups, arguments.output)
+        scorer = Scorer(ensemble, options.batch_size, arguments.json)
+        encoded = encode_lines(pairs, models.members, options, texts)
+        scorer.write(group_available(encoded, options.batch_size, ready), output)
     print(scorer.summary(), file=sys.stderr)
     return 0
 
 
-def read_pairs(source: str, translation: str | None, most: int, stack: ExitStack) -> Iterator[list[tuple[str, str]]]:
-    """Groups of 1 to `most` (sentence, translation); of standard input all that has arrived.
+def pair_lines(
+    lines: Iterable[str], others: Iterator[str] | None, first: str, second: str | None, swap: bool
+) -> Iterator[list[str]]:
+    """[sentence, translation] of each line: its two columns, or it and its partner in `others`; `swap`: reversed.
 
-    Files are opened now, and closed with `stack`. Raises InputError at the first line that has no partner.
+    first, second: the names of the two. Raises InputError at the first line that has no partner.
     """
-    first, second = (translation, source) if translation == "-" else (source, translation)
-    if first == "-":
-        groups = read_available_lines(sys.stdin.fileno(), most)
-    else:
-        stream = iter_lines(stack.enter_context(open_binary(first)), first)
-        groups = iter(lambda: list(islice(stream, most)), [])
-    others = None if second is None else iter_lines(stack.enter_context(open_binary(second)), second)
-    return _pair(groups, others, first, second, swap=translation == "-")
-
-
-def _pair(
-    groups: Iterator[list[str]], others: Iterator[str] | None, first: str, second: str | None, swap: bool
-) -> Iterator[list[tuple[str, str]]]:
-    line = 0
-    for group in groups:
-        found: list[tuple[str, str]] = []
-        fault = ""
-        for text in group:
-            line += 1
-            columns = text.split("\t") if others is None else [text, *islice(others, 1)]
-            if len(columns) != 2:
-                fault = f"{display_name(first)}:{line}: expected 2 columns, found {len(columns)}"
-                if second is not None:
-                    fault = f"{second} ends before line {line} of {display_name(first)}; they must be line-aligned"
-                break
-            found.append((columns[1], columns[0]) if swap else (columns[0], columns[1]))
-        if found:
-            yield found
-        if fault:
-            raise InputError(fault)
+    number = 0
+    for number, text in enumerate(lines, 1):
+        columns = text.split("\t") if others is None else [text, *islice(others, 1)]
+        if len(columns) != 2 and others is None:
+            raise InputError(f"{first}:{number}: expected 2 columns, found {len(columns)}")
+        if len(columns) != 2:
+            raise InputError(f"{second} ends before line {number} of {first}; they must be line-aligned")
+        yield columns[::-1] if swap else columns
     if others is not None and any(True for _ in others):
-        raise InputError(f"{display_name(first)} ends after line {line}, {second} does not; they must be line-aligned")
+        raise InputError(f"{first} ends after line {number}, {second} does not; they must be line-aligned")
 
 
 class Scorer:
-    """Scores groups of pairs and keeps the sums. `name`: of the texts, for messages."""
+    """Scores groups of pairs and adds up what they have."""
 
-    def __init__(
-        self, ensemble: Ensemble, members: Sequence[MemberSpec], options: Options, name: str, as_json: bool
-    ) -> None:
-        self.ensemble, self.members, self.options, self.name, self.as_json = ensemble, members, options, name, as_json
+    def __init__(self, ensemble: Ensemble, batch_size: int, as_json: bool) -> None:
+        self.ensemble, self.batch_size, self.as_json = ensemble, batch_size, as_json
         self.columns = [*COLUMNS, *ensemble.names]
         self.lines = self.scored = self.tokens = 0
-        self.totals = [0.0] * (1 + len(members))  # log-probabilities in nats: combined, then of each member
+        self.totals = [0.0] * (1 + len(ensemble.names))  # log-probabilities in nats: combined, then each member's
 
-    def write(self, groups: Iterator[list[tuple[str, str]]], output: str) -> None:
+    def write(self, groups: Iterable[list[EncodedLine]], output: str) -> None:
         progress = DecodeProgress(None)
         with OrderedWriter(output) as writer:
             if not self.as_json:
@@ -105,7 +87,7 @@ class Scorer:
             try:
                 for group in groups:
                     for line, completion in self.score(group):
-                        writer.put(line, self.row(line, completion), translated=completion is not None)
+                        writer.put(line, self.row(line, completion))
                         progress.add(len(completion.logprobs) if completion else 0)
             except KeyboardInterrupt:
                 where = "on standard output" if output == "-" else f"in {output}"
@@ -113,47 +95,32 @@ class Scorer:
             finally:
                 progress.stop()
 
-    def score(self, group: Sequence[tuple[str, str]]) -> Iterator[tuple[int, Completion | None]]:
-        """(line, result) as texts are done, None for a blank or skipped one; lines before a refused one come first."""
-        lines, prompts, targets = [], [], []
-        fault: InputError | None = None
-        for line, (sentence, translation) in enumerate(group, self.lines):
-            try:
-                where = f"{self.name}:{line + 1}"
-                prompt, target = encode_pair(sentence, translation, self.members, self.options, where)
-            except InputError as error:
-                fault = error
-                break
-            if prompt is None:
-                yield line, None
-                continue
-            lines.append(line)
-            prompts.append(prompt)
-            targets.append(target)
+    def score(self, group: Sequence[EncodedLine]) -> Iterator[tuple[int, Completion | None]]:
+        """(line, result) as texts are done, None for a blank or skipped one."""
         self.lines += len(group)
-        for index, completion in score(self.ensemble, prompts, targets, self.options.batch_size):
+        yield from ((line.number, None) for line in group if line.sequence is None)
+        group = [line for line in group if line.sequence]
+        sequences = sequences_of(group)
+        if not sequences:
+            return
+        for index, completion in Engine.fitting(self.ensemble, sequences, self.batch_size).generate(sequences):
             self.scored += 1
             self.tokens += len(completion.logprobs)
             of_all = [completion.logprobs, *completion.member_logprobs]
             self.totals = [total + math.fsum(logprobs) for total, logprobs in zip(self.totals, of_all)]
-            yield lines[index], completion
-        if fault is not None:
-            raise fault
+            yield group[index].number, completion
 
     def row(self, line: int, completion: Completion | None) -> str:
         """A line of the output."""
         entry: dict[str, Any] = {"line": line + 1, "tokens": 0}
         members = {}
         if completion and completion.logprobs:
-            entry |= _figures(completion.logprobs)
-            members = dict(zip(self.ensemble.names, completion.member_logprobs))
-        if not self.as_json:
-            cells = entry | {name: math.fsum(logprobs) for name, logprobs in members.items()}
-            return "\t".join(_cell(cells.get(column, "")) for column in self.columns)
-        if completion and members:
-            by_member = {name: _figures(logprobs) | {"logprobs": logprobs} for name, logprobs in members.items()}
-            entry |= {"logprobs": completion.logprobs, "members": by_member}
-        return json.dumps(finite(entry))
+            members = dict(zip(self.ensemble.names, map(_figures, completion.member_logprobs)))
+            entry |= _figures(completion.logprobs) | {"members": members}
+        if self.as_json:
+            return json.dumps(finite(entry))
+        cells = entry | {name: figures["logprob"] for name, figures in members.items()}
+        return "\t".join(_cell(cells.get(column, "")) for column in self.columns)
 
     def summary(self) -> str:
         if not self.tokens:
@@ -167,9 +134,10 @@ class Scorer:
 
 
 def _figures(logprobs: Sequence[float]) -> dict[str, Any]:
-    total, tokens = math.fsum(logprobs), len(logprobs)
-    per_token = total / tokens
-    return {"tokens": tokens, "logprob": total, "per_token": per_token, "perplexity": _perplexity(per_token)}
+    total = math.fsum(logprobs)
+    mean = total / len(logprobs)
+    figures = {"tokens": len(logprobs), "logprob": total, "per_token": mean, "perplexity": _perplexity(mean)}
+    return figures | {"logprobs": logprobs}
 
 
 def _perplexity(per_token: float) -> float:

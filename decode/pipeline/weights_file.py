@@ -1,4 +1,4 @@
-"""Weights in a TOML file: what decode.tune writes and `--weights` reads in place of `--combine`."""
+"""Weights in a TOML file: what decode.tune writes and `--weights` reads instead of `--combine`."""
 
 import argparse
 import tomllib
@@ -35,31 +35,27 @@ def read_weights(path: str, names: Sequence[str]) -> dict[str, float]:
     table = content.get("weights")
     if not isinstance(table, dict) or not table:
         raise InputError(f"{path}: no table [weights], expected lines such as L = 0.5 under it")
-    weights: dict[str, float] = {}
     for name, weight in table.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise InputError(f"{path}: the weight of {name} is {weight!r}, expected a number")
         if weight and (fault := weight_fault(name, float(weight))):
             raise InputError(f"{path}: {fault}")
-        if weight:
-            weights[name] = float(weight)
     listed = f"the weights are of {', '.join(table)}, the models are {', '.join(names)}"
-    if missing := [name for name in weights if name not in names]:
+    if missing := [name for name, weight in table.items() if weight and name not in names]:
         raise InputError(f"{path}: no --model for {', '.join(missing)}; {listed}")
     if unknown := [name for name in names if name not in table]:
         raise InputError(f"{path}: no weight for {', '.join(unknown)}; {listed}")
-    if not weights:
+    if not any(table.values()):
         raise InputError(f"{path}: every weight is zero; at least one model must have another")
-    return {name: weights[name] for name in names if name in weights}
+    return {name: float(table[name]) for name in names if table[name]}
 
 
 def write_weights(path: str, report: Mapping[str, Any]) -> None:
     """Write a report of decode.tune atomically. Entries of None are left out; of `against` only the nats are kept."""
     content = _without_none({**report, "against": {row["expression"]: row["nats"] for row in report["against"]}})
+    text = f"# Written by decode.tune; decode.collab --weights reads it.\n{tomli_w.dumps(content)}"
     try:
-        atomic_write(
-            Path(path), f"# Written by decode.tune; decode.collab --weights reads it.\n{tomli_w.dumps(content)}"
-        )
+        atomic_write(Path(path), text)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 

@@ -1,12 +1,12 @@
 """A study's TOML file: corpora, models, how experts are trained, what is decoded and fitted, with how many processes.
 
-Every key is a field of a dataclass below, with its default. An unknown key is an error that names the nearest known
-one. What the paper leaves unknown is a key like any other, so one line changes it.
+Every key is a field of a dataclass below, with its default.
 """
 
 import tomllib
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from itertools import permutations
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -16,8 +16,8 @@ from eval.study.expressions import EXPRESSIONS, FITTED
 from minillama.cli import nearest
 from minillama.errors import InputError
 
-PARTS = ("base", "general", "train", "cpt", "valid", "dev", "test")
 KINDS = {str: "a text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
+KINDS |= {dict: "a table", list: "a list"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ class Corpus:
     vocabulary: int = 0
 
     def parts(self) -> dict[str, Part]:
-        return {name: part for name in PARTS if (part := getattr(self, name)) is not None}
+        """Those that are there, by name."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Part)}
 
 
 @dataclass(frozen=True)
@@ -161,87 +163,74 @@ class Study:
 def read_study(path: Path) -> Study:
     """Raises InputError that names the file, the key and what would be right."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        study: Study = _value(Study, tomllib.loads(path.read_text(encoding="utf-8")), "")
+        _check(study)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not TOML ({error})") from None
-    study = _build(Study, values, str(path))
-    _check(study, str(path))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     return study
 
 
-def _build(kind: type, values: Any, where: str, prefix: str = "") -> Any:
-    """A dataclass from a TOML table. `where` is the file and `prefix` the table's name, for messages."""
-    if not isinstance(values, dict):
-        raise InputError(f"{where}: {prefix.rstrip('.')} is {values!r}; it must be a table")
+def _value(hint: Any, value: Any, name: str) -> Any:
+    """A TOML value as its field's type; `name` is its key in the file. Raises InputError for another type."""
+    if get_origin(hint) is UnionType:  # `Part | None`: a table that is there is a Part
+        hint = get_args(hint)[0]
+    if hint is Any:
+        return value
+    kind = dict if is_dataclass(hint) else get_origin(hint) or hint
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise InputError(f"{name} is {value!r}; it must be {KINDS[kind]}")
+    if is_dataclass(hint):
+        return _table(hint, value, f"{name}." if name else "")
+    if kind is dict:
+        return {key: _value(get_args(hint)[1], entry, f"{name}.{key}") for key, entry in value.items()}
+    return [_value(get_args(hint)[0], entry, name) for entry in value] if kind is list else value
+
+
+def _table(kind: Any, values: dict[str, Any], prefix: str) -> Any:
+    """A dataclass from a TOML table."""
     known = {entry.name: entry for entry in fields(kind)}
     for name in values:
         if name not in known:
-            raise InputError(f"{where}: unknown key {prefix}{name}; did you mean {prefix}{nearest(name, known)}?")
+            raise InputError(f"unknown key {prefix}{name}; did you mean {prefix}{nearest(name, known)}?")
     for name, entry in known.items():
         if name not in values and entry.default is MISSING and entry.default_factory is MISSING:
-            raise InputError(f"{where}: {prefix}{name} is missing")
+            raise InputError(f"{prefix}{name} is missing")
     hints = get_type_hints(kind)
-    return kind(**{name: _value(hints[name], value, where, prefix + name) for name, value in values.items()})
+    return kind(**{name: _value(hints[name], value, prefix + name) for name, value in values.items()})
 
 
-def _value(hint: Any, value: Any, where: str, name: str) -> Any:
-    """A TOML value as the field's type; raises InputError for another type."""
-    if get_origin(hint) is UnionType:  # `Part | None`: a table that is there is a Part
-        hint = get_args(hint)[0]
-    if isinstance(hint, type) and is_dataclass(hint):
-        return _build(hint, value, where, f"{name}.")
-    if get_origin(hint) is dict:
-        if not isinstance(value, dict):
-            raise InputError(f"{where}: {name} is {value!r}; it must be a table")
-        return {key: _value(get_args(hint)[1], entry, where, f"{name}.{key}") for key, entry in value.items()}
-    if get_origin(hint) is list:
-        if not isinstance(value, list):
-            raise InputError(f"{where}: {name} is {value!r}; it must be a list")
-        return [_value(get_args(hint)[0], entry, where, name) for entry in value]
-    if hint is Any:
-        return value
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise InputError(f"{where}: {name} is {value!r}; it must be {KINDS[hint]}")
-    return value
-
-
-def _check(study: Study, path: str) -> None:
+def _check(study: Study) -> None:
     """Raises InputError where parts of the study do not fit together."""
 
     def known(key: str, names: Iterable[str], choices: Iterable[str]) -> None:
         for name in names:
             if name not in choices:
-                raise InputError(f"{path}: {key} names {name}; known are {', '.join(choices)}")
+                raise InputError(f"{key} names {name}; known are {', '.join(choices)}")
 
-    for label in (study.small, *study.larges):
-        if label not in study.models:
-            raise InputError(f"{path}: no [models.{label!r}], which small and larges name")
-    for label, model in study.models.items():
-        ways = [bool(model.source), bool(model.module), bool(model.first_layers_of), bool(model.config)]
-        if sum(ways) != 1:
-            raise InputError(f"{path}: models.{label} needs one of source, module, first_layers_of and config")
-        if model.first_layers_of and model.first_layers_of not in study.models:
-            raise InputError(f"{path}: models.{label}.first_layers_of names {model.first_layers_of}, which is no model")
+    known("small", [study.small], study.models)
+    known("larges", study.larges, study.models)
     known("finetuning", study.finetuning, (study.small, *study.larges))
     known("expressions", study.expressions, EXPRESSIONS)
     known("fit.fits", study.fit.fits, FITTED)
+    for label, model in study.models.items():
+        if sum(map(bool, (model.source, model.module, model.first_layers_of, model.config))) != 1:
+            raise InputError(f"models.{label} needs one of source, module, first_layers_of and config")
+        if model.first_layers_of:
+            known(f"models.{label}.first_layers_of", [model.first_layers_of], study.models)
     for name, corpus in study.corpora.items():
         for language in corpus.languages:
             language_name(language)
-        right = {f"{a}-{b}" for a in corpus.languages for b in corpus.languages if a != b}
-        for direction in corpus.directions:
-            if direction not in right:
-                raise InputError(
-                    f"{path}: corpora.{name}.directions has {direction}; expected {', '.join(sorted(right))}"
-                )
+        known(f"corpora.{name}.directions", corpus.directions, [*map("-".join, permutations(corpus.languages, 2))])
         for part_name, part in corpus.parts().items():
             if bool(part.split) == bool(part.files):
-                raise InputError(f"{path}: corpora.{name}.{part_name} needs either split or files")
+                raise InputError(f"corpora.{name}.{part_name} needs either split or files")
             if part.lines and (len(part.lines) != 2 or not 1 <= part.lines[0] <= part.lines[1]):
-                raise InputError(f"{path}: corpora.{name}.{part_name}.lines is {part.lines}; expected [first, last]")
+                raise InputError(f"corpora.{name}.{part_name}.lines is {part.lines}; expected [first, last]")
         if study.fit.fits and corpus.dev is None:
-            raise InputError(f"{path}: corpora.{name} has no dev, on which weights are fitted; or give fit.fits = []")
+            raise InputError(f"corpora.{name} has no dev, on which weights are fitted; or give fit.fits = []")

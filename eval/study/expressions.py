@@ -5,6 +5,10 @@ Members are named L (the large model), S_all (the small model before training), 
 
 from dataclasses import dataclass
 
+from decode.engine.expression import parse
+
+MEMBERS = ("L", "S_all", "S_MT", "S_srcMT", "S_tgtMT")
+
 
 @dataclass(frozen=True)
 class Expression:
@@ -14,8 +18,13 @@ class Expression:
     combine: str
     tables: tuple[int, ...]
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """By member, in order of first mention."""
+        return parse(self.combine, MEMBERS, all_used=False)
 
-# In the order of the paper's Table 6. Table 4 also depends on the large model: see `tables`.
+
+# In the order of the paper's Table 6. Tables 3 and 4 have the first large model only (the paper's 3B).
 EXPRESSIONS = {
     "proxy": Expression("Proxy-tuning", "L + (S_MT - S_all)", (2, 3, 4, 6)),
     "proxy-src": Expression("Proxy-tuning, CPT on source text", "L + (S_srcMT - S_all)", (4, 6)),
@@ -34,14 +43,3 @@ FITTED = {
     "likelihood": ("fitted", "likelihood", ("L", "S_srcMT", "S_tgtMT")),
     "all": ("fitted-all", "likelihood, all five", ("L", "S_srcMT", "S_tgtMT", "S_MT", "S_all")),
 }
-
-
-def tables(expression: Expression, first_large: bool) -> list[int]:
-    """Tables that contain a row. Tables 3 and 4 have the first large model only (the paper's 3B)."""
-    return [number for number in expression.tables if first_large or number in (2, 6)]
-
-
-def members(combine: str) -> list[str]:
-    """Names in an expression, in order of appearance, each once."""
-    names = "".join(c if c.isalnum() or c == "_" else " " for c in combine).split()
-    return list(dict.fromkeys(name for name in names if not name[0].isdigit()))

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -106,19 +106,19 @@ def _identity(argument: Argument) -> Any:
     return argument
 
 
-_CHECKSUMS: dict[tuple[Path, int, int], str] = {}
-
-
 def _checksum(path: Path) -> str:
     try:
         stat = path.stat()
-        known = (path, stat.st_size, stat.st_mtime_ns)
-        if known not in _CHECKSUMS:
-            with open(path, "rb") as stream:
-                _CHECKSUMS[known] = hashlib.file_digest(stream, "sha256").hexdigest()
-        return _CHECKSUMS[known]
+        return _checksum_of(path, stat.st_size, stat.st_mtime_ns)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; --data names the folder of a study's files") from None
+
+
+@cache
+def _checksum_of(path: Path, size: int, modified: int) -> str:
+    """Read once for each state of the file: it is an input of many steps."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,7 @@ class Store:
 
     def done(self, step: Step) -> dict[str, Any]:
         """The record that `finish` wrote."""
-        record: dict[str, Any] = json.loads((self.folder(step) / DONE).read_text(encoding="utf-8"))
-        return record
+        return dict(json.loads((self.folder(step) / DONE).read_text(encoding="utf-8")))
 
     def state(self, step: Step) -> str:
         if self.is_done(step):

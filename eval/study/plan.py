@@ -6,6 +6,7 @@ weights of all members, without caches.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from eval.study.config import Study
 from eval.study.graph import Named, Step, Store
@@ -39,8 +40,6 @@ def plan_lines(steps: Steps, order: Sequence[Step], store: Store, gpu_memory: fl
             largest = max(predicted, key=lambda step: memory[step.key])
             line += f"  at most {_gib(memory[largest.key], gpu_memory)}, {largest.processes} device(s): {largest.name}"
         lines.append(line)
-    figures = sum(len(row.decode) for row in steps.rows if 6 in row.expression.tables or row.id.endswith("original"))
-    lines.append(f"  rows {len(steps.rows)}, in {len(study.directions())} directions; Table 6 has {figures} figures")
     if details:
         for step in order:
             need = f"  {_gib(memory[step.key], gpu_memory)}" if step.key in memory else ""
@@ -57,15 +56,14 @@ def predicted_memory(study: Study, order: Sequence[Step]) -> dict[str, float]:
     """GiB on each device at the peak, by the step's key, of the steps whose models have a known shape."""
     shapes = {label: shape for label in study.models if (shape := _shape(study, label)) is not None}
     weights = {label: _parameters(shape) * WEIGHT_BYTES.get(study.decode.dtype, 4) for label, shape in shapes.items()}
-    found, known = {}, {}
+    found = {}
     for step in order:
         if step.kind in ("cpt", "sft") and step.model in shapes:
-            same = (step.kind, step.model, step.processes, repr(step.options))
-            if same not in known:
-                known[same] = _training_gib(study, step, shapes[step.model])
-            found[step.key] = known[same]
+            found[step.key] = _training_gib(study, step, shapes[step.model])
         elif step.kind in ("decode", "fit"):
-            members = [study.small if name.startswith("S_") else step.model for name in _members(step)]
+            named = [word for option, word in pairwise(step.arguments) if option == "--model"]
+            names = [word.name for word in named if isinstance(word, Named)]
+            members = [study.small if name.startswith("S_") else step.model for name in names]
             if all(member in shapes for member in members):
                 found[step.key] = sum(weights[member] for member in members) / GIB
     return found
@@ -99,9 +97,3 @@ def _parameters(shape: LlamaConfig) -> int:
 
     with torch.device("meta"):
         return sum(p.numel() for p in Llama(shape).parameters())
-
-
-def _members(step: Step) -> list[str]:
-    """Names of the models in a step's command."""
-    pairs = zip(step.arguments, step.arguments[1:])
-    return [word.name for option, word in pairs if isinstance(word, Named) and option == "--model"]

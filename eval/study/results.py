@@ -13,14 +13,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from decode.engine.expression import format_weights, parse
-from eval.study.expressions import EXPRESSIONS, FITTED, tables
+from decode.engine.expression import format_weights
+from eval.study.expressions import EXPRESSIONS, FITTED
 from eval.study.graph import Step, Store, in_order
 from eval.study.steps import Steps, StudyRow
 from minillama.machine import device_name, pick_device, processor_name, versions
 
 PACKAGES = ("torch", "collab-mt", "safetensors", "tokenizers", "sacrebleu", "triton")
-MEMBERS = ("L", "S_all", "S_MT", "S_srcMT", "S_tgtMT")
+AGAINST = {"proxy": "proxy", "original": "large"}  # keys of p-values, by the part of a row's name after the dot
 
 
 def gather(steps: Steps, store: Store, config: Path) -> dict[str, Any]:
@@ -49,18 +49,17 @@ def gather(steps: Steps, store: Store, config: Path) -> dict[str, Any]:
 
 def _step(step: Step, store: Store) -> dict[str, Any]:
     done = store.done(step)
-    measured = {"seconds": done["seconds"], "key": step.key[:16], "peak_memory_bytes": done["peak_memory_bytes"]}
-    return {"name": step.name, **measured}
+    return {"name": step.name, "key": step.key[:16]} | {key: done[key] for key in ("seconds", "peak_memory_bytes")}
 
 
 def _row(row: StudyRow, steps: Steps, store: Store, fits: dict[str, Any]) -> dict[str, Any]:
-    first_large = row.large in (steps.study.small, steps.study.larges[0])
+    first_large = row.large in (steps.study.small, *steps.study.larges[:1])
     return {
         "id": row.id,
         "large": row.large,
         "method": row.expression.method,
         "expression": row.expression.combine,
-        "tables": tables(row.expression, first_large),
+        "tables": [number for number in row.expression.tables if first_large or number in (2, 6)],
         "fitted": row.fitted,
         "cells": {direction: _cell(row, direction, steps, store, fits) for direction in row.decode},
     }
@@ -71,10 +70,9 @@ def _cell(row: StudyRow, direction: str, steps: Steps, store: Store, fits: dict[
     scores = json.loads((store.folder(steps.scores[direction, row.large]) / "scores.json").read_text("utf-8"))
     system = scores["systems"][row.id]
     run = json.loads((store.folder(step) / "run.json").read_text("utf-8"))
-    names = {f"{row.large}.proxy": "proxy", f"{row.large}.original": "large"}
     return {
         "metrics": system["metrics"],
-        "p": {names[name]: values for name, values in system["p"].items()},
+        "p": {AGAINST[name.rpartition(".")[2]]: values for name, values in system["p"].items()},
         "weights": run["weights"],
         "nats_per_token": _nats_per_token(row, fits.get(row.large, {}).get(direction, {})),
         "output_tokens": run["output_tokens"],
@@ -110,10 +108,7 @@ def _fits(steps: Steps, store: Store) -> dict[str, Any]:
 
 def _fixed(against: dict[str, float]) -> dict[str, float]:
     """NLL per token by expression, each written as the paper's tables have it."""
-    known = {}
-    for expression in EXPRESSIONS.values():
-        names = [name for name in MEMBERS if name in expression.combine]
-        known[format_weights(parse(expression.combine, names))] = expression.combine
+    known = {format_weights(expression.weights): expression.combine for expression in EXPRESSIONS.values()}
     return {known.get(expression, expression): nats for expression, nats in against.items()}
 
 
@@ -121,8 +116,9 @@ def _direction(steps: Steps, store: Store, direction: str) -> dict[str, Any]:
     source, target = direction.split("-")
     corpus = steps.study.directions()[direction]
     found: dict[str, Any] = {"source": source, "target": target, "corpus": corpus}
+    parts = steps.study.corpora[corpus].parts()
     for part, count in (("test", "sentences"), ("dev", "dev_sentences")):
-        if (text := steps.study.corpora[corpus].parts().get(part)) is None:
+        if (text := parts.get(part)) is None:
             continue
         lines = f", lines {text.lines[0]:,} to {text.lines[1]:,}" if text.lines else ""
         found[part] = (text.split or text.files) + lines
@@ -154,6 +150,6 @@ def _commit() -> str | None:
     """The commit of this checkout, None outside one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    except FileNotFoundError:
         return None

@@ -8,8 +8,6 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -21,23 +19,16 @@ from minillama.errors import InputError, Interrupted
 
 LOG = "log.txt"
 ROOT = Path(__file__).resolve().parents[2]
+Active = dict[Future[float], tuple[Step, list[int]]]  # running steps and their slots
 
 
-class StepFailed(InputError):
-    """A command ended with a nonzero exit code; the text has its last line and the path of its log."""
-
-
-@dataclass
 class Runner:
     """`run` returns when every step is done. A slot is a device of the settings, or a job where there are none."""
 
-    store: Store
-    settings: Run
-    quiet: bool = False
-    running: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
-    stopped: bool = False
-
-    def __post_init__(self) -> None:
+    def __init__(self, store: Store, settings: Run) -> None:
+        self.store, self.settings = store, settings
+        self.running: dict[int, subprocess.Popen[bytes]] = {}
+        self.stopped = False
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.free_slots = list(range(len(self.settings.devices) or self.settings.jobs))
         self.slot_count = len(self.free_slots)
@@ -46,15 +37,15 @@ class Runner:
     def run(self, steps: Sequence[Step]) -> None:
         """Run the steps that are not done; each must come after its inputs.
 
-        Raises StepFailed or Interrupted after the running steps have ended.
+        Raises InputError for a command that failed, or Interrupted, after the running steps have ended.
         """
         pending = {step.key: step for step in steps if not self.store.is_done(step)}
         total = len(pending)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        bar = Progress(*columns, console=self.console, transient=True) if self.console.is_terminal else None
-        with bar or nullcontext(), ThreadPoolExecutor(self.slot_count) as pool:
-            task = bar.add_task("steps", total=total) if bar else None
-            active: dict[Future[float], tuple[Step, list[int]]] = {}
+        bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        with bar, ThreadPoolExecutor(self.slot_count) as pool:
+            task = bar.add_task("steps", total=total)
+            active: Active = {}
             failure: InputError | None = None
             try:
                 while True:
@@ -62,9 +53,8 @@ class Runner:
                         self._start_ready(pool, pending, active)
                     if not active:
                         break
-                    if bar is not None and task is not None:
-                        names = ", ".join(step.name for step, _ in active.values())
-                        bar.update(task, description=names, completed=total - len(pending))
+                    names = ", ".join(step.name for step, _ in active.values())
+                    bar.update(task, description=names, completed=total - len(pending))
                     for future in wait(active, return_when=FIRST_COMPLETED).done:
                         step, slots = active.pop(future)
                         self.free_slots += slots
@@ -74,7 +64,7 @@ class Runner:
                             failure = failure or error
                             continue
                         del pending[step.key]
-                        self._log(f"[{total - len(pending)}/{total}] {step.name}: {seconds:,.1f} s")
+                        self.console.print(f"[{total - len(pending)}/{total}] {step.name}: {seconds:,.1f} s")
             except KeyboardInterrupt:
                 self._terminate_all()
                 done = total - len(pending)
@@ -82,9 +72,7 @@ class Runner:
         if failure is not None:
             raise failure
 
-    def _start_ready(
-        self, pool: ThreadPoolExecutor, pending: dict[str, Step], active: dict[Future[float], tuple[Step, list[int]]]
-    ) -> None:
+    def _start_ready(self, pool: ThreadPoolExecutor, pending: dict[str, Step], active: Active) -> None:
         """Start steps whose inputs are done, in order, until the slots do not suffice for the next one."""
         running = [step for step, _ in active.values()]
         for step in pending.values():
@@ -99,7 +87,7 @@ class Runner:
     def _run(self, step: Step, slots: list[int]) -> float:
         """Run one step and record it; returns its seconds, 0 if another run has done it meanwhile."""
         store = self.store
-        with store.locked(step, lambda: self._log(f"{step.name}: another run holds it; waiting")) as lock:
+        with store.locked(step, lambda: self.console.print(f"{step.name}: another run holds it; waiting")) as lock:
             if store.is_done(step):
                 return 0.0
             started = time.time()
@@ -109,7 +97,7 @@ class Runner:
             log = store.folder(step) / LOG
             exit_code, peak_memory = self._execute([*launch, *command], slots, log, lock)
             if exit_code != 0:
-                raise StepFailed(f"{step.name}: exit code {exit_code} ({_last_line(log)}); see {log}")
+                raise InputError(f"{step.name}: exit code {exit_code} ({_last_line(log)}); see {log}")
             seconds = time.time() - started
             finished = time.strftime("%Y-%m-%dT%H:%M:%S")
             record = {"seconds": round(seconds, 2), "finished": finished, "peak_memory_bytes": peak_memory}
@@ -157,10 +145,6 @@ class Runner:
             self.stopped = True
             for process in self.running.values():
                 process.send_signal(signal.SIGTERM)
-
-    def _log(self, text: str) -> None:
-        if not self.quiet:
-            self.console.print(text)
 
 
 def _last_line(log: Path) -> str:

@@ -1,13 +1,10 @@
-"""The weighted sum of logits on a CPU: tiles of the vocabulary that stay in cache, whole-tensor operations inside a
-tile.
+"""The weighted sum of logits on a CPU: tiles of the vocabulary in cache, whole-tensor operations inside a tile.
 
 Mathematics and corner cases are those of reference.py; the layout of the work is that of the Triton kernel: (maximum,
-log of the sum of exponentials about it) per split of 4,096 entries, joined in a fixed order. A tile is as many splits
-as fit the cache, so its width follows the batch while the bits of a row do not. Products are formed and added one after
-the other, never as a fused multiply-add: the sum has the same bits as the Triton kernel's.
+log of the sum of exponentials about it) per split of 4,096 entries, joined in a fixed order, so a row's bits do not
+depend on the width of the tile, which follows the batch. The sum has the Triton kernel's bits: no fused multiply-add.
 
-Bytes: every logit is read once from memory (`members` again from cache); a truncated sample (top-k, top-p) sorts its
-rows, a few megabytes at a time.
+Bytes: every logit once (`members` again from cache); a truncated sample sorts its rows, a few megabytes at a time.
 
     R rows (the batch)  I rows that are sampled  V vocabulary  N members  S splits  C columns of a tile
     U bundles  K best  G target tokens
@@ -62,11 +59,9 @@ def run(request: Request) -> FusedLogits:
     if not all_fine:
         flag_R = torch.where((peak_R == -torch.inf) & (flag_R == 0), ALL_MASKED * 16, flag_R)
         peak_R = torch.where(flag_R == 0, peak_R, 0.0)
-        log_total_RS.masked_fill_(peak_RS == -torch.inf, 0.0)  # of a split whose tokens are all masked
     fine_R = flag_R == 0
     nan_R = torch.where(fine_R, 0.0, torch.nan)
-    log_share_RS = log_total_RS.add_(peak_RS - peak_R[:, None])  # in this order the largest split's stays as it is
-    log_total_R = log_share_RS.exp().sum(dim=1).log()
+    log_total_R = _joined(log_total_RS, peak_RS, peak_R)
     token_R = _first_at_peak(request, bundle_RU, peak_R)
 
     def logprob_at(token_RG: Tensor) -> Tensor:
@@ -95,24 +90,21 @@ def run(request: Request) -> FusedLogits:
 
 def combined_tile(request: Request, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
     """x_RC for columns start .. stop, -inf where masked, and the rows' flags, None if there is nothing unusual."""
-    parts = _zero_where_left_out([logits_RV[:, start:stop] for logits_RV in request.logits], request.left_out_NB)
-    x_RC = weighted_sum(parts, request.weights_NB)
-    if math.isfinite(x_RC.sum()):  # infinities and NaN stay in it; finite numbers that overflow it only cost time
-        return x_RC, None
-    return checked_sum(parts, request.weights_NB)
+    parts = _zero_where_left_out(request, [logits_RV[:, start:stop] for logits_RV in request.logits])
+    return _quick_sum(parts, request.weights_NB)
 
 
 def combined_at(request: Request, token_RG: Tensor) -> Tensor:
     """x at the given columns, -inf where masked."""
-    return checked_sum(_columns(request, token_RG), request.weights_NB)[0]
+    return _quick_sum(_columns(request, token_RG), request.weights_NB)[0]
 
 
 def _columns(request: Request, token_RG: Tensor) -> list[Tensor]:
-    return _zero_where_left_out([logits_RV.gather(1, token_RG) for logits_RV in request.logits], request.left_out_NB)
+    return _zero_where_left_out(request, [logits_RV.gather(1, token_RG) for logits_RV in request.logits])
 
 
-def _zero_where_left_out(parts: list[Tensor], left_out_NR: Tensor | None) -> list[Tensor]:
-    if left_out_NR is None:
+def _zero_where_left_out(request: Request, parts: list[Tensor]) -> list[Tensor]:
+    if (left_out_NR := request.left_out_NB) is None:
         return parts
     return [part_RC.masked_fill(out_R[:, None], 0.0) for part_RC, out_R in zip(parts, left_out_NR, strict=True)]
 
@@ -124,6 +116,14 @@ def weighted_sum(parts: list[Tensor], weights_NR: Tensor) -> Tensor:
     for part_RC, weights_R1 in zip(parts[1:], others_R1, strict=True):
         x_RC += part_RC * weights_R1
     return x_RC
+
+
+def _quick_sum(parts: list[Tensor], weights_NR: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The sum, -inf where masked, and the rows' flags, None if there is nothing unusual."""
+    x_RC = weighted_sum(parts, weights_NR)
+    if math.isfinite(x_RC.sum()):  # infinities and NaN stay in it; finite numbers that overflow it only cost time
+        return x_RC, None
+    return checked_sum(parts, weights_NR)
 
 
 def checked_sum(parts: list[Tensor], weights_NR: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,19 +162,32 @@ def _first_at_peak(request: Request, bundle_RU: Tensor, peak_R: Tensor) -> Tenso
     return first_R1[:, 0] + (x_RC == peak_R[:, None]).view(torch.uint8).argmax(dim=1)
 
 
-def _own_logprobs(request: Request, token_R: Tensor) -> Tensor:
-    """(N, R, 1 + G): log_softmax of each member at one token and at the targets, NaN where the member is left out.
+def _joined(log_total_RS: Tensor, peak_RS: Tensor, peak_R: Tensor) -> Tensor:
+    """(R,) the log of a row's sum of exponentials about its peak, of those of its splits about theirs."""
+    log_total_RS = log_total_RS.masked_fill(peak_RS == -torch.inf, 0.0)  # of a split whose tokens are all masked
+    # in this order the largest split's stays as it is
+    return (log_total_RS + (peak_RS - peak_R[:, None])).exp().sum(dim=1).log()
 
-    Sums are formed split by split as those of the combined logits.
-    """
+
+def _own_logprobs(request: Request, token_R: Tensor) -> Tensor:
+    """(N, R, 1 + G): log_softmax of each member at one token and at the targets, NaN where the member is left out."""
     target_RG = token_R[:, None] if request.targets is None else torch.cat((token_R[:, None], request.targets), dim=1)
+    inside_RG = (target_RG >= 0) & (target_RG < request.vocabulary)
+    column_RG = torch.where(inside_RG, target_RG, 0)
     own_NRG = torch.full((len(request.logits), *target_RG.shape), torch.nan)
     for number, logits_RV in enumerate(request.logits):
         used_R = slice(None) if request.left_out_NB is None else ~request.left_out_NB[number]
-        alone = Request((logits_RV[used_R],), torch.ones(1), targets=target_RG[used_R])
-        if alone.batch and (own_RG := run(alone).target_logprob) is not None:
-            own_NRG[number, used_R] = own_RG
-    return own_NRG
+        logits_RV = logits_RV[used_R].float()
+        splits = [
+            logits_RV[:, at : at + width].unflatten(1, (-1, size))
+            for (at, width), size in _runs(0, request.vocabulary, SPLIT)
+        ]
+        peak_RS = torch.cat([split_RSC.amax(dim=2) for split_RSC in splits], dim=1)
+        log_total_RS = torch.cat([-split_RSC.log_softmax(dim=2).amax(dim=2) for split_RSC in splits], dim=1)
+        peak_R = peak_RS.amax(dim=1)
+        log_total_R = _joined(log_total_RS, peak_RS, peak_R)
+        own_NRG[number, used_R] = logits_RV.gather(1, column_RG[used_R]) - peak_R[:, None] - log_total_R[:, None]
+    return own_NRG.masked_fill_(~inside_RG, torch.nan)
 
 
 def _ordered_key(x: Tensor, index: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Linear layers for decoding on a CPU: the weight is brought once into the form that the processor reads fastest.
 
-`F.linear` leaves 2 to 4 times on the table at batches of 2 to 16: its weight lies row after row, and the library copies
-blocks of it into its own order at every call. Four weight dtypes, with y = x Wᵀ + b in all of them:
+`F.linear` takes 2 to 4 times as long at batches of 2 to 16: it copies blocks of the weight into the library's order at
+every call. y = x Wᵀ + b in four weight dtypes:
 
 | dtype | weight | matmul | max |y - float64| over the RMS of y, D = 2,048 |
 |---|---|---|---|
@@ -10,17 +10,12 @@ blocks of it into its own order at every call. Four weight dtypes, with y = x W�
 | bfloat16 | packed by oneDNN, or plain without the instructions | bf16 x bf16 into float32, result in bf16 | 2e-2 |
 | int8 | plain, one scale an output row | int8 x bf16 into float32, result in bf16 | 4e-2 |
 
-(weights and inputs normal; the errors contain the rounding of the weights; tests/kernels holds them.) float16 holds
-every bfloat16 number from 2^-17 to 65,504 exactly and smaller ones within 2^-25, so a released bfloat16 model loses
-nothing by it that float32 sums would show, for half of float32's bytes; but FBGEMM packs number by number, 70 ns each
-where the others take 8. `auto` is bfloat16 where the processor has the instructions and the weight is already bfloat16,
-so that nothing is lost by it, and float32 elsewhere. How a call is computed depends on the weight dtype and the number
-of rows only, never on a clock: two runs give the same bits.
+(normal weights and inputs; with the rounding of the weights.) float16 holds every bfloat16 number from 2^-17 to 65,504
+exactly and smaller ones within 2^-25. How a call is computed depends on the weight dtype and the number of rows only.
 
-With `invariant=True` a row's bits do not depend on the other rows either. For FBGEMM that is always so; MKL and
-oneDNN add in one order for any number of rows from two on (one row alone takes another kernel for some layers), so what
-it costs is a second row beside a lone one. The numbers of rows for which that holds are found by trying, once for each
-shape, when the layer is packed.
+With `invariant=True` a row's bits do not depend on the other rows either. For FBGEMM that is always so; MKL and oneDNN
+add in one order for any number of rows from two on, so a lone row gets a second one. The numbers of rows for which that
+holds are found by trying, once for each shape, when the layer is packed.
 
     D inputs  O outputs  R rows (all leading dimensions of x together)
 """
@@ -39,23 +34,18 @@ from torch import Tensor, nn
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 
-# The number of rows that the packed layout is made for. It does not bind: a weight packed for 64 rows was as fast
-# as one packed for 16 at 16 and faster everywhere else (1 to 64 rows, AVX-512 and AVX2; one packed for 1 was slower
-# from 2 rows on).
+# The number of rows that the packed layout is made for: of those tried the fastest from 1 to 64 rows, AVX-512 and AVX2.
 EXPECTED_ROWS = 64
-# Up to here the int8 matmul is the fastest; beyond, its time grows with the rows while unpacking a block does not. It
-# reads whole vectors: with D not a multiple of 16 it was seen to run past the end of a row.
+# Up to here the int8 matmul is the fastest. With D not a multiple of 16 it was seen to run past the end of a row.
 INT8_ROWS, INT8_VECTOR = 16, 16
-# With AVX-512 oneDNN reads a packed weight faster for 4 rows than for 1 to 3 (the matmuls of a SmolLM2 step, one core:
-# 31 ms against 38, 45 and 43 in float32, 19 against 21 and 24 in bf16), so fewer are padded. With AVX2 it does not.
+# With AVX-512 oneDNN is faster for 4 rows than for 1 to 3 (SmolLM2's matmuls, one core: 31 ms against 38, 45 and 43).
 AVX512_LEAST_ROWS = 4
-# oneDNN keeps a compiled matmul for every number of rows that it has seen, some 0.2 MB each, so beyond so many rows
-# their number is a multiple of ROWS_MULTIPLE.
+# oneDNN keeps a compiled matmul, some 0.2 MB, for every number of rows: beyond so many it is a multiple of 4.
 EVERY_ROWS, ROWS_MULTIPLE = 16, 4
 # Without bf16 instructions PyTorch's bf16 matmul is emulated: it is faster only while reading the weight dominates.
 PLAIN_BFLOAT16_ROWS = 2
-# Numbers of rows that are tried for `invariant`; a larger product is made in parts of the last, large enough to be
-# limited by arithmetic. Where no range down to TILE_ROWS agrees, every matmul has exactly TILE_ROWS, padded.
+# Numbers of rows that are tried for `invariant`; more rows are split by the last. Where no range down to TILE_ROWS
+# agrees, every matmul has exactly TILE_ROWS, padded.
 TRIED_ROWS = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 24, 31, 32, 33, 48, 63, 64)
 TILE_ROWS = 16
 # Output rows that are converted to float32 at once: 2 MB of them at D = 2,048, what a core's L2 holds.
@@ -68,9 +58,7 @@ _TRYING = threading.Lock()  # layers may be packed on several threads
 
 @functools.cache
 def has_bfloat16_instructions() -> bool:
-    """Whether this processor multiplies bf16, and oneDNN packed weights of it: tried by packing one, since environment
-    variables may forbid it. With AVX-512 but without the instructions oneDNN packs all the same, and emulates.
-    """
+    """Whether oneDNN multiplies packed bf16 weights by instructions for them: tried, since it can be switched off."""
     if not torch.backends.mkldnn.is_available():
         return False
     if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported():
@@ -85,9 +73,7 @@ def has_bfloat16_instructions() -> bool:
 
 @functools.cache
 def has_float16_product() -> bool:
-    """Whether PyTorch multiplies packed float16 weights: by FBGEMM, on x86 with AVX2 or more, if that is the engine of
-    its quantized operations (`torch.backends.quantized.engine`, by default there).
-    """
+    """Whether PyTorch multiplies packed float16 weights: by FBGEMM, if it is `torch.backends.quantized.engine`."""
     try:
         _fbgemm_matmul(torch.ops.quantized.linear_prepack_fp16(torch.ones(8, 8), None), torch.ones(1, 8))
     except (RuntimeError, NotImplementedError):
@@ -98,8 +84,8 @@ def has_float16_product() -> bool:
 @functools.cache
 def mkl_is_faster() -> bool:
     """Whether MKL reads its packed float32 weights faster than oneDNN its own: so measured on an Intel processor with
-    AVX-512 (a SmolLM2 step's matmuls at 1, 4, 16 rows, one core: 51, 60, 87 ms against 65, 67, 98), where a call costs
-    less too. With AVX2 its sums depend on the number of rows. MKL's operation is one for oneDNN's tensors.
+    AVX-512 (a SmolLM2 step's matmuls at 1, 4, 16 rows, one core: 51, 60, 87 ms against 65, 67, 98). With AVX2 its sums
+    depend on the number of rows.
     """
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return False
@@ -115,20 +101,14 @@ def mkl_is_faster() -> bool:
 class PackedLinear(nn.Module):
     """`nn.Linear` for inference on a CPU, without gradients.
 
-    linear: an `nn.Linear`, or a weight (O, D) with `bias` (O,), copied: the caller may drop its own.
-    x: (..., D) of any float dtype; the result (..., O) has x's dtype.
-    invariant: a row's result has the same bits whatever the other rows are, and however many.
+    linear: an `nn.Linear`, or a weight (O, D) with `bias` (O,), copied.   dtype: of the weight, one of `DTYPES`.
+    x: (..., D) of any float dtype; the result (..., O) has x's dtype.   invariant: rows do not depend on each other.
     Raises ValueError for an unknown dtype, a weight that is not 2-dimensional, not on the CPU or too large for float16,
     and an x of another width.
     """
 
     def __init__(
-        self,
-        linear: nn.Linear | Tensor,
-        bias: Tensor | None = None,
-        *,
-        dtype: str = "auto",
-        invariant: bool = False,
+        self, linear: nn.Linear | Tensor, bias: Tensor | None = None, *, dtype: str = "auto", invariant: bool = False
     ) -> None:
         super().__init__()
         weight_OD = (linear.weight if isinstance(linear, nn.Linear) else linear).detach()
@@ -148,21 +128,20 @@ class PackedLinear(nn.Module):
                 raise ValueError(f"float16 holds no weight over 65,504, found {largest:g}; use float32")
         self.dtype = dtype
         self.out_features, self.in_features = weight_OD.shape
-        # Not buffers: the libraries' opaque tensors cannot be moved, cast or saved, and the model's own weights are
-        # what is saved.
-        self._weight: Any
+        self._weight: Any  # not a buffer: the libraries' opaque tensors cannot be moved, cast or saved
         self._scale_O: Tensor | None = None
         self._bias_O = None if bias is None else bias.detach().float()
-        # The matmul of a packed weight, and the dtype of x that it takes.
         self._packed_matmul: Callable[[Tensor], Tensor] | None = None
-        self._own: torch.dtype | None = None
-        self._by_mkl = False
-        # oneDNN alone has numbers of rows that it likes better than others.
+        self._own: torch.dtype | None = None  # the dtype of x that `_packed_matmul` takes
         self._least_rows, self._multiple = 1, 1
         if dtype == "float16":
-            self._pack_float16(weight_OD)
+            self._weight = torch.ops.quantized.linear_prepack_fp16(weight_OD.float().contiguous(), self._bias_O)
+            self._packed_matmul, self._own = functools.partial(_fbgemm_matmul, self._weight), torch.float32
         elif dtype == "float32" and mkl_is_faster():
-            self._pack_with_mkl(weight_OD)
+            self._weight = torch.ops.mkl._mkl_reorder_linear_weight(weight_OD.float().contiguous(), EXPECTED_ROWS)
+            shape_OD = weight_OD.new_zeros((), dtype=torch.float32).expand(weight_OD.shape)  # asked for its sizes
+            self._packed_matmul = functools.partial(_mkl_matmul, self._weight, shape_OD, self._bias_O)
+            self._own = torch.float32
         elif dtype == "float32" or (dtype == "bfloat16" and has_bfloat16_instructions()):
             self._pack_with_onednn(weight_OD.to(getattr(torch, dtype)))
         elif dtype == "bfloat16":
@@ -178,18 +157,6 @@ class PackedLinear(nn.Module):
                     _STEADY[key] = self._steady_rows()
             least, self._most_rows = _STEADY[key]
             self._least_rows = max(least, self._least_rows)
-
-    def _pack_float16(self, weight_OD: Tensor) -> None:
-        self._weight = torch.ops.quantized.linear_prepack_fp16(weight_OD.float().contiguous(), self._bias_O)
-        self._own = torch.float32
-        self._packed_matmul = functools.partial(_fbgemm_matmul, self._weight)
-
-    def _pack_with_mkl(self, weight_OD: Tensor) -> None:
-        self._by_mkl = True
-        self._weight = torch.ops.mkl._mkl_reorder_linear_weight(weight_OD.float().contiguous(), EXPECTED_ROWS)
-        self._own = torch.float32
-        shape_OD = torch.zeros((), dtype=torch.float32).expand(weight_OD.shape)  # the operation asks it for its sizes
-        self._packed_matmul = functools.partial(_mkl_matmul, self._weight, shape_OD, self._bias_O)
 
     def _pack_with_onednn(self, weight_OD: Tensor) -> None:
         """A build without oneDNN keeps the weight plain."""
@@ -211,22 +178,15 @@ class PackedLinear(nn.Module):
         itemsize = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[self.dtype]
         return self.out_features * self.in_features * itemsize
 
-    @property
-    def numbers(self) -> int:
-        """Of the weight: what each row of x is multiplied with."""
-        return self.out_features * self.in_features
-
     def unpacked(self) -> Tensor:
-        """The weight (O, D) as a plain tensor: float32 for float32 and float16, else bfloat16, to which int8's are
-        rounded; where it is stored plain, the stored tensor itself.
-        """
+        """The weight (O, D): float32 for float32 and float16, else bfloat16; if stored plain, the stored tensor."""
         if self._scale_O is not None:
             return (self._weight.float() * self._scale_O.float()[:, None]).bfloat16()
         if self.dtype == "float16":
             return torch.ops.quantized.linear_unpack_fp16(self._weight)[0]
         if not self._weight.is_mkldnn:
             return self._weight
-        if not self._by_mkl:
+        if self.dtype != "float32" or not mkl_is_faster():
             return self._weight.to_dense()
         # MKL cannot unpack: its matmuls with unit vectors are the columns of the weight, exactly.
         weight_OD = torch.empty(self.out_features, self.in_features)
@@ -237,22 +197,16 @@ class PackedLinear(nn.Module):
             weight_OD[:, start : start + EXPECTED_ROWS] = _mkl_matmul(self._weight, shape_OD, None, unit_RD).t()
         return weight_OD
 
-    def extra_repr(self) -> str:
-        bias = self._bias_O is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, dtype={self.dtype}"
-
     def forward(self, x: Tensor) -> Tensor:
         """x Wᵀ + b."""
         if x.shape[-1] != self.in_features:  # MKL would not ask
             raise ValueError(f"x must be (..., {self.in_features}), found {tuple(x.shape)}")
-        # A step makes hundreds of these calls: those that need nothing more go straight to the library.
+        # A step makes hundreds of these calls.
         if x.dtype == self._own and x.dim() == 2 and self._fits(x.shape[0]) and not torch.is_grad_enabled():
             return self._packed_matmul(x)  # type: ignore[misc]  # there is one where there is an own type
         with torch.no_grad():
             x_RD = x.reshape(-1, self.in_features)
-            if self._fits(x_RD.shape[0]):
-                y_RO = self._matmul(x_RD)
-            elif x_RD.shape[0] <= self._most_rows or not self.invariant:
+            if x_RD.shape[0] <= self._most_rows or not self.invariant:
                 y_RO = self._padded(x_RD)
             else:
                 y_RO = torch.cat([self._padded(part_RD) for part_RD in x_RD.split(self._most_rows)])
@@ -265,9 +219,7 @@ class PackedLinear(nn.Module):
         return rows >= self._least_rows and (rows <= EVERY_ROWS or rows % self._multiple == 0)
 
     def fitting_rows(self, rows: int) -> int:
-        """The least number of rows, at least so many, whose matmul needs no padding: a caller that pads once saves
-        every layer from padding.
-        """
+        """The least number of rows, at least so many, whose matmul needs no padding."""
         if self._fits(rows) or (self.invariant and rows > self._most_rows):
             return rows
         return rows + (max(self._least_rows - rows, 0) or -rows % self._multiple)
@@ -305,12 +257,11 @@ class PackedLinear(nn.Module):
                 break
             least = rows
         if self.dtype not in ("float32", "float16"):
-            # Results in bf16 show another order of additions too seldom to rely on: a lone row never goes alone.
-            least = max(least, 2)
+            least = max(least, 2)  # results in bf16 show another order of additions too seldom to rely on
         return (least, most) if least <= TILE_ROWS else (TILE_ROWS, TILE_ROWS)
 
     def _block_by_block(self, x_RD: Tensor) -> Tensor:
-        """float32 matmul over blocks of the weight that are converted to float32 in cache, never the whole of it."""
+        """float32 matmul over blocks of the weight that are converted to float32 in cache."""
         x_DR = x_RD.t()
         y_OR = torch.empty(self.out_features, x_RD.shape[0])
         rows = max(1, BLOCK_ELEMENTS // self.in_features)
@@ -324,10 +275,7 @@ class PackedLinear(nn.Module):
 
 
 def quantize_rows(weight_OD: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 (O, D) and scale (O,) bfloat16 with weight = int8 * scale, symmetric, the largest entry of a row at 127.
-
-    The scale is rounded to bf16 first and the weights divided by the rounded one, so its rounding adds no error.
-    """
+    """int8 (O, D) and scale (O,) bfloat16 with weight = int8 * scale, the largest entry of a row at 127."""
     weight_OD = weight_OD.float()
     scale_O = (weight_OD.abs().amax(dim=1) / 127).clamp_min(1e-30).bfloat16()
     quantized_OD = (weight_OD / scale_O.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
@@ -336,14 +284,11 @@ def quantize_rows(weight_OD: Tensor) -> tuple[Tensor, Tensor]:
 
 def lossless_dtype(dtype: torch.dtype) -> str:
     """Of the weight dtypes that lose nothing of such weights and pack at once, the one that is read fastest."""
-    if dtype == torch.bfloat16 and has_bfloat16_instructions():
-        return "bfloat16"
-    return "float32"
+    return "bfloat16" if dtype == torch.bfloat16 and has_bfloat16_instructions() else "float32"
 
 
 def _onednn_matmul(weight: Tensor, bias_O: Tensor | None, x_RD: Tensor) -> Tensor:
-    """The last three: activation, its numbers, its algorithm."""
-    return torch.ops.mkldnn._linear_pointwise.default(x_RD, weight, bias_O, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(x_RD, weight, bias_O, "none", [], "")  # no activation
 
 
 def _mkl_matmul(weight: Tensor, shape_OD: Tensor, bias_O: Tensor | None, x_RD: Tensor) -> Tensor:

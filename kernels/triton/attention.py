@@ -3,12 +3,10 @@
     out = softmax(q kᵀ / sqrt(C)) v       over the keys 0 .. position of the sequence, by the online softmax
 
 A program has one position and one key head: the queries that share it (padded to the 16 rows of a matmul), its keys and
-values in blocks. It reads what the slot has filled and no more; how much that is stands in device memory, so one CUDA
-graph serves every length. Bytes: keys and values once for each position, which is what a step needs; a prompt read this
-way reads its keys again and again, from the L2. At few sequences and many keys there are fewer programs than
-multiprocessors; the next improvement would be to split the keys over programs.
+values in blocks, as many as the slot has filled. That number is read from device memory, so one CUDA graph serves every
+length. A position's bits depend neither on the other positions of the batch nor on the capacity of the cache.
 
-A position's bits depend neither on the other positions of the batch nor on how many keys the cache has room for.
+Bytes: keys and values once for each position, which is the lower bound of a step; a prompt reads keys again from L2.
 
     R positions  H query heads  K key/value heads  G = H/K  C head width  S keys  P positions of a cache
     J = 2 * K * C numbers of each
@@ -24,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.variant import SHORT, Variant
+from kernels.triton.launch import SHORT, Variant, launch, recording
 
 # Bytes of a block of keys of one head: 64 keys of 128 channels in half precision, 32 in float32, more would spill.
 BLOCK_BYTES, MOST_KEYS, LEAST_KEYS = 16_384, 64, 16
@@ -84,16 +82,7 @@ def decode_attention(
     them; its keys and values are already written.
     """
     out_RQ = torch.empty_like(query_RQ)
-    _launch((len(query_RQ), kv_heads), *arguments(query_RQ, entries_PJ, slot_R, capacity, kv_heads, width, out_RQ))
-    return out_RQ
-
-
-def arguments(
-    query_RQ: Tensor, entries_PJ: Tensor, slot_R: Tensor, capacity: int, kv_heads: int, width: int, out_RQ: Tensor
-) -> tuple[tuple, dict, dict]:
-    """Positional arguments, switches and options of a launch."""
     groups = query_RQ.shape[1] // (kv_heads * width)
-    shape = capacity, entries_PJ.stride(0), kv_heads, groups, width, width**-0.5
     # The interpreter multiplies bf16 as if it were integers; a product of two bf16 numbers is exact in float32.
     exact = os.environ.get("TRITON_INTERPRET") == "1" or query_RQ.dtype == torch.float32
     padded = max(LEAST_ROWS, triton.next_power_of_2(width))
@@ -103,11 +92,10 @@ def arguments(
         "KEYS": max(LEAST_KEYS, min(MOST_KEYS, BLOCK_BYTES // (padded * query_RQ.dtype.itemsize))),
         "EXACT": exact,
     }
-    return (query_RQ, entries_PJ, slot_R, out_RQ, *shape), switches, OPTIONS
-
-
-def _launch(grid: tuple[int, ...], positional: tuple, switches: dict, options: dict) -> None:
-    _decode_attention_kernel[grid](*positional, **switches, **options)
+    shape = capacity, entries_PJ.stride(0), kv_heads, groups, width, width**-0.5
+    positional = query_RQ, entries_PJ, slot_R, out_RQ, *shape
+    launch(_decode_attention_kernel, (len(query_RQ), kv_heads), positional, switches, OPTIONS)
+    return out_RQ
 
 
 def variants() -> Iterator[Variant]:
@@ -115,5 +103,6 @@ def variants() -> Iterator[Variant]:
     for dtype, heads, width in ((torch.bfloat16, 32, 64), (torch.bfloat16, 24, 128), (torch.float32, 24, 128)):
         query_RQ = torch.empty(4, heads * width, dtype=dtype)
         entries_PJ, slot_R = torch.empty(1024, 16 * width, dtype=dtype), torch.zeros(4, dtype=torch.int64)
-        launch = arguments(query_RQ, entries_PJ, slot_R, 256, 8, width, torch.empty_like(query_RQ))
-        yield Variant("attend", f"C={width} {SHORT[dtype]}", _decode_attention_kernel, *launch)
+        with recording() as launches:
+            decode_attention(query_RQ, entries_PJ, slot_R, 256, 8, width)
+        yield Variant("attend", f"C={width} {SHORT[dtype]}", *launches)

@@ -1,8 +1,7 @@
 """The weighted sum inside a Triton program, with its corners, and the arithmetic whose result no order can change.
 
-Called by the kernels of fused_logits.py and top_k_top_p.py; nothing is launched from here. `rows` are the members'
-pointers to one row, `weights` their weights, both tuples. With LEFT_OUT, where weights may be 0, such a member's logits
-are not loaded and count as 0; without it a load has no mask that it does not need. reference.combine is the definition.
+reference.combine is the definition. `rows` are the members' pointers to one row, `weights` their weights, both tuples.
+With LEFT_OUT weights may be 0; such a member's logits are not loaded and count as 0.
 
     N members  C entries of a split  G a few tokens
 """
@@ -79,9 +78,7 @@ def weighted_sum(
 
 @triton.jit
 def checked_sum(rows, weights, offsets_C, inside_C, N: tl.constexpr, LEFT_OUT: tl.constexpr):
-    """x with masks, -inf where masked or wrong, and a flag code an entry. Seldom run: a tile with something not
-    finite.
-    """
+    """x with masks, -inf where masked or wrong, and a flag code an entry: for a tile with something not finite."""
     masked_C = offsets_C < 0
     for n in tl.static_range(N):
         part_C = load_logits(rows[n], weights[n], offsets_C, inside_C, True, LEFT_OUT)
@@ -136,7 +133,7 @@ def ordered_key(x):
 
 
 def logits_arguments(request: Request) -> tuple:
-    """What both kernels take first: eight members' logits and strides (the first's again after the N-th), weights."""
+    """The first arguments of both kernels: logits and strides of eight members (after the N-th the first), weights."""
     logits = request.logits + request.logits[:1] * (MAX_MEMBERS - len(request.logits))
     weights = request.weights
     strides = weights.stride(0), weights.stride(1) if weights.dim() == 2 else 0

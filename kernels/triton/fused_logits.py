@@ -4,16 +4,14 @@ Mathematics (reference.py has the definition; x = sum_i w_i * logits_i over one 
 
     token = argmax x,   logprob = max x - logsumexp x = -log sum_v exp(x_v - max x)
 
-Work: a program reads one split of 4,096 entries of one row from all N members and keeps (maximum, index, sum of
-exponentials, flag). The program that finishes a row last (it takes the row's last ticket) joins the splits and writes
-the results. A second launch for that would add its own latency to the few microseconds this takes.
+A program reads one split of 4,096 entries of one row from all N members and keeps (maximum, index, sum of exponentials,
+flag). The program that finishes a row last (it gets the row's last ticket) joins the splits and writes the results.
 
-Bytes: N * B * V * itemsize read once; about 16 bytes a split of partial results. Floor: those bytes over the device's
-copy bandwidth. `members` reads its tile a second time while it lies in cache.
+Bytes: N * B * V * itemsize read once, which over the device's copy bandwidth is the lower bound; about 16 bytes a split
+of partial results. `members` reads its tile a second time, from cache.
 
-A row's bits do not depend on the batch, on alignment or on the layout that the compiler picks:
-maxima and indices do not depend on order; exponentials are added in groups of four in a fixed order, then as 64-bit
-integers, in which addition is exact. Products and sums are not fused, so x has the same bits as on the CPU.
+A row's bits do not depend on the batch, on alignment or on the compiler's layout: exponentials are added in groups of
+four in a fixed order, then as 64-bit integers. Products and sums are not fused, so x has the same bits as on the CPU.
 
     R rows (the batch)  V vocabulary  N members  S splits  K best  G target tokens
 """
@@ -21,12 +19,12 @@ integers, in which addition is exact. Products and sums are not fused, so x has 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from kernels.triton.combine import (
     FLOAT32_MAX,
@@ -41,8 +39,8 @@ from kernels.triton.combine import (
     weights_of,
     x_at,
 )
+from kernels.triton.launch import SHORT, Variant, launch, recording
 from kernels.triton.philox import gumbel, random_words
-from kernels.triton.variant import SHORT, Variant
 from kernels.types import ALL_MASKED, MAX_VOCABULARY, SPLIT, FusedLogits, Request, SamplingTensors
 
 _MAX_SPLITS = tl.constexpr(MAX_VOCABULARY // SPLIT)
@@ -215,38 +213,32 @@ def _fused_logits_kernel(
                 tl.store(top_logprob_RK + row64 * TOP_K + k, tl.where(fine, best - row_base - log_total, float("nan")))
 
 
-# A split fills 8 warps with 16 entries a thread (two 16-byte loads of bf16 a member), without spills at 8 members of
-# float32 (see kernels.resources). Without fusion a product is rounded before it is added, as on the CPU; the kernel is
-# bound by memory, not by arithmetic.
-LAUNCH_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+# A split fills 8 warps with 16 entries a thread, without spills at 8 members of float32. Without fusion a product is
+# rounded before it is added, as on the CPU.
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 # For the next token of few members of half precision 64 registers are enough, and four programs share a multiprocessor
 # instead of three: measured on an H200, 20 µs instead of 23 at B = 64, 64 instead of 82 at 256.
 REGISTERS, MEMBERS_OF_FEW_REGISTERS, ALIGNED_ENTRIES = 64, 3, 16
 
 
-def launch_options(request: Request) -> dict[str, Any]:
+def _options(request: Request) -> dict[str, Any]:
     requested = request.members or request.top_k or request.targets is not None or request.sample is not None
     few = len(request.logits) <= MEMBERS_OF_FEW_REGISTERS and all(
         logits_RV.dtype.itemsize == 2 and logits_RV.stride(0) % ALIGNED_ENTRIES == 0 for logits_RV in request.logits
     )
     if torch.version.hip or requested or not few:  # AMD's compiler has no such option
-        return LAUNCH_OPTIONS
-    return LAUNCH_OPTIONS | {"maxnreg": REGISTERS}
+        return OPTIONS
+    return OPTIONS | {"maxnreg": REGISTERS}
 
 
 def allocate(request: Request) -> FusedLogits:
     """Results and working memory of a request, for use as `out` of every later call like it."""
-    rows, members, device = request.batch, len(request.logits), request.device
+    rows, members, device = request.batch, len(request.logits), request.logits[0].device
     splits = triton.cdiv(request.vocabulary, SPLIT)
     sample = request.sample is not None
     count = 0 if request.targets is None else request.targets.shape[1]
-
-    def floats(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-
-    def tokens(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int64, device=device)
-
+    floats = partial(torch.empty, dtype=torch.float32, device=device)
+    tokens = partial(torch.empty, dtype=torch.int64, device=device)
     values_RFS = floats(rows, 2 + 2 * members * request.members + request.top_k + sample, splits)
     indices_RIS = torch.empty((rows, 2 + request.top_k + sample, splits), dtype=torch.int32, device=device)
     tickets_R = torch.zeros(rows, dtype=torch.int32, device=device)  # each launch leaves them zero
@@ -267,15 +259,11 @@ def allocate(request: Request) -> FusedLogits:
 
 def run(request: Request, out: FusedLogits | None = None) -> FusedLogits:
     """Every result of the request in one launch (top_k_top_p.py prepares the thresholds of a truncated sample)."""
-    out = allocate(request) if out is None else out
-    _launch(request, out)
-    return out
-
-
-def launch_arguments(request: Request, out: FusedLogits) -> tuple[tuple, dict]:
-    """Positional and constexpr arguments of the kernel; what is not requested gets some pointer, never touched."""
-    members, sample, targets = len(request.logits), request.sample, request.targets
+    out = out or allocate(request)
+    sample, targets = request.sample, request.targets
+    count = 0 if targets is None else targets.shape[1]
     values_RFS, indices_RIS, tickets_R, *thresholds = out.workspace
+    splits = values_RFS.shape[2]
     sampling = (None,) * 4 if sample is None else (sample.seed, sample.row_id, sample.position, sample.temperature)
     requested = (
         *(out.member_logprob, out.member_target_logprob, out.top_token, out.top_logprob, targets, out.target_logprob),
@@ -283,67 +271,51 @@ def launch_arguments(request: Request, out: FusedLogits) -> tuple[tuple, dict]:
     )
     positional = (
         *(*logits_arguments(request), out.token, out.logprob, out.flag),
-        *(out.token if pointer is None else pointer for pointer in requested),
-        *(values_RFS, indices_RIS, tickets_R),
-        *(request.batch, request.vocabulary, values_RFS.shape[2], 0 if targets is None else targets.shape[1]),
+        *(out.token if tensor is None else tensor for tensor in requested),  # the kernel does not touch those
+        *(values_RFS, indices_RIS, tickets_R, request.batch, request.vocabulary, splits, count),
     )
     switches = {
-        "N": members,
+        "N": len(request.logits),
         "MEMBERS": request.members,
         "TOP_K": request.top_k,
-        "TARGETS": 0 if targets is None else triton.next_power_of_2(targets.shape[1]),
+        "TARGETS": triton.next_power_of_2(count),
         "SAMPLE": sample is not None,
         "TRUNCATED": sample is not None and sample.top_k is not None,
         "LEFT_OUT": request.weights.dim() == 2,
         "SIZE": SPLIT,
     }
-    return positional, switches
-
-
-def _launch(request: Request, out: FusedLogits) -> None:
-    positional, switches = launch_arguments(request, out)
-    programs = request.batch * out.workspace[0].shape[2]
-    _fused_logits_kernel[(programs,)](*positional, **switches, **launch_options(request))
+    launch(_fused_logits_kernel, (request.batch * splits,), positional, switches, _options(request))
+    return out
 
 
 def variants() -> Iterator[Variant]:
     """Every combination that launches meet in practice; what can be requested is shown on three members of bf16."""
     mixed = (torch.bfloat16, torch.float16, torch.float32)
+    three, eight = mixed[:1] * 3, mixed[2:] * 8
+    long_B, targets = torch.zeros(4, dtype=torch.int64), torch.zeros(4, 4, dtype=torch.int64)
+    sample = SamplingTensors(long_B, long_B, long_B, torch.ones(4))
     for dtype in mixed:
         for members in (1, 3, 8):
             yield _variant(f"argmax N={members} {SHORT[dtype]}", (dtype,) * members)
-    three = (torch.bfloat16,) * 3
-    everything: dict[str, Any] = {"members": True, "top_k": 16, "sample": True}
     yield _variant("argmax N=3 mixed", mixed)
     yield _variant("argmax N=3 bf16, rows not aligned", three, vocabulary=50_257)
-    yield _variant("weights per row N=3 bf16", three, own=True)
+    yield _variant("weights per row N=3 bf16", three, weights=(3, 4))
     yield _variant("members N=3 bf16", three, members=True)
-    yield _variant("members and targets N=3 bf16", three, members=True, targets=4)
+    yield _variant("members and targets N=3 bf16", three, members=True, targets=targets)
     yield _variant("top_k=16 N=3 bf16", three, top_k=16)
     yield _variant("top_k=32 N=3 bf16", three, top_k=32)
-    yield _variant("targets N=3 bf16", three, targets=4)
-    yield _variant("sample N=3 bf16", three, sample=True)
-    yield _variant("everything N=3 mixed", mixed, targets=4, **everything)
-    yield _variant("everything N=8 fp32", (torch.float32,) * 8, **everything)
-    yield _variant("all, weights per row N=8 fp32", (torch.float32,) * 8, own=True, targets=4, **everything)
+    yield _variant("targets N=3 bf16", three, targets=targets)
+    yield _variant("sample N=3 bf16", three, sample=sample)
+    everything: dict[str, Any] = {"members": True, "top_k": 16, "sample": sample}
+    yield _variant("everything N=3 mixed", mixed, targets=targets, **everything)
+    yield _variant("everything N=8 fp32", eight, **everything)
+    yield _variant("all, weights per row N=8 fp32", eight, weights=(8, 4), targets=targets, **everything)
 
 
 def _variant(
-    name: str,
-    dtypes: tuple,
-    vocabulary: int = 128_256,
-    targets: int = 0,
-    sample: bool = False,
-    own: bool = False,
-    **rest,
+    name: str, dtypes: tuple, *, vocabulary: int = 128_256, weights: tuple[int, ...] = (), **requested: Any
 ) -> Variant:
-    long_B = torch.zeros(4, dtype=torch.int64)
-    request = Request(
-        tuple(torch.empty(4, vocabulary, dtype=dtype) for dtype in dtypes),
-        torch.ones(len(dtypes), 4) if own else torch.ones(len(dtypes)),
-        targets=torch.zeros(4, targets, dtype=torch.int64) if targets else None,
-        sample=SamplingTensors(long_B, long_B, long_B, torch.ones(4)) if sample else None,
-        **rest,
-    )
-    launch = launch_arguments(request, allocate(request))
-    return Variant("fused_logits", name, _fused_logits_kernel, *launch, launch_options(request), vocabulary % 16 == 0)
+    logits = tuple(torch.empty(4, vocabulary, dtype=dtype) for dtype in dtypes)
+    with recording() as launches:
+        run(Request(logits, torch.ones(weights or len(dtypes)), **requested))
+    return Variant("fused_logits", name, *launches, vocabulary % 16 == 0)

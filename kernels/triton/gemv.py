@@ -5,12 +5,10 @@
     added:   the residual stream gets y added, in place
     rope:    y are queries, keys and values; RoPE for queries and keys, keys and values go into the cache
 
-A step of one row does little but read weights, so what counts is how fast they are read: every program reads a few rows
-of W whole, each thread 16 bytes at a time, several of them in flight, and nothing is shared between programs. cuBLAS
-computes the same matmuls by tiles for its matrix units, and splits the narrow ones along D with a second launch. Bytes:
-W once; x, 2 to 4 bytes a number, once a program, from the L2. Floor: W's bytes over the device's bandwidth.
+Every program reads a few rows of W whole, each thread 16 bytes at a time, several of them in flight; nothing is shared
+between programs. Arithmetic in float32, in one order for each shape; a matmul of several rows adds in another one.
 
-Arithmetic in float32, in one order for each shape; a matmul of several rows adds in another one.
+Bytes: W once; x once a program, from L2. Lower bound: W's bytes over the device's bandwidth.
 
     D inputs  O outputs  F feed-forward width (gated: O = 2 * F)  C head width  P positions of a cache
     J = 2 * K * C numbers of each
@@ -20,17 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import repeat
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.variant import Variant
+from kernels.triton.launch import Variant, launch, recording
 
-# Rows of W and columns that a program reads at once, a thread 16 bytes or more of each row: the fastest of eleven by
-# the sum over Llama-3.2-3B's and 1B's shapes on an H200. A gated program reads as many rows of either half.
+# Rows of W (gated: of either half) and columns that a program reads at once, a thread 16 bytes or more of each row: the
+# fastest of eleven by the sum over Llama-3.2-3B's and 1B's shapes on an H200.
 PLAIN, GATED, ROPE = (4, 1024), (2, 1024), (8, 512)
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
@@ -52,23 +50,16 @@ def _gemv_kernel(
     square_D = tl.zeros((BLOCK_D,), tl.float32)
     for at in range(0, D, BLOCK_D):
         weight_at_OD = weight_OD + row_O[:, None] * weight_stride + (at + offset_D)[None, :]
-        inside_D = at + offset_D < D
-        if EVEN:
-            w_OD = tl.load(weight_at_OD)
-            x = tl.load(x_D + at + offset_D).to(tl.float32)
-        else:
-            w_OD = tl.load(weight_at_OD, mask=inside_D[None, :], other=0.0)
-            x = tl.load(x_D + at + offset_D, mask=inside_D, other=0.0).to(tl.float32)
+        inside_D = (at + offset_D < D) | EVEN  # always true folds to loads without masks
+        w_OD = tl.load(weight_at_OD, mask=inside_D[None, :], other=0.0)
+        x = tl.load(x_D + at + offset_D, mask=inside_D, other=0.0).to(tl.float32)
         if NORM:
             square_D += x * x
             x = x * tl.load(scale_D + at + offset_D, mask=inside_D, other=0.0)
         sum_OD += w_OD.to(tl.float32) * x[None, :]
         if GATED:
             weight_at_OD += O.to(tl.int64) * weight_stride
-            if EVEN:
-                w_OD = tl.load(weight_at_OD)
-            else:
-                w_OD = tl.load(weight_at_OD, mask=inside_D[None, :], other=0.0)
+            w_OD = tl.load(weight_at_OD, mask=inside_D[None, :], other=0.0)
             up_OD += w_OD.to(tl.float32) * x[None, :]
     sum_O = tl.sum(sum_OD, axis=1)
     factor = 1.0
@@ -108,8 +99,8 @@ class NormBefore:
 class RopeAfter:
     """RoPE and the write into the KV cache after the matmul of queries, keys and values.
 
-    rope_C2: (C/2, 2) float32, cosine and sine for each pair of channels side by side.   slot_1: the position's index
-    among entries_PJ (P, J): keys, then values.   queries, keys: heads.
+    rope_C2: (C/2, 2) float32, cosine and sine for each pair of channels.   slot_1: the position's index among
+    entries_PJ (P, J): keys, then values.   queries, keys: heads.
     """
 
     rope_C2: Tensor
@@ -123,19 +114,7 @@ class RopeAfter:
         return 2 * len(self.rope_C2)
 
 
-def gemv(x_1D: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None, **fused: Any) -> Tensor:
-    """(1, O) in the weight's dtype, or what the operations in `fused` make of it, see `arguments`: (1, F) gated, the
-    queries (1, H * C) with RoPE, and with `add_to` that tensor.
-
-    x_1D: (1, D) of any float dtype, contiguous in D.   weight_OD: rows contiguous.   Raises ValueError for shapes,
-    strides and dtypes that do not fit.
-    """
-    grid, launch, y_1O = arguments(x_1D, weight_OD, bias_O, **fused)
-    _launch(grid, *launch)
-    return y_1O
-
-
-def arguments(
+def gemv(
     x_1D: Tensor,
     weight_OD: Tensor,
     bias_O: Tensor | None = None,
@@ -144,46 +123,31 @@ def arguments(
     gated: bool = False,
     add_to: Tensor | None = None,
     rope: RopeAfter | None = None,
-) -> tuple[tuple[int], tuple[tuple, dict, dict], Tensor]:
-    """The grid; positional arguments, switches and options of the launch; its result.
+) -> Tensor:
+    """(1, O) in the weight's dtype; (1, F) gated, the queries (1, H * C) with RoPE, and with `add_to` that tensor.
 
-    add_to: (1, O) float32.
+    x_1D: (1, D) of any float dtype, contiguous in D.   weight_OD: rows contiguous.   add_to: (1, O) float32.
+    Raises ValueError for shapes, strides and dtypes that do not fit.
     """
     outputs, inputs = weight_OD.shape
     if tuple(x_1D.shape) != (1, inputs) or x_1D.stride(1) != 1 or weight_OD.stride(1) != 1:
-        raise ValueError(
-            f"x must be (1, {inputs}), columns contiguous as those of the weight, found {tuple(x_1D.shape)}"
-        )
-    if gated and outputs % 2:
-        raise ValueError(f"a gated layer has as many gates as ups, found {outputs} rows")
+        raise ValueError(f"x must be (1, {inputs}), it and the weight contiguous, found {tuple(x_1D.shape)}")
     if add_to is not None and add_to.dtype != torch.float32:
-        raise ValueError(f"what is added to must be float32, found {add_to.dtype}")
+        raise ValueError(f"add_to must be float32, found {add_to.dtype}")
     if gated:
         outputs //= 2
-    if add_to is not None:
-        y_1O = add_to
-    else:
-        columns = outputs if rope is None else rope.queries * rope.width
-        dtype = weight_OD.dtype if rope is None else rope.entries_PJ.dtype
-        y_1O = torch.empty((1, columns), dtype=dtype, device=x_1D.device)
-    unused = y_1O
-    heads = (0, 0, 1) if rope is None else (rope.queries, rope.queries + rope.keys, rope.width)
-    positional = (
-        x_1D,
-        unused if norm is None else norm.scale_D,
-        weight_OD,
-        unused if bias_O is None else bias_O,
-        y_1O,
-        *((unused,) * 3 if rope is None else (rope.rope_C2, rope.slot_1, rope.entries_PJ)),
-        0 if rope is None else rope.entries_PJ.stride(0),
-        weight_OD.stride(0),
-        outputs,
-        heads[0] * heads[2],
-        heads[1] * heads[2],
-        heads[2],
-        0.0 if norm is None else norm.epsilon,
-    )
     block_o, block_d = GATED if gated else PLAIN if rope is None else ROPE
+    if rope is not None:
+        queries, rotated = rope.queries * rope.width, (rope.queries + rope.keys) * rope.width
+        y_1O = x_1D.new_empty((1, queries), dtype=rope.entries_PJ.dtype)
+        cache, heads = (rope.rope_C2, rope.slot_1, rope.entries_PJ), (queries, rotated, rope.width)
+    else:
+        y_1O = x_1D.new_empty((1, outputs), dtype=weight_OD.dtype) if add_to is None else add_to
+        cache, heads = (y_1O, y_1O, y_1O), (0, 0, 1)  # not used, like every y_1O below
+    scale_D, epsilon = (y_1O, 0.0) if norm is None else (norm.scale_D, norm.epsilon)
+    strides = 0 if rope is None else rope.entries_PJ.stride(0), weight_OD.stride(0)
+    bias = y_1O if bias_O is None else bias_O
+    positional = x_1D, scale_D, weight_OD, bias, y_1O, *cache, *strides, outputs, *heads, epsilon
     switches = {
         "D": inputs,
         "NORM": norm is not None,
@@ -194,11 +158,8 @@ def arguments(
         "BLOCK_O": block_o,
         "BLOCK_D": min(block_d, triton.next_power_of_2(inputs)),
     }
-    return (triton.cdiv(outputs, block_o),), (positional, switches, OPTIONS), y_1O
-
-
-def _launch(grid: tuple[int, ...], positional: tuple, switches: dict, options: dict) -> None:
-    _gemv_kernel[grid](*positional, **switches, **options)
+    launch(_gemv_kernel, (triton.cdiv(outputs, block_o),), positional, switches, OPTIONS)
+    return y_1O
 
 
 def variants() -> Iterator[Variant]:
@@ -208,10 +169,9 @@ def variants() -> Iterator[Variant]:
     norm, slot_1 = NormBefore(scale_D, 1e-5), torch.zeros(1, dtype=torch.int64)
     rope = RopeAfter(torch.empty(channels // 2, 2), slot_1, x_1D.new_empty(256, 2 * keys * channels), queries, keys)
     square, gate_up, qkv = (x_1D.new_empty(rows, width) for rows in (width, 2 * 8192, (queries + 2 * keys) * channels))
-    for name, (_, launch, _) in (
-        ("plain", arguments(x_1D, square)),
-        ("added", arguments(x_1D, square, add_to=stream_1D)),
-        ("norm and gated", arguments(stream_1D, gate_up, norm=norm, gated=True)),
-        ("norm and rope", arguments(stream_1D, qkv, norm=norm, rope=rope)),
-    ):
-        yield Variant("row_linear", name, _gemv_kernel, *launch)
+    with recording() as launches:
+        gemv(x_1D, square)
+        gemv(x_1D, square, add_to=stream_1D)
+        gemv(stream_1D, gate_up, norm=norm, gated=True)
+        gemv(stream_1D, qkv, norm=norm, rope=rope)
+    return map(Variant, repeat("row_linear"), ("plain", "added", "norm and gated", "norm and rope"), launches)

@@ -4,12 +4,10 @@
     rope_and_cache: RoPE of queries and keys, keys and values into the cache
     silu_and_mul:   gate / (1 + exp(-gate)) * up
 
-Arithmetic is in float32, and so is the residual stream x; what a matmul reads next is written in its dtype. Bytes: each
-input and output once, a few D numbers a row, which is little beside the weights: with few rows the launch itself is the
-cost, and the number of launches is what counts.
+Arithmetic and the residual stream x are in float32; what a matmul reads next is written in its dtype. Bytes: each input
+and output once, which is the lower bound, and little beside the weights: with few rows the launches are the cost.
 
-A program reads one row (add_rms_norm), some heads of one (rope_and_cache) or a range of one (silu_and_mul): a row's
-bits do not depend on the others, and the order of a sum depends on D alone.
+A program reads one row, some of its heads or a range of it: a row's bits do not depend on the others.
 
     R positions  D model width  O outputs of the joined matmul  H query heads  K key/value heads  C head width
     F feed-forward width  P positions of a cache  J = 2 * K * C numbers of each
@@ -18,19 +16,20 @@ bits do not depend on the others, and the order of a sum depends on D alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from itertools import repeat
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.variant import Variant
+from kernels.triton.launch import Variant, launch, recording
 
 # Heads of one row for each program of rope_and_cache: at C = 64 in bf16 a thread loads 16 bytes.
 HEADS = 4
 SILU_BLOCK = 2048
-OPTIONS = {kernel: {"num_warps": warps, "enable_fp_fusion": False} for kernel, warps in (("row", 8), ("heads", 1))}
+ROW_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+HEADS_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -90,20 +89,14 @@ def add_rms_norm(
     """(R, D) in `dtype`: RMSNorm of the stream's rows (float32, any row stride), after adding delta (any dtype) to them
     in place.
     """
-    normed_RD = torch.empty(stream_RD.shape, dtype=dtype, device=stream_RD.device)
-    _launch(_norm_kernel, (len(stream_RD),), *norm_arguments(stream_RD, scale_D, epsilon, normed_RD, delta_RD))
-    return normed_RD
-
-
-def norm_arguments(
-    stream_RD: Tensor, scale_D: Tensor, epsilon: float, normed_RD: Tensor, delta_RD: Tensor | None
-) -> tuple[tuple, dict, dict]:
-    """Positional arguments, switches and options of a launch, as those of the other two kernels below."""
-    width = stream_RD.shape[1]
+    rows, width = stream_RD.shape
+    normed_RD = torch.empty((rows, width), dtype=dtype, device=stream_RD.device)
     delta = stream_RD if delta_RD is None else delta_RD
     strides = stream_RD.stride(0), delta.stride(0), normed_RD.stride(0)
     switches = {"ADD": delta_RD is not None, "BLOCK": triton.next_power_of_2(width)}
-    return (stream_RD, delta, scale_D, normed_RD, *strides, width, epsilon), switches, OPTIONS["row"]
+    positional = stream_RD, delta, scale_D, normed_RD, *strides, width, epsilon
+    launch(_norm_kernel, (rows,), positional, switches, ROW_OPTIONS)
+    return normed_RD
 
 
 def rope_and_cache(
@@ -114,52 +107,37 @@ def rope_and_cache(
     qkv_RO: `queries` heads, `keys` heads of keys and as many of values, the two channels of a rotated pair side by
     side.   rope_RHC: complex, the same for every head.   entries_PJ: keys and then values of each position.
     """
-    width = 2 * rope_RHC.shape[-1]
+    rope_RHC2, width = torch.view_as_real(rope_RHC), 2 * rope_RHC.shape[-1]
     query_RQ = torch.empty((len(qkv_RO), queries * width), dtype=entries_PJ.dtype, device=qkv_RO.device)
-    arguments = rope_arguments(qkv_RO, torch.view_as_real(rope_RHC), slot_R, query_RQ, entries_PJ, queries, keys)
-    _launch(_rope_kernel, (len(qkv_RO), triton.cdiv(queries + 2 * keys, HEADS)), *arguments)
-    return query_RQ
-
-
-def rope_arguments(
-    qkv_RO: Tensor, rope_RHC2: Tensor, slot_R: Tensor, query_RQ: Tensor, entries_PJ: Tensor, queries: int, keys: int
-) -> tuple[tuple, dict, dict]:
-    width = 2 * rope_RHC2.shape[2]
     strides = qkv_RO.stride(0), rope_RHC2.stride(0), entries_PJ.stride(0)
     heads = queries, queries + keys, queries + 2 * keys
-    switches = {"HEADS": HEADS, "WIDTH": triton.next_power_of_2(width)}
-    return (qkv_RO, rope_RHC2, slot_R, query_RQ, entries_PJ, *strides, *heads, width), switches, OPTIONS["heads"]
+    grid = len(qkv_RO), triton.cdiv(queries + 2 * keys, HEADS)
+    positional = qkv_RO, rope_RHC2, slot_R, query_RQ, entries_PJ, *strides, *heads, width
+    launch(_rope_kernel, grid, positional, {"HEADS": HEADS, "WIDTH": triton.next_power_of_2(width)}, HEADS_OPTIONS)
+    return query_RQ
 
 
 def silu_and_mul(gate_up_RO: Tensor) -> Tensor:
     """(R, F) in the same dtype: silu of the first half of each row times the second."""
     rows, outputs = gate_up_RO.shape
     out_RF = torch.empty((rows, outputs // 2), dtype=gate_up_RO.dtype, device=gate_up_RO.device)
+    positional = gate_up_RO, out_RF, outputs // 2, gate_up_RO.stride(0)
     grid = rows, triton.cdiv(outputs // 2, SILU_BLOCK)
-    _launch(_silu_kernel, grid, *silu_arguments(gate_up_RO, out_RF))
+    launch(_silu_kernel, grid, positional, {"BLOCK": SILU_BLOCK}, ROW_OPTIONS)
     return out_RF
-
-
-def silu_arguments(gate_up_RO: Tensor, out_RF: Tensor) -> tuple[tuple, dict, dict]:
-    return (gate_up_RO, out_RF, out_RF.shape[1], gate_up_RO.stride(0)), {"BLOCK": SILU_BLOCK}, OPTIONS["row"]
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], positional: tuple, switches: dict, options: dict) -> None:
-    kernel[grid](*positional, **switches, **options)
 
 
 def variants() -> Iterator[Variant]:
     """The layer of Llama-3.2-1B in bf16, four rows."""
-    rows, width, queries, keys, channels = 4, 2048, 32, 8, 64
-    x_RD, stream_RD, scale_D = torch.empty(rows, width).bfloat16(), torch.empty(rows, width + 16), torch.empty(width)
-    stream_RD = stream_RD[:, :width]
-    gate_up_RO, qkv_RO = x_RD.new_empty(rows, 2 * 8192), x_RD.new_empty(rows, (queries + 2 * keys) * channels)
-    rope_RHC2, slot_R = torch.empty(rows, queries + keys, channels // 2, 2), torch.zeros(rows, dtype=torch.int64)
-    entries_PJ = x_RD.new_empty(256, 2 * keys * channels)
-    for name, kernel, launch in (
-        ("norm", _norm_kernel, norm_arguments(stream_RD, scale_D, 1e-5, x_RD, None)),
-        ("add and norm", _norm_kernel, norm_arguments(stream_RD, scale_D, 1e-5, x_RD, x_RD)),
-        ("rope and cache", _rope_kernel, rope_arguments(qkv_RO, rope_RHC2, slot_R, x_RD, entries_PJ, queries, keys)),
-        ("silu and multiply", _silu_kernel, silu_arguments(gate_up_RO, gate_up_RO[:, :8192])),
-    ):
-        yield Variant("layer", name, kernel, *launch)
+    rows, width, queries, keys, channels, bf16 = 4, 2048, 32, 8, 64, torch.bfloat16
+    stream_RD, delta_RD = torch.empty(rows, width + 16)[:, :width], torch.empty(rows, width, dtype=bf16)
+    qkv_RO, gate_up_RO = delta_RD.new_empty(rows, (queries + 2 * keys) * channels), delta_RD.new_empty(rows, 2 * 8192)
+    rope_RHC = torch.empty(rows, queries + keys, channels // 2, dtype=torch.complex64)
+    slot_R, entries_PJ = torch.zeros(rows, dtype=torch.int64), delta_RD.new_empty(256, 2 * keys * channels)
+    with recording() as launches:
+        add_rms_norm(stream_RD, torch.empty(width), 1e-5, bf16)
+        add_rms_norm(stream_RD, torch.empty(width), 1e-5, bf16, delta_RD)
+        rope_and_cache(qkv_RO, rope_RHC, slot_R, entries_PJ, queries, keys)
+        silu_and_mul(gate_up_RO)
+    names = "norm", "add and norm", "rope and cache", "silu and multiply"
+    return map(Variant, repeat("layer"), names, launches)

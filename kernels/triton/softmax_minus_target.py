@@ -2,9 +2,8 @@
 
     loss = logsumexp(x) - x[target],   x <- softmax(x) - onehot(target)
 
-One program a row: it reads the row once for (maximum, sum of exponentials) and again, from L2 as long as the rows in
-flight fit there, to write the gradient over it. Bytes: 2 reads and 1 write of every logit; floor: 1 read and 1 write.
-The matmuls around it are the library's (chunked_cross_entropy.py).
+One program a row: it reads the row for (maximum, sum of exponentials) and again, from L2 where the rows in flight fit,
+to write the gradient over it. Bytes: 2 reads and 1 write of every logit; lower bound: 1 read and 1 write.
 
     C rows of a chunk  V vocabulary
 """
@@ -18,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.variant import SHORT, Variant
+from kernels.triton.launch import SHORT, Variant, launch, recording
 
 
 @triton.jit
@@ -52,28 +51,25 @@ def _cross_entropy_kernel(logits_CV, target_C, loss_C, stride, V, BLOCK: tl.cons
 
 # 16 bytes a thread and load in half precision, four loads in flight; not measured on a device yet
 BLOCK = 4096
-LAUNCH_OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
-
-
-def launch_arguments(logits_CV: Tensor, target_C: Tensor, loss_C: Tensor) -> tuple[tuple, dict]:
-    """What a launch passes: positional arguments and switches."""
-    if logits_CV.stride(1) != 1 or logits_CV.shape[0] != len(target_C):
-        raise ValueError(f"logits must be rows of {len(target_C)} targets, found {tuple(logits_CV.shape)}")
-    return (logits_CV, target_C, loss_C, logits_CV.stride(0), logits_CV.shape[1]), {"BLOCK": BLOCK}
+OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
 
 
 def softmax_minus_target(logits_CV: Tensor, target_C: Tensor) -> Tensor:
     """Turn logits into the gradient of their summed cross-entropy, in place; returns the sum, float32."""
-    loss_C = torch.empty(len(target_C), dtype=torch.float32, device=logits_CV.device)
-    positional, switches = launch_arguments(logits_CV, target_C, loss_C)
-    _cross_entropy_kernel[(len(target_C),)](*positional, **switches, **LAUNCH_OPTIONS)
+    rows, vocabulary = logits_CV.shape
+    if logits_CV.stride(1) != 1 or rows != len(target_C):
+        raise ValueError(f"logits must be rows of {len(target_C)} targets, found {tuple(logits_CV.shape)}")
+    loss_C = torch.empty(rows, dtype=torch.float32, device=logits_CV.device)
+    positional = logits_CV, target_C, loss_C, logits_CV.stride(0), vocabulary
+    launch(_cross_entropy_kernel, (rows,), positional, {"BLOCK": BLOCK}, OPTIONS)
     return loss_C.sum()
 
 
 def variants() -> Iterator[Variant]:
     for dtype, vocabulary in ((torch.bfloat16, 128_256), (torch.float32, 128_256), (torch.bfloat16, 50_257)):
-        logits, target = torch.empty(4, vocabulary, dtype=dtype), torch.zeros(4, dtype=torch.int64)
+        logits_CV, target_C = torch.empty(4, vocabulary, dtype=dtype), torch.zeros(4, dtype=torch.int64)
+        with recording() as launches:
+            softmax_minus_target(logits_CV, target_C)
         aligned = vocabulary % 16 == 0
         name = f"gradient in place {SHORT[dtype]}" + ("" if aligned else ", not aligned")
-        launch = launch_arguments(logits, target, torch.empty(4))
-        yield Variant("linear_cross_entropy", name, _cross_entropy_kernel, *launch, LAUNCH_OPTIONS, aligned)
+        yield Variant("linear_cross_entropy", name, *launches, aligned)

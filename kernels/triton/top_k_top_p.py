@@ -1,15 +1,13 @@
 """A sample under top-k (any k) and top-p on a GPU, exact, without sorting.
 
-A token is kept if fewer than k tokens are strictly larger and if those have a mass below p (reference.threshold). Once
-either fails it fails for every smaller x, so the kept tokens are those with x >= t, and the smallest such t is found
-digit by digit: floats in the order of their bits as 32-bit keys, 4 bits a launch, and in each launch every program
-counts, for the 15 candidates of the next digit, the tokens above and their mass. Counts and masses are 64-bit integers
-(a mass is exp((x - peak) / temperature) in units of 2**-44), so atomics may add them in any order and the bits stay the
-same. For a row with k = 0 and p = 1 every digit is 0: all is kept.
+A token is kept if fewer than k tokens are strictly larger and if those have a mass below p (reference.threshold): the
+kept tokens are those with x >= t. The smallest such t is found digit by digit: floats in the order of their bits as
+32-bit keys, 4 bits a launch, in which every program counts, for the 15 candidates of the next digit, the tokens above
+and their mass. Counts and masses are 64-bit integers (a mass is exp((x - peak) / temperature) in units of 2**-44), so
+the order of the atomic additions does not matter. For a row with k = 0 and p = 1 every digit is 0: all is kept.
 
-The logits are read 10 times, N * B * V * itemsize bytes each: for the peak, for eight digits, and by the fused kernel
-that samples among x >= t and computes whatever else was requested. No host in between, so it can be captured in a CUDA
-graph.
+Bytes: N * B * V * itemsize ten times: for the peak, for eight digits, and by the fused kernel that samples among x >= t
+and computes what else was requested. The host does not wait.
 
     R rows (the batch)  V vocabulary  N members  C entries of a split
 """
@@ -34,8 +32,8 @@ from kernels.triton.combine import (
     weights_of,
     x_at,
 )
-from kernels.triton.fused_logits import LAUNCH_OPTIONS
-from kernels.triton.variant import Variant
+from kernels.triton.fused_logits import OPTIONS
+from kernels.triton.launch import Variant, launch, recording
 from kernels.types import SPLIT, FusedLogits, Request, SamplingTensors
 
 DIGITS, DIGIT_BITS = 8, 4
@@ -100,51 +98,32 @@ def _digit_kernel(
         tl.store(above + 16 + offsets, tl.zeros_like(mass_J))
 
 
-def allocate(request: Request) -> FusedLogits:
-    """Results and working memory: those of the fused kernel, the keys, the counters and the tickets."""
-    out = fused_logits.allocate(request)
-    rows, device = request.batch, request.device
-    keys_R = torch.empty(rows, dtype=torch.int64, device=device)
-    above_R32 = torch.zeros((rows, 32), dtype=torch.int64, device=device)
-    tickets_R = torch.zeros(rows, dtype=torch.int32, device=device)
-    return replace(out, workspace=(*out.workspace, keys_R, above_R32, tickets_R))
-
-
-def launch_arguments(request: Request, out: FusedLogits, digit: int) -> tuple[tuple, dict]:
-    """Positional and constexpr arguments of the launch for one digit, the lowest being 0."""
-    sample = request.sample
-    assert sample is not None
-    positional = (
-        *logits_arguments(request),
-        out.token,
-        sample.temperature,
-        sample.top_k,
-        sample.top_p,
-        *out.workspace[3:],
-        request.vocabulary,
-        triton.cdiv(request.vocabulary, SPLIT),
-        digit * DIGIT_BITS,
-    )
-    return positional, {"N": len(request.logits), "LEFT_OUT": request.weights.dim() == 2, "SIZE": SPLIT}
-
-
 def run(request: Request, out: FusedLogits | None = None) -> FusedLogits:
     """All results of a request whose sample is truncated, in ten launches."""
-    out = allocate(request) if out is None else out
-    plain = Request(request.logits, request.weights)
-    fused_logits.run(plain, replace(out, workspace=out.workspace[:3]))
-    out.workspace[3].zero_()
-    programs = request.batch * triton.cdiv(request.vocabulary, SPLIT)
+    sample = request.sample
+    assert sample is not None
+    if out is None:
+        out = fused_logits.allocate(request)
+        above_R32 = torch.zeros((request.batch, 32), dtype=torch.int64, device=out.token.device)
+        tickets_R = torch.zeros(request.batch, dtype=torch.int32, device=out.token.device)
+        out = replace(out, workspace=(*out.workspace, torch.empty_like(out.token), above_R32, tickets_R))
+    fused_logits.run(Request(request.logits, request.weights), replace(out, workspace=out.workspace[:3]))
+    keys_R, above_R32, tickets_R = out.workspace[3:]
+    keys_R.zero_()
+    parameters = sample.temperature, sample.top_k, sample.top_p
+    arguments = *logits_arguments(request), out.token, *parameters, keys_R, above_R32, tickets_R
+    splits = triton.cdiv(request.vocabulary, SPLIT)
+    switches = {"N": len(request.logits), "LEFT_OUT": request.weights.dim() == 2, "SIZE": SPLIT}
     for digit in reversed(range(DIGITS)):
-        positional, switches = launch_arguments(request, out, digit)
-        _digit_kernel[(programs,)](*positional, **switches, **LAUNCH_OPTIONS)
+        positional = *arguments, request.vocabulary, splits, digit * DIGIT_BITS
+        launch(_digit_kernel, (request.batch * splits,), positional, switches, OPTIONS)
     return fused_logits.run(request, out)
 
 
 def variants() -> Iterator[Variant]:
-    logits = tuple(torch.empty(4, 128_256, dtype=torch.bfloat16) for _ in range(3))
     long_R, ones_R = torch.zeros(4, dtype=torch.int64), torch.ones(4)
     sample = SamplingTensors(long_R, long_R, long_R, ones_R, long_R, ones_R)
-    request = Request(logits, torch.ones(3), sample=sample)
-    launch = launch_arguments(request, allocate(request), digit=1)
-    yield Variant("truncated_sample", "digit N=3 bf16", _digit_kernel, *launch, LAUNCH_OPTIONS)
+    request = Request((torch.empty(4, 128_256, dtype=torch.bfloat16),) * 3, torch.ones(3), sample=sample)
+    with recording() as launches:
+        run(request)
+    yield Variant("truncated_sample", "digit N=3 bf16", launches[-3])  # the lowest digit but one

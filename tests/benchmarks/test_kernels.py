@@ -1,37 +1,29 @@
-"""The benchmark of the kernels runs and saves what it prints; the formula of moved bytes is that of its operations."""
+"""The benchmark of the kernels runs, prints its rows and saves them only on request."""
 
 import json
-import subprocess
-import sys
 
 import torch
 
-from benchmarks.kernels import moved_bytes, plain_eager
+from benchmarks import common, kernels
 
 
-def test_it_runs_and_saves_what_it_prints(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.kernels", "--quick", "--json", "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    printed = json.loads(done.stdout)
-    (path,) = tmp_path.glob("*.json")
+def test_it_runs_and_saves_what_it_prints(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    assert kernels.main(["--quick", "--json", "--save"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    (path,) = (tmp_path / "kernels").glob("*.json")
     assert json.loads(path.read_text()) == printed
-    assert {"date", "device", "versions", "moved_bytes", "steal_share"} <= printed.keys()
-
-
-def test_the_fused_kernel_moves_at_least_five_times_fewer_bytes():
-    for members in (1, 2, 3):
-        for dtype in (torch.bfloat16, torch.float32):
-            row = moved_bytes(16, members, dtype)
-            assert row["fused_bytes"] <= 1.01 * 16 * 128_256 * members * dtype.itemsize
-            assert row["ratio"] >= (5 if dtype == torch.bfloat16 else 4.9), row
-    # by hand, per entry: three casts of 2 + 4, three products of 4 + 4, two sums of 4 + 4 + 4, argmax 4, log_softmax 8
-    assert moved_bytes(1, 3, torch.bfloat16)["eager_bytes"] == 128_256 * (3 * 6 + 3 * 8 + 2 * 12 + 4 + 8)
+    assert {"date", "device", "versions", "rows", "steal_share"} <= printed.keys()
+    assert {row["kernel"] for row in printed["rows"]} >= {"fused_logits"}
+    path.unlink()
+    assert kernels.main(["--quick"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(printed["rows"])
+    assert not list((tmp_path / "kernels").iterdir())
 
 
 def test_plain_eager_is_the_weighted_sum():
     logits = [torch.randn(3, 50, generator=torch.Generator().manual_seed(n)) for n in range(2)]
-    token_B, logprob_B = plain_eager(logits, torch.tensor([1.0, -0.5]))
+    token_B, logprob_B = kernels.plain_eager(logits, torch.tensor([1.0, -0.5]))
     x_BV = logits[0] - 0.5 * logits[1]
     assert torch.equal(token_B, x_BV.argmax(dim=1))
     torch.testing.assert_close(logprob_B, torch.log_softmax(x_BV, dim=1).amax(dim=1))

@@ -18,7 +18,7 @@ def test_every_figure_is_printed_and_the_losses_are_equal(tmp_path, model_folder
     )
     monkeypatch.setattr(train.os, "dup2", lambda *_: None)
     arguments = ["--model", str(model_folders["A"]), "--prompt", "plain", "--steps", "4", "--rounds", "1", "--json"]
-    arguments += ["--curve-batch-size", "8", "--sequences", "2", "--length", "16", "--device", "cpu", "--threads", "1"]
+    arguments += ["--curve-batch-size", "8", "--sequences", "2", "--length", "16", "--device", "cpu"]
     assert train.main([*arguments, "--lr", "1e-3", "--output", str(tmp_path / "results")]) == 0
     result = json.loads(capsys.readouterr().out)
     (saved,) = (tmp_path / "results").iterdir()
@@ -41,17 +41,7 @@ def test_wrong_arguments_are_refused_in_one_line(arguments, text, capsys):
 
 @pytest.mark.gpu
 def test_the_benchmark_runs_unattended_on_a_gpu(tmp_path, model_folders, capsys):
-    argv = [
-        "--model",
-        str(model_folders["A"]),
-        "--prompt",
-        "plain",
-        "--steps",
-        "4",
-        "--rounds",
-        "2",
-        "--device",
-        "cuda",
-    ]
-    assert train.main([*argv, "--sequences", "2", "--length", "64", "--output", str(tmp_path), "--json"]) == 0
+    argv = ["--model", str(model_folders["A"]), "--prompt", "plain", "--steps", "4", "--rounds", "2", "--json"]
+    argv += ["--device", "cuda", "--sequences", "2", "--length", "64", "--output", str(tmp_path)]
+    assert train.main(argv) == 0
     assert json.loads(capsys.readouterr().out)["loss_difference"] < 1e-3

@@ -6,8 +6,8 @@ import pytest
 
 from corpora import sample
 from decode.collab import main
+from decode.pipeline.journal import Record
 from decode.pipeline.output import NBestWriter
-from decode.pipeline.record import Record
 from minillama.errors import exit_code
 
 PAIRS = sample()

@@ -224,7 +224,7 @@ def test_the_table_has_every_score_and_every_signature(files, capsys):
         ({"--hypothesis": "absent"}, "absent: no such file"),
         ({"--hypothesis": "latin1"}, "latin1:2: not valid UTF-8"),
         ({"--metrics": "bleu,bluert"}, "unknown metric 'bluert', expected some of bleu,chrf,chrf++,ter,bertscore"),
-        ({"--metrics": ","}, "no metric"),
+        ({"--metrics": ","}, "unknown metric ''"),
         ({"--target": "xx"}, "unknown language 'xx'"),
         ({"--samples": "0"}, "0 resamples"),
         ({"--hypothesis": "-", "--reference": "-"}, "'-' is given more than once"),

@@ -146,7 +146,7 @@ def test_results_are_written_where_they_were(path):
 @pytest.mark.parametrize(
     ("logits", "weights", "message"),
     [
-        ([torch.zeros(2, 5), torch.zeros(2, 6)], [1.0, 1.0], r"member 1 are \(2, 6\)"),
+        ([torch.zeros(2, 5), torch.zeros(2, 6)], [1.0, 1.0], r"member 1 must be \(2, 5\).* found \(2, 6\)"),
         ([torch.zeros(2, 5).double()], [1.0], "float64"),
         ([torch.zeros(5, 2).T], [1.0], "stride"),
         ([torch.zeros(2, 5)] * 9, [1.0] * 9, "1 to 8 members"),

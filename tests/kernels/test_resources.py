@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from kernels.resources import TARGETS, load_bytes, occupancy
+from kernels.resources import TARGETS, load_bytes
 
 FIRST_OF_EACH = """
 import json
@@ -47,7 +47,6 @@ def test_no_spills_and_wide_loads(arguments, targets):
             least = 8 if (row["kernel"], row["target"]) == ("row_linear", "gfx942") else 16
             assert row["load_bytes"] in ((least, 16) if row["aligned"] else (2,)), row
         assert 0 < row["registers"] <= 255, row
-        assert row["occupancy"] >= 0.125, row
 
 
 def test_load_width_is_read_from_the_instructions():
@@ -58,13 +57,6 @@ def test_load_width_is_read_from_the_instructions():
     assert load_bytes("cp.async.cg.shared.global [%r1 + 0], [%rd1 + 0], 0x10, %r2;\n" * 4) == 16
     amd = "global_load_dwordx4 v[0:3], v[4:5], off\n" * 4 + "global_load_dword v1, v[2:3], off sc1\n" * 9
     assert load_bytes(amd) == 16
-
-
-def test_occupancy_follows_the_scarcest_resource():
-    target = TARGETS["sm_90"]
-    assert occupancy(target, registers=32, shared=0, warps=8) == 1.0
-    assert occupancy(target, registers=128, shared=0, warps=8) == 0.25
-    assert occupancy(target, registers=32, shared=100 << 10, warps=8) == 0.25
 
 
 def test_interpreted_kernels_are_refused():

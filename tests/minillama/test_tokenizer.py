@@ -238,7 +238,7 @@ def test_a_saved_tokenizer_is_the_same(name, folders, loaded, tmp_path):
     [
         ("tokenizer.json", b"{", r"tokenizer\.json: not a tokenizer that can be read"),
         ("tokenizer.json", b'{"model": 3}', r"tokenizer\.json: not a tokenizer that can be read"),
-        ("tokenizer.model", b"", r"tokenizer\.model: empty"),
+        ("tokenizer.model", b"", r"tokenizer\.model: expected ranks"),
         ("tokenizer.model", b"YQ== 0\nnot base64! 1\n", r"tokenizer\.model:2: expected a base64 piece and its rank"),
         ("tokenizer.model", b"\nbroken", r"tokenizer\.model: not a tokenizer that can be read"),
         ("tokenizer.model", b"YQ== 0\nYg== 1\n", r"tokenizer\.model: expected ranks .* all 256 bytes"),

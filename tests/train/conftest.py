@@ -1,8 +1,11 @@
 """Files that the tests of commands train on."""
 
+from contextlib import contextmanager
+
 import pytest
 
 from corpora import sample
+from train.metrics import Reporter
 
 
 @pytest.fixture
@@ -13,3 +16,21 @@ def pairs_tsv(tmp_path):
     (tmp_path / "train.tsv").write_text("".join(lines[:32]), encoding="utf-8")
     (tmp_path / "valid.tsv").write_text("".join(lines[32:]), encoding="utf-8")
     return tmp_path
+
+
+@pytest.fixture
+def crash(monkeypatch):
+    """`with crash(step):` every run in it ends with an error after that step."""
+
+    @contextmanager
+    def crashing(at):
+        def step(self, number, *rest):
+            if number == at:
+                raise RuntimeError("crash")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Reporter, "step", step)
+            with pytest.raises(RuntimeError, match="crash"):
+                yield
+
+    return crashing

@@ -1,42 +1,28 @@
-"""A training run killed again and again: `python -m tests.train.kills --kills 25 --writes 8`.
+"""A training run killed again and again, for test_checkpoint.py.
 
 Each kill is SIGKILL, at a random moment after the start, after a checkpoint, or while one is being written (its
 temporary folder is there before the kill and still after it). The run is then resumed with --resume. In the end its
 weights and metrics.jsonl must be, byte for byte, those of an unbroken run.
 """
 
-import argparse
-import json
 import os
 import random
 import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
+from tiny import TINY
 
 from corpora import sample
-from minillama import Llama, LlamaConfig, Tokenizer
+from minillama import Llama, Tokenizer
 from train import sft
 from train.bpe import train_bpe
 
 # Large enough that a checkpoint takes some 50 ms to write, small enough for ten steps a second.
-SHAPE = LlamaConfig(
-    vocab_size=400,
-    hidden_size=192,
-    intermediate_size=512,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=48,
-    max_position_embeddings=128,
-    tie_word_embeddings=True,
-    bos_token_id=0,
-    eos_token_id=(1,),
-)
+SIZES = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "head_dim": 48}
+SHAPE = replace(TINY, max_position_embeddings=128, **SIZES)
 EVERY = 2  # steps between checkpoints
 
 
@@ -61,11 +47,8 @@ def arguments_of(folder: Path, output: Path, steps: int) -> list[str]:
 
 
 def prepare(folder: Path) -> None:
-    """A random model, its tokenizer, and 32 training and 8 validation pairs of the built-in sample."""
+    """A random model and its tokenizer."""
     pairs = sample()
-    lines = [f"{source}\t{target}\n" for source, target in zip(pairs.source, pairs.target)]
-    (folder / "train.tsv").write_text("".join(lines[:32]), encoding="utf-8")
-    (folder / "valid.tsv").write_text("".join(lines[32:40]), encoding="utf-8")
     train_bpe([*pairs.source, *pairs.target], SHAPE.vocab_size, ["English", "Japanese"], folder / "model")
     Llama(SHAPE).init_weights(0).write_files(folder / "model")
     Tokenizer.from_pretrained(folder / "model")
@@ -115,8 +98,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def kill_and_resume(folder: Path, kills: int, writes: int, seed: int, say=lambda text: None) -> list[Kill]:
-    """Train once unbroken and once with `kills` kills, `writes` of them while a checkpoint is written; compare.
+def kill_and_resume(folder: Path, kills: int, writes: int, seed: int) -> list[Kill]:
+    """Train on train.tsv of `folder` once unbroken and once with `kills` kills, `writes` of them during a checkpoint.
 
     Raises AssertionError where the two runs differ, or where the run ended before it had been killed so often.
     """
@@ -135,32 +118,10 @@ def kill_and_resume(folder: Path, kills: int, writes: int, seed: int, say=lambda
         kill = kill_one(argv, output, kind, chance)
         assert kill is not None, f"the run ended after {len(found)} kills; give it more steps"
         found.append(kill)
-        say(f"kill {len(found):2}: {kind:18} last checkpoint step {kill.saved_step:3}, writing: {kill.writing}")
+        print(f"kill {len(found):2}: {kind:18} last checkpoint step {kill.saved_step:3}, writing: {kill.writing}")
     assert sft.main(arguments) == 0
     for one, other in zip(*((run / "metrics.jsonl").open() for run in (folder / "unbroken", output)), strict=True):
         assert one == other
     assert (folder / "unbroken" / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
     assert not (output / "checkpoints").exists()
     return found
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Kill a training run again and again; compare it with one unbroken.")
-    parser.add_argument("--kills", type=int, default=25)
-    parser.add_argument("--writes", type=int, default=8, help="at least so many while a checkpoint is being written")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        found = kill_and_resume(Path(folder), arguments.kills, arguments.writes, arguments.seed, print)
-        lines = [json.loads(line) for line in (Path(folder) / "killed" / "metrics.jsonl").read_text().splitlines()]
-    writes = sum(kill.writing for kill in found)
-    print(
-        f"{len(found)} kills, {writes} while a checkpoint was being written; {lines[-1]['step']} steps: "
-        "model.safetensors and metrics.jsonl equal those of the unbroken run, byte for byte"
-    )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -31,9 +31,7 @@ def train(config: dict, settings: dict, positions: int, world) -> None:
     from train.trainer import Trainer
 
     chosen = Settings(epochs=2, checkpoint_every=1000, **settings)
-    model = Llama(LlamaConfig(**config)).init_weights(0).to(getattr(torch, chosen.dtype))
-    if chosen.lora_rank:
-        add_adapters(model, chosen)
+    model = add_adapters(Llama(LlamaConfig(**config)).init_weights(0).to(getattr(torch, chosen.dtype)), chosen)
     share = -(-chosen.batch_size // world.size)
     length = positions // min(chosen.micro_batch_size or share, share)
     generator = torch.Generator().manual_seed(0)

@@ -18,16 +18,8 @@ from train.distributed import Loss, full_tensor, shard, started, unsharded
 from train.metrics import Reporter
 from train.trainer import Trainer, target_loss
 
-RUN = Settings(
-    epochs=5,
-    lr=3e-3,
-    batch_size=5,
-    micro_batch_size=2,
-    schedule="cosine",
-    eval_every=6,
-    checkpoint_every=4,
-    keep="best",
-)
+OFTEN = {"eval_every": 6, "checkpoint_every": 4, "keep": "best"}
+RUN = Settings(epochs=5, lr=3e-3, batch_size=5, micro_batch_size=2, schedule="cosine", **OFTEN)
 EXAMPLES, HELD_OUT = 50, 7
 
 
@@ -38,7 +30,7 @@ class Stopping(Reporter):
         super().__init__(silent=True)
         self.at = at
 
-    def step(self, step, loss, tokens, targets):
+    def step(self, step, loss, tokens):
         if step == self.at:
             self.trainer.stop.made = True
 

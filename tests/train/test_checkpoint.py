@@ -4,6 +4,7 @@ import json
 import resource
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,16 +21,8 @@ from train.distributed import DistributedContext
 from train.metrics import Reporter
 from train.trainer import StopRequest, Trainer
 
-RUN = Settings(
-    epochs=3,
-    lr=1e-3,
-    batch_size=4,
-    checkpoint_every=3,
-    eval_every=2,
-    keep="best",
-    schedule="cosine",
-    keep_checkpoints=3,
-)
+EVERY = {"checkpoint_every": 3, "eval_every": 2, "keep": "best", "keep_checkpoints": 3}
+RUN = Settings(epochs=3, lr=1e-3, batch_size=4, schedule="cosine", **EVERY)
 
 
 class StopAt(Reporter):
@@ -39,7 +32,7 @@ class StopAt(Reporter):
         super().__init__(silent=True)
         self.at, self.crash, self.notes = at, crash, []
 
-    def step(self, step, loss, tokens, targets):
+    def step(self, step, loss, tokens):
         if step == self.at:
             if self.crash:
                 raise RuntimeError("crash")
@@ -71,6 +64,21 @@ def assert_equal_runs(output, weights, unbroken):
 
 def steps_of(output):
     return sorted(int(path.name[5:]) for path in (output / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("at", [2, 10])
+def test_a_run_that_crashed_resumes_to_the_same_bits(tmp_path, unbroken, at):
+    with pytest.raises(RuntimeError, match="crash"):
+        train(tmp_path, reporter=StopAt(at, crash=True))
+    # from other weights, if there is a checkpoint: everything must come from it
+    assert_equal_runs(tmp_path, train(tmp_path, resume=True, seed=2 if at == 2 else 7), unbroken)
+
+
+def test_resuming_with_other_settings_is_refused_by_name(tmp_path):
+    with pytest.raises(Interrupted):
+        train(tmp_path, reporter=StopAt(2))
+    with pytest.raises(InputError, match=r"lr \(was 0\.001, now 0\.01\)"):
+        train(tmp_path, resume=True, settings=replace(RUN, lr=0.01))
 
 
 @pytest.mark.parametrize("at", [1, 4, 12])
@@ -140,8 +148,8 @@ def test_a_checkpoint_whose_best_is_damaged_is_no_whole_one(tmp_path, capsys):
     for step, best in ((1, 1), (2, 2), (3, 2)):
         checkpoints.save(Progress(step=step, best_step=best), {"a": 1}, {"x": torch.zeros(9)}, wait=True)
     damage_bytes(tmp_path / "step-00000002")
-    found = Checkpoints(tmp_path, 3, DistributedContext()).newest(lambda fingerprint: None)
-    assert found.step == 1
+    found = Checkpoints(tmp_path, 3, DistributedContext()).newest()
+    assert found["progress"]["step"] == 1
     assert capsys.readouterr().err.count("step-00000002") == 2
 
 
@@ -186,7 +194,7 @@ def test_a_disk_that_is_full_for_the_metrics_says_so_too(tmp_path):
 
 def test_a_loss_that_is_not_finite_names_its_examples_and_keeps_the_last_good_checkpoint(tmp_path):
     class Poison(StopAt):
-        def step(self, step, loss, tokens, targets):
+        def step(self, step, loss, tokens):
             if step == 4:
                 with torch.no_grad():
                     self.trainer.model.model.norm.weight[0] = float("nan")
@@ -195,13 +203,13 @@ def test_a_loss_that_is_not_finite_names_its_examples_and_keeps_the_last_good_ch
     with pytest.raises(InputError, match=r"step 5: loss nan in micro-batch 1 of 2 \(examples \d+, \d+\)"):
         train(tmp_path, settings=settings, reporter=Poison())
     assert steps_of(tmp_path)[-1] == 4
-    found = Checkpoints(tmp_path / "checkpoints", 2, DistributedContext()).newest(lambda fingerprint: None)
-    assert found.step == 4
+    found = Checkpoints(tmp_path / "checkpoints", 2, DistributedContext()).newest()
+    assert found["progress"]["step"] == 4
 
 
 def test_a_spike_of_the_gradient_norm_is_reported_and_recorded(tmp_path):
     class Jolt(StopAt):
-        def step(self, step, loss, tokens, targets):
+        def step(self, step, loss, tokens):
             if step in (13, 14):
                 with torch.no_grad():
                     self.trainer.model.model.norm.weight.mul_(50.0 if step == 13 else 0.02)
@@ -236,11 +244,11 @@ def test_a_second_signal_interrupts_at_once():
             signal.raise_signal(signal.SIGINT)
 
 
-def test_a_run_that_is_killed_while_it_writes_a_checkpoint_ends_in_the_same_bytes(tmp_path):
-    kill_and_resume(tmp_path, kills=1, writes=1, seed=1)
+def test_a_run_that_is_killed_while_it_writes_a_checkpoint_ends_in_the_same_bytes(pairs_tsv):
+    kill_and_resume(pairs_tsv, kills=1, writes=1, seed=1)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_twenty_five_times_ends_in_the_same_bytes(tmp_path):
-    found = kill_and_resume(tmp_path, kills=25, writes=8, seed=2)
+def test_a_run_that_is_killed_twenty_five_times_ends_in_the_same_bytes(pairs_tsv):
+    found = kill_and_resume(pairs_tsv, kills=25, writes=8, seed=2)
     assert sum(kill.writing for kill in found) >= 5

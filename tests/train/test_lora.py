@@ -81,22 +81,11 @@ def test_gradients_of_an_adapter_are_those_of_the_merged_weight():
     assert torch.allclose(layer.lora_A.weight.grad, 1.5 * layer.lora_B.weight.T @ weight.grad)
 
 
-def test_a_killed_adapter_run_resumes_and_another_base_is_refused(tmp_path, pairs_tsv, model_folders, monkeypatch):
-    from train.metrics import Reporter
-
+def test_a_killed_adapter_run_resumes_and_another_base_is_refused(tmp_path, pairs_tsv, model_folders, crash):
     base, output = model_folders["A"], tmp_path / "two"
     assert sft.main(arguments(pairs_tsv, base, tmp_path / "one")) == 0
-    step = Reporter.step
-
-    def crash(self, number, *rest):
-        step(self, number, *rest)
-        if number == 12:
-            raise RuntimeError("crash")
-
-    monkeypatch.setattr(Reporter, "step", crash)
-    with pytest.raises(RuntimeError, match="crash"):
+    with crash(12):
         sft.main(arguments(pairs_tsv, base, output))
-    monkeypatch.setattr(Reporter, "step", step)
     with pytest.raises(InputError, match="frozen_weights"):
         sft.main(arguments(pairs_tsv, model_folders["B"], output, "--resume"))
     assert sft.main(arguments(pairs_tsv, base, output, "--resume")) == 0

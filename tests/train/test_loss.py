@@ -9,8 +9,8 @@ from train.packing import Example, collate, pack
 from train.trainer import target_loss
 
 
-def kept_bytes(model, batch):
-    """Bytes that autograd keeps between forward and backward, the weights apart."""
+def saved_bytes(model, batch):
+    """Bytes that autograd saves for backward, without weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
@@ -31,12 +31,12 @@ def test_checkpointed_activations_change_nothing_but_memory(layout):
     model, examples = tiny_model(3, num_hidden_layers=6), examples_of(12)
     batch = layout(examples)
     targets = sum(example.num_labels for example in examples)
-    plain, kept = loss_and_gradients(model, [batch], targets), kept_bytes(model, batch)
+    plain, kept = loss_and_gradients(model, [batch], targets), saved_bytes(model, batch)
     model.model.checkpoint_activations = True
     again = loss_and_gradients(model, [batch], targets)
     assert again[0] == plain[0]
     assert all(torch.equal(one, other) for one, other in zip(plain[1], again[1]))
-    assert kept_bytes(model, batch) < kept / 3
+    assert saved_bytes(model, batch) < kept / 3
 
 
 def test_mixed_precision_gives_nearly_the_same_gradients_in_the_weights_own_dtype():

@@ -145,7 +145,7 @@ def test_a_schedule_sees_every_target_once_an_epoch_on_any_number_of_ranks(packi
         Schedule(examples, replace(common, micro_batch_size=2), rank=rank, world_size=ranks) for rank in range(ranks)
     ]
     whole = Schedule(examples, common)
-    assert schedules[0].total_steps == whole.total_steps == whole.steps_in_epoch(0) + whole.steps_in_epoch(1)
+    assert schedules[0].total_steps == whole.total_steps
     seen = []
     for step in range(whole.total_steps):
         parts = [list(schedule.micro_batches(step)) for schedule in schedules]

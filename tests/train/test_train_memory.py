@@ -1,10 +1,12 @@
 """Predicted memory, against what autograd saves and against measured peaks."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 from peak import measured_peak
+from test_loss import saved_bytes
 
 from minillama import InputError, Llama, LlamaConfig
 from train import plan
@@ -12,53 +14,15 @@ from train.config import Settings
 from train.lora import add_adapters
 from train.memory import memory_of, shape_of
 from train.packing import Example, pack
-from train.trainer import target_loss
 
-SMALL = LlamaConfig(
-    vocab_size=1000,
-    hidden_size=256,
-    intermediate_size=640,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=32,
-    tie_word_embeddings=True,
-)
+# V, D, F, layers, H, K, C
+SMALL = LlamaConfig(1000, 256, 640, 4, 8, 2, 32, tie_word_embeddings=True)
 # 19.5 million parameters: large enough that a peak is far above what a process holds anyway.
-LARGE = {
-    "vocab_size": 16000,
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
-}
+LARGE = asdict(LlamaConfig(16000, 512, 1408, 4, 8, 2, 64, max_position_embeddings=4096, tie_word_embeddings=True))
 
 
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
-
-
-def saved_by_autograd(model, settings, positions):
-    """Bytes of every storage that a real forward pass saves, except the model's own."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    found, alive = {}, []
-
-    def save(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    batch = pack([Example(torch.randint(2, 900, (positions + 1,)).tolist(), 1)])
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(settings.compute_dtype))
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), autocast:
-        target_loss(model, batch)
-    return sum(found.values())
 
 
 @pytest.mark.parametrize(
@@ -75,10 +39,10 @@ def saved_by_autograd(model, settings, positions):
 )
 def test_activations_are_what_autograd_saves(given):
     settings = Settings(epochs=1, **given)
-    model = Llama(SMALL).init_weights(0).to(getattr(torch, settings.dtype))
-    if settings.lora_rank:
-        add_adapters(model, settings)
-    saved = saved_by_autograd(model, settings, 256)
+    model = add_adapters(Llama(SMALL).init_weights(0).to(getattr(torch, settings.dtype)), settings)
+    batch = pack([Example(torch.randint(2, 900, (257,)).tolist(), 1)])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(settings.compute_dtype)):
+        saved = saved_bytes(model, batch)
     assert memory_of(SMALL, settings, 256, 256).activations == pytest.approx(saved, rel=0.03)
 
 
@@ -109,7 +73,9 @@ def test_predicted_peaks_are_measured_within_a_tenth(shape, given, positions, ra
     assert predicted == pytest.approx(measured, rel=0.1)
 
 
-def test_a_plan_of_a_known_model_needs_no_file(capsys):
+def test_a_plan_reads_a_folder_or_needs_no_file_for_a_known_model(model_folders, capsys):
+    assert plan.main(["--model", str(model_folders["A"]), "--gpu-memory", "8", "--sequence-length", "96"]) == 0
+    assert "It fits into 8 GiB." in capsys.readouterr().out
     argv = ["--model", "meta-llama/Llama-3.2-1B", "--gpu-memory", "24"]
     assert plan.main([*argv, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -132,7 +98,7 @@ def test_the_known_shapes_have_their_models_numbers_of_parameters():
 
 @pytest.mark.parametrize(("ranks", "positions"), [(1, 8192), (3, 4096), (8, 2048)])
 def test_each_rank_computes_its_share_of_the_sequences(ranks, positions, capsys):
-    argv = ["--model", "meta-llama/Llama-3.1-8B", "--gpu-memory", "80", "--ranks", str(ranks), "--batch-size", "4"]
+    argv = ["--model", "meta-llama/Llama-3.2-1B", "--gpu-memory", "80", "--ranks", str(ranks), "--batch-size", "4"]
     assert plan.main([*argv, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["positions"] == positions
 
@@ -145,11 +111,6 @@ def test_wrong_arguments_of_plan_are_refused(words):
         plan.main(["--model", "meta-llama/Llama-3.2-1B", "--gpu-memory", "24", *words])
 
 
-def test_a_plan_of_a_folder_reads_its_configuration(model_folders, capsys):
-    assert plan.main(["--model", str(model_folders["A"]), "--gpu-memory", "8", "--sequence-length", "96"]) == 0
-    assert "It fits into 8 GiB." in capsys.readouterr().out
-
-
 def test_an_unknown_model_is_refused_with_the_known_ones():
     with pytest.raises(InputError, match=r"nobody/model.*meta-llama/Llama-3\.2-1B"):
         plan.main(["--model", "nobody/model", "--gpu-memory", "24"])
@@ -158,9 +119,6 @@ def test_an_unknown_model_is_refused_with_the_known_ones():
 def test_ranks_share_weights_gradients_and_optimizer():
     shape = shape_of("meta-llama/Llama-3.1-8B")
     one, eight = (memory_of(shape, Settings(epochs=1), 2048, 2048, ranks, "cuda") for ranks in (1, 8))
-    assert (eight.weights, eight.gradients, eight.optimizer) == (
-        one.weights // 8,
-        one.gradients // 8,
-        one.optimizer // 8,
-    )
+    for name in ("weights", "gradients", "optimizer"):
+        assert getattr(eight, name) == getattr(one, name) // 8
     assert one.peak / 8 < eight.peak < one.peak / 2

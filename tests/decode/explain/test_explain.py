@@ -11,7 +11,7 @@ from decode.engine.attribution import Explanation
 from decode.explain.page import ExplainedRun, PageWriter
 from decode.explain.text import in_colours, plain
 from decode.pipeline.config import Options
-from decode.pipeline.record import Record
+from decode.pipeline.journal import Record
 
 HOSTILE = "</script><script>alert(1)</script><!-- <b>\u2028 &amp; \"'\\ ]]> @@end@@ 文\U0001f600"
 

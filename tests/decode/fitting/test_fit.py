@@ -92,29 +92,27 @@ def by_scipy(value, count, l2=0.0, prior=1.0, bounds=None):
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.7, 0.4, -0.2), (0.5, 0.0, 0.0), (0.0, 0.0, 0.0)])
 def test_value_gradient_and_hessian_are_autograds_in_float64(data, texts, logits_TVN, weights):
     value, weights_N = naive(logits_TVN, texts[1]), torch.tensor(weights, dtype=torch.float64)
-    found = data.likelihood(np.array(weights))
+    found = data.objective(np.array(weights))
     assert data.tokens == len(logits_TVN) == sum(len(target) + 1 for target in texts[1])
-    assert found.nats_S.sum() / data.tokens == pytest.approx(value(weights_N).item(), rel=1e-6)
-    gradient_N = gradient_of(value, weights_N)
-    assert found.gradient_SN.sum(axis=0) / data.tokens == pytest.approx(gradient_N, abs=2e-5)
+    assert found.value == pytest.approx(value(weights_N).item(), rel=1e-6)
+    assert found.gradient_N == pytest.approx(gradient_of(value, weights_N), abs=2e-5)
     hessian_NN = torch.autograd.functional.hessian(value, weights_N).numpy()
-    assert found.hessian_SNN.sum(axis=0) / data.tokens == pytest.approx(hessian_NN, rel=1e-4, abs=2e-4)
-    assert data.nats(np.array(weights)) == pytest.approx(found.nats_S, abs=1e-3)
+    assert found.hessian_NN == pytest.approx(hessian_NN, rel=1e-4, abs=2e-4)
+    assert data.nats(np.array(weights)) == pytest.approx(data.derivatives(np.array(weights))[:, 0], abs=1e-3)
 
 
 def test_texts_have_their_own_sums(data, texts, logits_TVN):
     weights_N = np.array([0.7, 0.4, -0.2])
-    found, start = data.likelihood(weights_N), 0
+    found_SK, start = data.derivatives(weights_N), 0
     for index, target in enumerate(texts[1]):
-        here = slice(start, start + len(target) + 1)
-        start = here.stop
-        value = naive(logits_TVN[here], [target])
-        nats = value(torch.tensor(weights_N)).item() * (len(target) + 1)
-        assert found.nats_S[index] == pytest.approx(nats, abs=1e-3)
-        gradient_N = gradient_of(value, torch.tensor(weights_N)) * (len(target) + 1)
-        assert found.gradient_SN[index] == pytest.approx(gradient_N, abs=1e-3)
-        hessian_NN = torch.autograd.functional.hessian(value, torch.tensor(weights_N)).numpy() * (len(target) + 1)
-        assert found.hessian_SNN[index] == pytest.approx(hessian_NN, rel=1e-3, abs=5e-3)
+        tokens = len(target) + 1
+        value = naive(logits_TVN[start : start + tokens], [target])
+        start += tokens
+        hessian_NN = torch.autograd.functional.hessian(value, torch.tensor(weights_N)).numpy()
+        assert found_SK[index, 0] == pytest.approx(value(torch.tensor(weights_N)).item() * tokens, abs=1e-3)
+        gradient_N = gradient_of(value, torch.tensor(weights_N)) * tokens
+        assert found_SK[index, 1:4] == pytest.approx(gradient_N, abs=1e-3)
+        assert found_SK[index, 4:] == pytest.approx(hessian_NN.ravel() * tokens, rel=1e-3, abs=5e-3)
 
 
 def test_fitted_weights_are_scipys_on_the_same_logits_from_any_start(data, texts, logits_TVN):
@@ -146,8 +144,7 @@ def test_standard_errors_are_near_those_of_leaving_one_text_out(data):
     texts = 20
 
     def subset(kept_T):
-        hidden = tuple(hidden_TD[kept_T] for hidden_TD in data.hidden)
-        return replace(data, hidden=hidden, token_T=data.token_T[kept_T], text_T=data.text_T[kept_T], texts=texts)
+        return replace(data.select(kept_T), texts=texts)
 
     fit = fit_weights(subset(data.text_T < texts), np.ones(3), np.ones(3))
     without = []
@@ -163,7 +160,7 @@ def test_pull_and_bounds_are_scipys(data, texts, logits_TVN):
     value = naive(logits_TVN, texts[1])
     penalized = fit_weights(data, np.ones(3), np.ones(3), l2=0.5)
     assert penalized.weights_N == pytest.approx(by_scipy(value, 3, l2=0.5), abs=1e-4)
-    bounded = fit_weights(data, np.ones(3), np.ones(3), bounds=Bounds(np.zeros(3), np.full(3, np.inf)))
+    bounded = fit_weights(data, np.ones(3), np.ones(3), bounds=Bounds(low=0.0))
     assert bounded.weights_N == pytest.approx(by_scipy(value, 3, bounds=[(0, None)] * 3), abs=1e-4)
     assert bounded.weights_N[2] == 0.0
     assert np.isnan(bounded.error_N).tolist() == [False, False, True]

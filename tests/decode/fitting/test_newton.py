@@ -62,7 +62,7 @@ def test_the_minimum_is_scipys_from_near_and_far(seed, members, far):
 @given(st.integers(0, 10_000), st.floats(-0.5, 0.09), st.floats(0.1, 0.3), st.sampled_from([0.0, 0.05]))
 def test_within_bounds_the_minimum_is_scipys_and_no_gradient_points_inside(seed, low, high, l2):
     function, prior_N = log_linear(seed, members=4), np.full(4, 0.25)
-    found = minimise(function, prior_N, prior_N, l2, Bounds(np.full(4, low), np.full(4, high)))
+    found = minimise(function, prior_N, prior_N, l2, Bounds(low, high))
     expected_N = by_scipy(function, np.full(4, low), l2, prior_N, [(low, high)] * 4)
     assert found.point.weights_N == pytest.approx(expected_N, abs=1e-5)
     assert found.gradient_norm <= 1e-6

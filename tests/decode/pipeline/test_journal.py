@@ -9,13 +9,12 @@ from hypothesis import strategies as st
 from decode.pipeline.journal import (
     Journal,
     JournalReader,
+    Record,
     journal_path,
-    open_journal,
     rank_path,
     read_records,
     remove_journal,
 )
-from decode.pipeline.record import Record
 from minillama import InputError
 
 RUN = {"input": "3 lines", "max_new_tokens": 12}
@@ -23,7 +22,8 @@ RUN = {"input": "3 lines", "max_new_tokens": 12}
 
 def write_journal(path, count, run=RUN):
     records = [Record(line, f"文 {line}\u2028", [line, 7], [-0.1 * line, -1e-7], "stop") for line in range(count)]
-    with open_journal(path, run, None)[0] as journal:
+    with Journal(path) as journal:
+        journal.open_run(run, None)
         for record in records:
             journal.write(record)
     return records
@@ -45,9 +45,8 @@ def test_complete_records_before_a_damaged_end_count(tmp_path, cut, tail):
     kept = content[: cut % (len(content) + 1)]
     path.write_bytes(kept + tail)
     complete = max(0, kept.count(b"\n") - 1)
-    journal, done = open_journal(path, RUN, True)
-    with journal:
-        assert done == set(range(complete))
+    with Journal(path) as journal:
+        assert journal.open_run(RUN, True) == set(range(complete))
         for record in records[complete:]:
             journal.write(record)
         assert list(read_records(path)) == records
@@ -61,19 +60,15 @@ def test_the_files_of_all_ranks_count_until_the_run_ends(tmp_path):
     with Journal(rank_path(path, 1)) as other:
         other.start(RUN)
         other.write(nine)
-        other.end({"steps": 3})
     reader = JournalReader(rank_path(path, 1))
     assert list(reader.new_records()) == [nine]
     assert list(reader.new_records()) == []
-    assert reader.stats == {"steps": 3}
     with Journal(rank_path(path, 1)) as other:  # a resumed run, which has not ended
         other.start(RUN)
         other.write(records[0])
     assert list(reader.new_records()) == [records[0]]
-    assert reader.stats == {}
-    journal, done = open_journal(path, RUN, True)
-    with journal:
-        assert done == {0, 1, 9}
+    with Journal(path) as journal:
+        assert journal.open_run(RUN, True) == {0, 1, 9}
     remove_journal(path)
     assert not list(tmp_path.iterdir())
 
@@ -81,21 +76,21 @@ def test_the_files_of_all_ranks_count_until_the_run_ends(tmp_path):
 def test_the_journal_of_another_run_is_refused_with_the_differences(tmp_path):
     path = tmp_path / "hyp.txt.journal"
     records = write_journal(path, 2)
-    with pytest.raises(InputError, match=r"max_new_tokens was 12, is 13, beam was not there, is 4; --no-resume"):
-        open_journal(path, {**RUN, "max_new_tokens": 13, "beam": 4}, True)
-    with pytest.raises(InputError, match="2 finished sentences of a run that did not end; --resume"):
-        open_journal(path, RUN, None)
+    with Journal(path) as journal:
+        with pytest.raises(InputError, match=r"max_new_tokens was 12, is 13, beam was not there, is 4; --no-resume"):
+            journal.open_run({**RUN, "max_new_tokens": 13, "beam": 4}, True)
+        with pytest.raises(InputError, match="2 finished sentences of a run that did not end; --resume"):
+            journal.open_run(RUN, None)
     assert list(read_records(path)) == records
-    journal, done = open_journal(path, {"input": "others"}, False)
-    with journal:
-        assert not done
+    with Journal(path) as journal:
+        assert not journal.open_run({"input": "others"}, False)
     assert not path.exists()
 
 
 def test_two_runs_never_write_one_output(tmp_path):
     path = tmp_path / "hyp.txt.journal"
-    with open_journal(path, RUN, None)[0], pytest.raises(InputError, match="another run is writing this output now"):
-        open_journal(path, RUN, True)
+    with Journal(path), pytest.raises(InputError, match="another run is writing this output now"):
+        Journal(path)
     assert not path.exists()
 
 

@@ -11,9 +11,10 @@ from processes import arguments, outcome
 
 from decode.collab import main
 from decode.engine.kv_slots import KVSlots
-from decode.pipeline.members import EnsembleSpec, load_ensemble, open_members
-from decode.pipeline.memory import MemoryBudget, available, format_size, max_positions, parse_size
-from decode.pipeline.placement import Placement, fastest_weight_dtype, placements, tp_sizes
+from decode.engine.sequence import Sequence
+from decode.pipeline.members import EnsembleSpec, open_members
+from decode.pipeline.memory import MemoryBudget, available, format_size, parse_size
+from decode.pipeline.placement import Placement, fastest_weight_dtype, placements
 from minillama import InputError, Llama
 from minillama.errors import exit_code
 
@@ -52,9 +53,11 @@ def test_devices_that_name_nothing_are_refused(device, named):
 
 
 def test_tensor_parallel_sizes_are_for_all_members_or_by_name(monkeypatch):
-    assert tp_sizes("1", ["L", "S"]) == {"L": 1, "S": 1}
-    assert tp_sizes("4", ["L", "S"]) == {"L": 4, "S": 4}
-    assert tp_sizes("L=2", ["L", "S"]) == {"L": 2, "S": 1}
+    def place(text, device="cpu"):
+        return placements(device, None, ["L", "S"], tensor_parallel=text)
+
+    for text, sizes in (("1", [1, 1]), ("4", [4, 4]), ("L=2", [2, 1])):
+        assert [placement.tp_size for placement in place(text).values()] == sizes
     for text, named in (
         ("L=2,S=4", "one number"),
         ("0", "0 is no number"),
@@ -62,23 +65,23 @@ def test_tensor_parallel_sizes_are_for_all_members_or_by_name(monkeypatch):
         ("X=2", "X is no model"),
     ):
         with pytest.raises(InputError, match=named):
-            tp_sizes(text, ["L", "S"])
+            place(text)
     gpus(monkeypatch, 2)
-    assert placements("L=cuda,S=cuda:1", None, ["L", "S"], tp_sizes={"L": 2, "S": 1})["L"].tp_size == 2
+    assert place("L=2", "L=cuda,S=cuda:1")["L"].tp_size == 2
     with pytest.raises(InputError, match="2 processes share S, each with a GPU of its own"):
-        placements("L=cuda,S=cuda:1", None, ["L", "S"], tp_sizes={"L": 1, "S": 2})
+        place("S=2", "L=cuda,S=cuda:1")
 
 
 def test_a_folder_named_twice_is_read_once_for_each_placement(model_folders, monkeypatch):
-    members = open_members({"A": str(model_folders["A"]), "B": str(model_folders["A"])}, None, None)
+    folders = {"A": str(model_folders["A"]), "B": str(model_folders["A"])}
+    spec = EnsembleSpec(folders, {"A": 1.0, "B": 0.5}, {"A": CPU, "B": CPU}, open_members(folders, None, None))
     read = []
     load = Llama.from_pretrained
     monkeypatch.setattr(Llama, "from_pretrained", lambda *args: read.append(args) or load(*args))
-    weights = {"A": 1.0, "B": 0.5}
-    ensemble, _ = load_ensemble(members, weights, {"A": CPU, "B": CPU})
+    ensemble, _ = spec.load()
     assert len(read) == 1
     assert ensemble.members[0].model is ensemble.members[1].model
-    ensemble, _ = load_ensemble(members, weights, {"A": CPU, "B": replace(CPU, weight_dtype="int8")})
+    ensemble, _ = replace(spec, placements={"A": CPU, "B": replace(CPU, weight_dtype="int8")}).load()
     assert len(read) == 3
     assert [member.model.weight_dtype for member in ensemble.members] == ["float32", "int8"]
 
@@ -102,12 +105,12 @@ def test_the_budget_counts_the_weights_and_caches_that_are_made(model_folders):
     @settings(max_examples=20)
     @given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=6), st.integers(1, 40))
     def check(lengths, new):
-        prompts = [([2] * first, [2] * second) for first, second in lengths]
-        positions = max_positions(prompts, spec.members, new)
+        sequences = [Sequence(([2] * first, [2] * second), max_new_tokens=new) for first, second in lengths]
+        positions = MemoryBudget(spec, "0").max_positions(sequences)
         slot = sum(cache.entries_LBSEKC.nbytes for cache in KVSlots(models, 1, positions, [[], []]).caches)
 
         def fit(budget, batch_size, may_lower):
-            return MemoryBudget(spec, str(budget)).fit(prompts, new, batch_size, may_lower)
+            return MemoryBudget(spec, str(budget), may_lower=may_lower).fit(sequences, batch_size)
 
         budget = weights + 6 * slot  # one of them is for the shared prefix
         assert fit(budget, 4, may_lower=False)[0] == 4

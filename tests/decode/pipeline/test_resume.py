@@ -41,7 +41,7 @@ def test_a_run_whose_sentences_are_all_finished_loads_no_weights(model_folders, 
     assert main(arguments(model_folders, source)) == 0
     monkeypatch.undo()
     (source / "hyp.txt").write_text("half a li")
-    monkeypatch.setattr("decode.pipeline.members.load_ensemble", None)
+    monkeypatch.setattr("decode.pipeline.members.EnsembleSpec.load", None)
     assert main(arguments(model_folders, source, "--resume")) == 0
     assert outcome(source) == expected
 

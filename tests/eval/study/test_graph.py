@@ -12,8 +12,8 @@ import pytest
 
 from eval.study.config import Run
 from eval.study.graph import Artifact, Input, Named, Step, Store, Text, in_order
-from eval.study.runner import Runner, StepFailed
-from minillama.errors import Interrupted
+from eval.study.runner import Runner
+from minillama.errors import InputError, Interrupted
 
 WRITER = """
 import pathlib, sys, time
@@ -79,22 +79,22 @@ def test_equal_steps_are_one_and_inputs_come_first():
 def test_each_step_runs_once_after_its_inputs(store, jobs):
     a, b = step("a"), step("b")
     steps = in_order([step("d", inputs=[step("c", inputs=[a, b]), a])])
-    Runner(store, Run(jobs=jobs), quiet=True).run(steps)
+    Runner(store, Run(jobs=jobs)).run(steps)
     assert sorted(order(store)) == ["a", "b", "c", "d"]
     assert order(store).index("c") > max(order(store).index("a"), order(store).index("b"))
     assert store.path(Artifact(steps[-1])).read_text() == "dcaba"
     done = store.done(steps[-1])
     assert done["key"] == steps[-1].key
     assert done["peak_memory_bytes"] > 0
-    Runner(store, Run(jobs=jobs), quiet=True).run(steps)
+    Runner(store, Run(jobs=jobs)).run(steps)
     assert len(order(store)) == 4
 
 
 def test_a_step_that_fails_stops_what_needs_it_and_keeps_the_rest(store):
     good, bad = step("good"), Step("bad", "data", ("no_such_module",))
     steps = in_order([good, step("after", inputs=[bad]), step("other", inputs=[good])])
-    with pytest.raises(StepFailed, match=r"bad: exit code 1 \(.*no_such_module.*\); see .*log.txt"):
-        Runner(store, Run(jobs=1), quiet=True).run(steps)
+    with pytest.raises(InputError, match=r"bad: exit code 1 \(.*no_such_module.*\); see .*log.txt"):
+        Runner(store, Run(jobs=1)).run(steps)
     assert store.is_done(good)
     assert not store.is_done(bad)
     assert "after" not in order(store)
@@ -105,12 +105,12 @@ def test_an_interruption_ends_the_command_and_tells_how_to_resume(store):
     started = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
     started.start()
     with pytest.raises(Interrupted, match="0 of 1 steps done; the same command resumes"):
-        Runner(store, Run(), quiet=True).run(steps)
+        Runner(store, Run()).run(steps)
     assert not store.is_done(steps[0])
 
 
 def _run(work, steps):
-    Runner(Store(work), Run(), quiet=True).run(steps)
+    Runner(Store(work), Run()).run(steps)
 
 
 def test_two_runs_at_once_do_a_step_once(store):
@@ -135,6 +135,6 @@ def test_the_command_keeps_the_lock_of_a_runner_that_was_killed(store):
     os.kill(other.pid, signal.SIGKILL)
     other.join()
     assert lock.exists()
-    Runner(store, Run(), quiet=True).run(steps)
+    Runner(store, Run()).run(steps)
     assert order(store) == ["slow", "slow"]
     assert json.loads((store.folder(steps[0]) / "done.json").read_text())["seconds"] >= 1

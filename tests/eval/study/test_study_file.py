@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from eval.study.config import read_study
-from eval.study.expressions import EXPRESSIONS, members
+from eval.study.expressions import EXPRESSIONS
 from minillama import InputError
 
 STUDIES = Path(__file__).resolve().parents[3] / "eval"
@@ -40,10 +40,14 @@ def test_every_study_in_the_repository_reads(name):
     [
         ('small = "S"', 'smal = "S"', "unknown key smal; did you mean small?"),
         ('title = "t"', "title = 3", "title is 3; it must be a text in quotes"),
-        ('larges = ["L"]', 'larges = ["M"]', "no [models.'M']"),
+        ('larges = ["L"]', 'larges = ["M"]', "larges names M; known are S, L"),
         ('source = "l"', "layers = 2", "models.L needs one of source, module, first_layers_of and config"),
         ('source = "l"', 'source = "l"\nsorce = "l"', "unknown key models.L.sorce; did you mean models.L.source?"),
-        ('directions = ["ja-en"]', 'directions = ["de-en"]', "corpora.c.directions has de-en"),
+        (
+            'directions = ["ja-en"]',
+            'directions = ["de-en"]',
+            "corpora.c.directions names de-en; known are ja-en, en-ja",
+        ),
         ("cpt = { files", "cpt = { lines = [3, 2], files", "corpora.c.cpt.lines is [3, 2]"),
         ('test = { files = "a.{language}" }', "test = {}", "corpora.c.test needs either split or files"),
         ("fits = []", 'fits = ["likelihood"]', "corpora.c has no dev"),
@@ -71,6 +75,6 @@ def test_the_least_study_reads(tmp_path):
 
 def test_the_papers_expressions_name_its_models():
     assert len(EXPRESSIONS) == 9
-    assert members(EXPRESSIONS["proxy-half"].combine) == ["L", "S_srcMT", "S_tgtMT", "S_all"]
+    assert list(EXPRESSIONS["proxy-half"].weights) == ["L", "S_srcMT", "S_tgtMT", "S_all"]
     known = {"L", "S_all", "S_MT", "S_srcMT", "S_tgtMT"}
-    assert all(set(members(expression.combine)) <= known for expression in EXPRESSIONS.values())
+    assert all(set(expression.weights) <= known for expression in EXPRESSIONS.values())

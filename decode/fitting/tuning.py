@@ -23,9 +23,9 @@ from decode.fitting.hidden_states import hidden_states
 from decode.fitting.newton import Array, Bounds
 from decode.pipeline.config import Options, named_folders
 from decode.pipeline.journal import folder_digest
-from decode.pipeline.members import EnsembleSpec, MemberSpec, encode_pair, open_members
+from decode.pipeline.members import EnsembleSpec, MemberSpec, encode_pair
 from decode.pipeline.output import check_writable
-from decode.pipeline.placement import listed, per_member, placements
+from decode.pipeline.placement import listed
 from decode.pipeline.report import finite, versions
 from decode.pipeline.weights_file import combination, write_weights
 from minillama.errors import InputError
@@ -42,10 +42,9 @@ class Pairs:
     skipped: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
-        parts = [f"{len(self.targets):,} pairs"]
-        parts += [f"{self.blank:,} blank"] if self.blank else []
-        parts += [f"{len(self.skipped):,} too long (line {self.skipped[0]}…)"] if self.skipped else []
-        return ", ".join(parts)
+        blank = f", {self.blank:,} blank" if self.blank else ""
+        skipped = f", {len(self.skipped):,} too long (line {self.skipped[0]}…)" if self.skipped else ""
+        return f"{len(self.targets):,} pairs{blank}{skipped}"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -53,7 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     options = Options(arguments.source, arguments.target, batch_size=arguments.batch_size, too_long=arguments.too_long)
     if not 0 <= arguments.l2 < float("inf"):
         raise InputError(f"--l2 {arguments.l2:g}: expected a number of 0 or more")
-    files = [arguments.input, arguments.reference, *(arguments.held_out or ())]
+    texts = [(arguments.input, arguments.reference), *([arguments.held_out] if arguments.held_out else [])]
+    files = [file for pair in texts for file in pair]
     if files.count("-") > 1:
         raise InputError("standard input is given more than once; only one text can be read from it")
     if arguments.output == "-":
@@ -63,27 +63,22 @@ def run(arguments: argparse.Namespace) -> int:
     folders = named_folders(arguments.model)
     names = list(folders)
     prior_N = _vector(combination(arguments, names), names)
-    bounds = _bounds(arguments.bounds, len(names))
-    against = _against(arguments.against, names, prior_N)
-    where = placements(arguments.device, arguments.dtype, names, options.batch_size)
-    prompts, chats = per_member(arguments.prompt, names, "--prompt"), per_member(arguments.chat, names, "--chat")
-    members = open_members(folders, prompts, chats)
-    models = EnsembleSpec(folders, dict.fromkeys(names, 1.0), where, members)
-    pairs = read_pairs(arguments.input, arguments.reference, members, options)
-    others = read_pairs(arguments.held_out[0], arguments.held_out[1], members, options) if arguments.held_out else None
+    bounds, against = _bounds(arguments.bounds), _against(arguments.against, names, prior_N)
+    models = EnsembleSpec.from_arguments(arguments, options.batch_size, weights=dict.fromkeys(names, 1.0))
+    members, where = models.members, models.placements
+    pairs, *others = [read_pairs(source, reference, members, options) for source, reference in texts]
     sum_of_models, devices = models.describe()
-    texts = f"{pairs} of {display_name(arguments.input)}, {options.source} to {options.target}"
-    _log(f"weights of {sum_of_models}: {texts}, {devices}")
+    read = f"{pairs} of {display_name(arguments.input)}, {options.source} to {options.target}"
+    _log(f"weights of {sum_of_models}: {read}, {devices}")
 
     ensemble, seconds = models.load()
     _log(f"loaded in {seconds:.1f} s")
     started = time.perf_counter()
-    data = hidden_states(ensemble, pairs.prompts, pairs.targets, options.batch_size)
-    data, end = data.with_end(prior_N)
+    data, end = hidden_states(ensemble, pairs.prompts, pairs.targets, options.batch_size).with_end(prior_N)
     held_out = None
-    if others is not None:
-        held_out = hidden_states(ensemble, others.prompts, others.targets, options.batch_size, data.output)
-        held_out, _ = held_out.with_end(prior_N)
+    for other in others:
+        states = hidden_states(ensemble, other.prompts, other.targets, options.batch_size, data.output)
+        held_out, _ = states.with_end(prior_N)
     del ensemble
     read_seconds = time.perf_counter() - started
     _log(f"{data.tokens:,} tokens with ends read in {read_seconds:.1f} s")
@@ -95,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     report = describe_fit(fit, data, names)
     report["fit"] |= {
         "l2": arguments.l2,
-        "bounds": [float(bounds.low_N[0]), float(bounds.high_N[0])] if arguments.bounds else None,
+        "bounds": [bounds.low, bounds.high] if arguments.bounds else None,
         "centre": format_sum(prior_N, names),
         "end_token": end,
         "seconds": round(time.perf_counter() - started, 3),
@@ -117,8 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
         },
         "prompts": {member.name: member.prompt.name for member in members},
         "chat": {member.name: member.chat.name for member in members},
-        "device": listed({name: device_name(place.device) for name, place in where.items()}),
-        "dtype": listed({name: place.weight_dtype for name, place in where.items()}),
+        "device": listed({name: device_name(placement.device) for name, placement in where.items()}),
+        "dtype": listed({name: placement.weight_dtype for name, placement in where.items()}),
         "versions": versions(),
     }
     if arguments.output:
@@ -143,9 +138,9 @@ def read_pairs(source: str, reference: str, members: Sequence[MemberSpec], optio
         prompts, target = encode_pair(sentence, translation, members, options, f"{names[1]}:{line}")
         if prompts is None:
             pairs.skipped.append(line)
-            continue
-        pairs.prompts.append(prompts)
-        pairs.targets.append(target)
+        else:
+            pairs.prompts.append(prompts)
+            pairs.targets.append(target)
     if not pairs.targets:
         raise InputError(f"{names[0]}: no pairs to fit on, expected sentences with translations")
     return pairs
@@ -155,24 +150,21 @@ def _vector(weights: dict[str, float], names: Sequence[str]) -> Array:
     return np.array([weights.get(name, 0.0) for name in names])
 
 
-def _bounds(text: str | None, count: int) -> Bounds:
-    if text is None:
-        return Bounds.none(count)
+def _bounds(text: str | None) -> Bounds:
     try:
-        low, high = (rounded(float(part)) for part in text.split(","))
+        low, high = (rounded(float(part)) for part in (text or "-inf,inf").split(","))
     except ValueError:
         raise InputError(f"--bounds {text}: expected LOW,HIGH, such as 0,1 or -0.5,inf") from None
     if not low <= high or low == float("inf") or high == -float("inf"):
         raise InputError(f"--bounds {text}: expected two numbers, the first not above the second")
-    return Bounds(np.full(count, low), np.full(count, high))
+    return Bounds(low, high)
 
 
 def _against(expressions: Sequence[str] | None, names: Sequence[str], prior_N: Array) -> dict[str, Array]:
     """Weights by expression."""
-    first, *others = names
     if expressions is None:
-        halves = [f"{first} + " + " + ".join(f"0.5*{name}" for name in others)] if others else []
-        expressions = [format_sum(prior_N, names), " + ".join(names), *halves, *names]
+        halves = " + 0.5*".join(names)
+        expressions = [format_sum(prior_N, names), " + ".join(names), halves, *names]
     return {text: _vector(parse(text, names, all_used=False), names) for text in dict.fromkeys(expressions)}
 
 
