@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_refused():
     hidden, output = tensors(2, 10, (4, 6), [torch.float32] * 2, 0, "cpu")
     with pytest.raises(ValueError, match=r"member 0 must be \(10, 4\).* found \(10, 6\)"):
         fused_head(hidden, output[::-1], [1.0, 1.0])
-    with pytest.raises(ValueError, match="member 0 must be .*float32 .* found .*bfloat16"):
+    with pytest.raises(ValueError, match=r"member 0 must be .*float32 .* found .*bfloat16"):
         fused_head(hidden, (output[0].bfloat16(), output[1]), [1.0, 1.0])
     with pytest.raises(ValueError, match="must not be zero"):
         fused_head(hidden, output, [1.0, 0.0])

@@ -1,13 +1,9 @@
 """A model whose layers are Triton kernels, here in the interpreter, computes what the model computes."""
 
-import os
-
 import pytest
 import torch
 from tiny import tiny_model, with_noise
 
-if not torch.cuda.is_available():  # read when a kernel is defined
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
 from decode.model.batch import DecodeBatch, DecodeTables, ForwardBatch, Segment
