@@ -1,4 +1,4 @@
-"""For every test: no hub, and small models that several folders share."""
+"""For every test: no hub, interpreted Triton without a GPU, and small models that several folders share."""
 
 import os
 
@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, whose own functions it also changes
+
 from hypothesis import settings
 from real import smollm2_in
 from tiny import TINY, tiny_model

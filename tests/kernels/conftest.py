@@ -1,14 +1,7 @@
 """Where the Triton kernels run in these tests: on the GPU if there is one (marked `gpu`), interpreted otherwise."""
 
-import os
-
-import torch
-
-# Read when a kernel is defined, so it must be set before the first import of one.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import pytest
+import torch
 from hypothesis import settings
 
 settings.register_profile("kernels", deadline=None, derandomize=True, print_blob=True)

@@ -43,8 +43,9 @@ def test_a_left_out_members_logits_are_not_used(path):
             assert torch.equal(getattr(result, name)[used, row], getattr(alone, name)[:, 0]), name
             left_out = [number for number in range(3) if number not in used]
             assert getattr(result, name)[left_out, row].isnan().all(), name
-    logits[1].fill_(torch.nan)  # and where the weight of zero is shared
-    assert torch.equal(fused_logits(logits[:2], [0.5, 0.0]).logprob, fused_logits(logits[:1], [0.5]).logprob)
+    healthy, broken = logits[0].nan_to_num(0.0, 0.0, 0.0), torch.full_like(logits[1], torch.nan)
+    shared = fused_logits([healthy, broken], [0.5, 0.0])  # of weight zero in every sequence
+    assert torch.equal(shared.logprob, fused_logits([healthy], [0.5]).logprob)
 
 
 def test_weights_that_are_all_zero_are_flagged_where_nobody_can_look_at_them(path):

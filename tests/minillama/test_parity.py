@@ -128,7 +128,6 @@ def test_both_forms_of_rope_settings_are_one_model(rope_type, random_model, tmp_
     official["rope_scaling"] = settings if rope_type == "llama3" else None
     (tmp_path / "config.json").write_text(json.dumps(official))
     assert (Llama.from_pretrained(tmp_path)(tokens) - expected).abs().max() < TOLERANCE
-    # transformers reads the official form too.
     assert (LlamaForCausalLM.from_pretrained(tmp_path)(tokens).logits - expected).abs().max() < TOLERANCE
 
 

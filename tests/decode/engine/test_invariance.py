@@ -3,13 +3,10 @@ order, with speculation; under `invariant` to the bit, without it but for ties.
 
     pytest -m slow -s tests/decode/engine/test_invariance.py
 
-COLLAB_INVARIANCE_INPUT names a file of Japanese sentences, of which the first 200 are used (default: the sample's).
 Random models are in test_engine.py and test_speculative.py, several processes in pipeline/test_distributed.py.
 """
 
-import os
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,11 +29,7 @@ ROUNDINGS, ABSOLUTE = 16, 1e-5  # of a tie: docs/bench.md
 
 
 def sentences():
-    given = os.environ.get("COLLAB_INVARIANCE_INPUT")
-    more = [f"{first}{second}" for first in SAMPLE for second in SAMPLE[20:40]]
-    lines = Path(given).read_text(encoding="utf-8").splitlines() if given else [*SAMPLE, *more]
-    assert len(lines) >= COUNT
-    return lines[:COUNT]
+    return [*SAMPLE, *(f"{first}{second}" for first in SAMPLE for second in SAMPLE[20:40])][:COUNT]
 
 
 def decoded(ensemble, prompts, way):

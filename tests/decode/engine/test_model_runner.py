@@ -48,8 +48,8 @@ def test_only_large_members_on_several_threads_run_side_by_side(two_threads, mon
     monkeypatch.setattr("decode.engine.model_runner.MEMBER_THREAD_BYTES", Ensemble(models).models[0].nbytes)
     assert side_by_side(Ensemble(models))
     assert not side_by_side(Ensemble(models, member_threads=False))
-    assert not side_by_side(Ensemble({"L": models["L"]}))
-    assert not side_by_side(Ensemble(models | {"T": tiny_model(2, num_hidden_layers=1)}))
+    for others in ({"L": models["L"]}, models | {"T": tiny_model(2, num_hidden_layers=1)}):
+        assert not side_by_side(Ensemble(others))
     torch.set_num_threads(1)
     assert not side_by_side(Ensemble(models))
 

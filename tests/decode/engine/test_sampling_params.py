@@ -88,7 +88,7 @@ KINDS = [(1.0, 0, 1.0), (1.4, 5, 1.0), (0.7, 0, 0.9), (2.0, 8, 0.8)]
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "samples"),
-    [(2.0, 8, 0.8, 400), *(pytest.param(*kind, 4000, marks=pytest.mark.slow) for kind in KINDS)],
+    [(2.0, 8, 0.8, 600), *(pytest.param(*kind, 4000, marks=pytest.mark.slow) for kind in KINDS)],
 )
 def test_samples_have_the_combined_distribution_with_and_without_speculation(
     models, references, temperature, top_k, top_p, samples

@@ -1,13 +1,9 @@
 """A model whose layers are Triton kernels, here in the interpreter, computes what the model computes."""
 
-import os
-
 import pytest
 import torch
 from tiny import tiny_model, with_noise
 
-if not torch.cuda.is_available():  # read when a kernel is defined
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
 from decode.model.batch import DecodeBatch, DecodeTables, ForwardBatch, Segment
@@ -55,16 +51,14 @@ def test_its_logits_are_the_models_own(monkeypatch, shape, dtype, within):
 
 
 MODES = [(1, False), (3, False), (3, True)]
+CASES = [(*mode, shape, *kind) for mode in MODES for shape in SHAPES for kind in (FLOAT32, BFLOAT16)]
+PLAIN = [*((*mode, "grouped", *FLOAT32) for mode in MODES), *((*mode, "biases", *FLOAT32) for mode in MODES[:2])]
+PLAIN.append((3, False, "grouped", *BFLOAT16))
 
 
 @pytest.mark.parametrize(
     ("slots", "invariant", "shape", "dtype", "within"),
-    [
-        *((*mode, "grouped", *FLOAT32) for mode in MODES),
-        *((*mode, "biases", *FLOAT32) for mode in MODES[:2]),
-        (3, False, "grouped", *BFLOAT16),
-        *(slow(*mode, shape, *kind) for mode in MODES for shape in SHAPES for kind in (FLOAT32, BFLOAT16)),
-    ],
+    [*PLAIN, *(slow(*case) for case in CASES if case not in PLAIN)],
 )
 @torch.inference_mode()
 def test_steps_of_a_graph_have_the_models_own_logits(monkeypatch, slots, invariant, shape, dtype, within):
