@@ -32,15 +32,7 @@ class KVCache:
         shape = (config.num_hidden_layers, batch_size, capacity, 2, config.num_key_value_heads, config.head_dim)
         self.entries_LBSEKC = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.filled = 0
-
-    @property
-    def batch_size(self) -> int:
-        return self.entries_LBSEKC.shape[1]
-
-    @property
-    def capacity(self) -> int:
-        return self.entries_LBSEKC.shape[2]
+        self.batch_size, self.capacity, self.filled = batch_size, capacity, 0
 
     @staticmethod
     def bytes_per_position(config: LlamaConfig, dtype: torch.dtype) -> int:

@@ -93,5 +93,4 @@ def stop_tokens(chat: ChatFormat, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def _pieces(template: tuple[str, ...], role: str, tokenizer: Tokenizer) -> list[int | str]:
     """Control tokens as ids, the rest as text."""
-    tokens = ((piece, tokenizer.special(piece)) for piece in template)
-    return [piece.replace("{role}", role) if token is None else token for piece, token in tokens]
+    return [tokenizer.specials.get(piece, piece.replace("{role}", role)) for piece in template]

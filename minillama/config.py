@@ -92,12 +92,10 @@ class LlamaConfig:
         for name in ("dim", "n_heads", "n_layers"):
             if not isinstance(params.get(name), int) or params[name] < 1:
                 raise InputError(f"{where}: {name} is {params.get(name)!r}; is this Meta's params.json?")
-        width, heads, layers = params["dim"], params["n_heads"], params["n_layers"]
-        hidden = int(2 * 4 * width / 3)
-        if params.get("ffn_dim_multiplier") is not None:
-            hidden = int(params["ffn_dim_multiplier"] * hidden)
+        width, heads = params["dim"], params["n_heads"]
+        hidden = int((params.get("ffn_dim_multiplier") or 1) * int(2 * 4 * width / 3))
         multiple = params.get("multiple_of", 256)
-        scaled = bool(params.get("use_scaled_rope", False))
+        scaled = params.get("use_scaled_rope")
         factor = float(params.get("rope_scaling_factor") or (32.0 if tied else 8.0))
         high = float(params.get("rope_high_freq_factor") or 4.0)
         is_llama3 = vocab_size >= 128000
@@ -106,7 +104,7 @@ class LlamaConfig:
             vocab_size=vocab_size,
             hidden_size=width,
             intermediate_size=multiple * math.ceil(hidden / multiple),
-            num_hidden_layers=layers,
+            num_hidden_layers=params["n_layers"],
             num_attention_heads=heads,
             num_key_value_heads=params.get("n_kv_heads") or heads,
             head_dim=width // heads,

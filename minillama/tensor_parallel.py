@@ -5,9 +5,8 @@ projections after them by their inputs: a layer needs two all-reduces. Embedding
 vocabulary: an embedding lookup is one more all-reduce, and every rank gathers all logits. Norms are replicated. A
 rank's shard is an ordinary Llama with fewer heads, so it can be packed like a whole model, and its KV cache is smaller.
 
-Weights are sliced while they are read and collectives are called here, because the DTensors that
-torch.distributed.tensor.parallel makes cannot be packed for inference (decode/model/packed_llama.py). No gradient
-passes through the collectives. How processes are started is not known here.
+The DTensors of torch.distributed.tensor.parallel cannot be packed, so weights are sliced while they are read and
+collectives are called here. No gradient passes through the collectives.
 """
 
 # D model width  V vocabulary  O outputs of a shard
@@ -27,7 +26,7 @@ from minillama.cache import KVCache
 from minillama.config import LlamaConfig
 from minillama.errors import InputError
 from minillama.files import resolve_folder
-from minillama.model import Embedding, Layer, Linear, Llama
+from minillama.model import Embedding, Linear, Llama
 from minillama.weights import check_shapes, load_weights, open_folder
 
 COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -141,26 +140,15 @@ class LlamaShard(Llama):
         self.model.embed_tokens = _VocabParallelEmbedding(rows, width, tp)
         if self.lm_head is not None:
             self.lm_head = Linear(width, rows, bias=False)
-        inner = self.config.num_attention_heads * self.config.head_dim
-        for layer in self.model.layers:
-            assert isinstance(layer, Layer)
-            layer.self_attn.o_proj = _RowParallelLinear(inner, width, config.attention_bias, tp)
-            layer.mlp.down_proj = _RowParallelLinear(self.config.intermediate_size, width, config.mlp_bias, tp)
+        for name, module in self.named_modules():
+            if name.endswith(ROW_PARALLEL):
+                module.register_forward_hook(lambda _module, _inputs, output: tp.all_reduce(output))
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
         return self.tp.gather_logits(super().forward(tokens, cache, positions), self.config.vocab_size)
 
     def save_pretrained(self, folder: str | Path) -> None:
         raise NotImplementedError("a shard cannot be loaded as a model; save the whole model")
-
-
-class _RowParallelLinear(Linear):
-    def __init__(self, inputs: int, outputs: int, bias: bool, tp: TPGroup) -> None:
-        super().__init__(inputs, outputs, bias)
-        self.tp = tp
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.tp.all_reduce(super().forward(x))
 
 
 class _VocabParallelEmbedding(Embedding):

@@ -214,14 +214,11 @@ def _open_meta(folder: Path) -> Checkpoint:
         raise InputError(f"{files[0]}: no tok_embeddings.weight; is this a Llama checkpoint of Meta's?")
     without_data = [{name: tensor.to("meta") for name, tensor in shard.items()} for shard in shards]
     shapes = {name: tuple(_joined(meta_name, without_data).shape) for name, meta_name in meta_names.items()}
-    vocab_size, width = shapes["model.embed_tokens.weight"]
     tied = "lm_head.weight" not in shapes or _is_tied(shards)
     if tied:
         shapes.pop("lm_head.weight", None)
     params = folder / "params.json"
-    config = LlamaConfig.from_meta(read_json(params), vocab_size, tied, str(params))
-    if width != config.hidden_size:
-        raise InputError(f"{params}: dim is {config.hidden_size}, but tok_embeddings.weight is {width} wide")
+    config = LlamaConfig.from_meta(read_json(params), shapes["model.embed_tokens.weight"][0], tied, str(params))
 
     def read(shards: list[dict[str, Tensor]], name: str) -> Tensor:
         tensor = _joined(meta_names[name], shards)
