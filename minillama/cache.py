@@ -1,8 +1,7 @@
 """A static key/value cache: allocated once, one length per sequence, written in place.
 
-Sequences of different lengths share a batch without left-padding: new keys are written at each sequence's own
-positions, and a query sees the keys up to its own position. Entries beyond a sequence's length are stale and never
-read, so dropping tokens (a rejected draft, the right padding of a prefill) only changes `lengths_B`.
+New keys are written at each sequence's own positions, and a query sees the keys up to its own position. Entries beyond
+a sequence's length are never read, so dropping tokens (a rejected draft, right padding) only changes `lengths_B`.
 """
 
 # L layers  B sequences  T new positions  S capacity  E key and value  K key/value heads  C head width

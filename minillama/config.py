@@ -80,11 +80,10 @@ class LlamaConfig:
     def from_meta(
         cls, params: dict[str, Any], vocab_size: int, tied: bool, where: str = "params.json"
     ) -> "LlamaConfig":
-        """Read Meta's `params.json`. Some releases have no vocabulary size in it, so that of the weights is passed in.
+        """Read Meta's `params.json`; not all releases have the vocabulary size in it, so that of the weights is passed.
 
-        The feed-forward width is computed as in Meta's code: two thirds of 4 D, times a multiplier, rounded up. The
-        file says only that frequencies are scaled. The factors come from Hugging Face's published configurations of
-        the same checkpoints: 32 for Llama 3.2's tied 1B and 3B, 8 for 3.1 and later.
+        The feed-forward width is Meta's: two thirds of 4 D, times a multiplier, rounded up. The factor of the RoPE
+        scaling is that of Hugging Face's configurations: 32 for Llama 3.2's tied 1B and 3B, 8 for 3.1 and later.
         """
         for name in ("moe_args", "vision_chunk_size", "quantization_args", "lora_args"):
             if params.get(name):

@@ -3,7 +3,7 @@
 Query, key, value, gate and up projections are split by their outputs (whole heads, ranges of inner channels), the
 projections after them by their inputs: a layer needs two all-reduces. Embedding and output layer are split by the
 vocabulary: an embedding lookup is one more all-reduce, and every rank gathers all logits. Norms are replicated. A
-rank's shard is an ordinary Llama with fewer heads, so it can be packed like a whole model, and its KV cache is smaller.
+rank's shard is an ordinary Llama with fewer heads, so it can be packed like a whole model.
 
 The DTensors of torch.distributed.tensor.parallel cannot be packed, so weights are sliced while they are read and
 collectives are called here. No gradient passes through the collectives.
@@ -81,8 +81,7 @@ class TPGroup:
     def all_reduce(self, x: Tensor, ordered: bool = False) -> Tensor:
         """The sum of all ranks' x, bit-identical on all of them; in place where x is contiguous.
 
-        ordered: an element's sum does not depend on its index or on the size of x, not even by rounding. Two ranks
-        have one order of addition. With more, the library's order depends on the size, so x is gathered and added here.
+        ordered: add in one order for any size of x, as the library does for two ranks only.
         """
         x = x.contiguous()
         if not ordered or self.size == 2:
@@ -128,10 +127,7 @@ class TPGroup:
 
 
 class LlamaShard(Llama):
-    """A rank's shard of a Llama; all ranks of the group call it together, as they would call the whole model.
-
-    `config` is the shard's, `tp` its group. `load_shard` fills it.
-    """
+    """A rank's shard of a Llama, with the shard's `config`; all ranks of the group `tp` call it together."""
 
     def __init__(self, config: LlamaConfig, tp: TPGroup) -> None:
         super().__init__(tp.shard_config(config))
@@ -174,10 +170,9 @@ def check_divides(config: LlamaConfig, size: int, name: str = "the model") -> No
 def load_shard(
     folder: str | Path, tp: TPGroup, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> LlamaShard:
-    """Load this rank's shard of a folder's model, in Hugging Face's or Meta's layout; see `Llama.from_pretrained`.
+    """Load this rank's shard of a folder's model, without waiting for other ranks; see `Llama.from_pretrained`.
 
-    Only the shard of each tensor is copied from the memory map. Ranks do not wait for each other here. Raises
-    InputError, before a weight is read, for a model that cannot be run or split.
+    Raises InputError, before a weight is read, for a model that cannot be run or split.
     """
     checkpoint = open_folder(resolve_folder(folder))
     with torch.device("meta"):
