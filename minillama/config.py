@@ -98,7 +98,6 @@ class LlamaConfig:
         factor = float(params.get("rope_scaling_factor") or (32.0 if tied else 8.0))
         high = float(params.get("rope_high_freq_factor") or 4.0)
         is_llama3 = vocab_size >= 128000
-        context = 131072 if scaled else 8192 if is_llama3 else 4096
         return cls(
             vocab_size=vocab_size,
             hidden_size=width,
@@ -107,7 +106,7 @@ class LlamaConfig:
             num_attention_heads=heads,
             num_key_value_heads=params.get("n_kv_heads") or heads,
             head_dim=width // heads,
-            max_position_embeddings=params.get("max_seq_len", context),
+            max_position_embeddings=params.get("max_seq_len", 131072 if scaled else 8192 if is_llama3 else 4096),
             rms_norm_eps=params.get("norm_eps", 1e-5),
             rope_theta=float(params.get("rope_theta", 10000.0)),
             rope_scaling=RopeScaling(factor, 1.0, high, 8192) if scaled else None,

@@ -11,8 +11,6 @@ collectives are called here. No gradient passes through the collectives.
 
 # D model width  V vocabulary  O outputs of a shard
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,7 +50,7 @@ class TPGroup:
 
     rank: int
     size: int
-    group: dist.ProcessGroup | None = None
+    group: "dist.ProcessGroup | None" = None
 
     def shard_config(self, config: LlamaConfig) -> LlamaConfig:
         """The configuration of one rank's shard. `vocab_size` stays, because every rank gathers all logits."""
