@@ -58,16 +58,10 @@ def read_pair_files(files: Sequence[str | Path], source: str, target: str) -> Pa
 
 def drop_blank(records: Iterable[tuple[str, str]], origin: str, details: Mapping[str, object] | None = None) -> Pairs:
     """The records without those that have a blank side, which are counted."""
-    sources: list[str] = []
-    targets: list[str] = []
-    dropped = 0
-    for source, target in records:
-        if is_blank(source, target):
-            dropped += 1
-        else:
-            sources.append(one_line(source))
-            targets.append(one_line(target))
-    return Pairs(sources, targets, dropped, origin, details or {})
+    found = list(records)
+    kept = [pair for pair in found if not is_blank(*pair)]
+    sources, targets = ([one_line(pair[side]) for pair in kept] for side in (0, 1))
+    return Pairs(sources, targets, len(found) - len(kept), origin, details or {})
 
 
 def is_blank(source: str, target: str) -> bool:

@@ -107,13 +107,11 @@ def _find_columns(schema: "pa.Schema", name: str, source: str, target: str) -> t
 
 
 def _to_text(column: "pa.ChunkedArray", where: str, rows: Sequence[int] | None) -> list[str]:
-    try:
-        return [value or "" for value in column.to_pylist()]
-    except UnicodeDecodeError as error:
-        for index, value in enumerate(column):
-            try:
-                value.as_py()
-            except UnicodeDecodeError:
-                row = index if rows is None else rows[index]
-                raise InputError(f"{where}, row {row}: not valid UTF-8, expected UTF-8 text") from error
-        raise
+    texts: list[str] = []
+    for index, value in enumerate(column):
+        try:
+            texts.append(value.as_py() or "")
+        except UnicodeDecodeError as error:
+            row = index if rows is None else rows[index]
+            raise InputError(f"{where}, row {row}: not valid UTF-8, expected UTF-8 text") from error
+    return texts

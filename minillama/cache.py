@@ -1,8 +1,7 @@
 """A static key/value cache: allocated once, one length per sequence, written in place.
 
-Sequences of different lengths share a batch without left-padding: new keys are written at each sequence's own
-positions, and a query sees the keys up to its own position. Entries beyond a sequence's length are stale and never
-read, so dropping tokens (a rejected draft, the right padding of a prefill) only changes `lengths_B`.
+New keys are written at each sequence's own positions, and a query sees the keys up to its own position. Entries beyond
+a sequence's length are never read, so dropping tokens (a rejected draft, right padding) only changes `lengths_B`.
 """
 
 # L layers  B sequences  T new positions  S capacity  E key and value  K key/value heads  C head width
@@ -32,15 +31,7 @@ class KVCache:
         shape = (config.num_hidden_layers, batch_size, capacity, 2, config.num_key_value_heads, config.head_dim)
         self.entries_LBSEKC = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.filled = 0
-
-    @property
-    def batch_size(self) -> int:
-        return self.entries_LBSEKC.shape[1]
-
-    @property
-    def capacity(self) -> int:
-        return self.entries_LBSEKC.shape[2]
+        self.batch_size, self.capacity, self.filled = batch_size, capacity, 0
 
     @staticmethod
     def bytes_per_position(config: LlamaConfig, dtype: torch.dtype) -> int:

@@ -68,17 +68,14 @@ def render(messages: Sequence[Message], chat: ChatFormat, tokenizer: Tokenizer, 
     In `plain` the texts are joined by newlines. ChatML has no token before the first message. Adjacent texts (a role's
     newline and the message) are encoded as one, as in a rendered template.
     """
-    ids: list[int] = []
-    if chat.name != "chatml":
-        begins = [bos_token_id, *map(tokenizer.special, BEGIN_OF_TEXT)]
-        ids = [token for token in begins if token is not None][:1]
+    begins = () if chat.name == "chatml" else (bos_token_id, *map(tokenizer.special, BEGIN_OF_TEXT))
+    ids = [token for token in begins if token is not None][:1]
     if not chat.opening:
         return ids + tokenizer.encode("\n".join(text for _, text in messages))
     pieces: list[int | str] = []
     for role, text in messages:
-        pieces += _pieces(chat.opening, role, tokenizer)
-        pieces.append(text.strip() if chat.strip else text)
-        pieces += _pieces(chat.closing, role, tokenizer)
+        content = text.strip() if chat.strip else text
+        pieces += [*_pieces(chat.opening, role, tokenizer), content, *_pieces(chat.closing, role, tokenizer)]
     pieces += _pieces(chat.opening, "assistant", tokenizer)
     for kind, adjacent in groupby(pieces, key=type):
         run = list(adjacent)
@@ -93,5 +90,4 @@ def stop_tokens(chat: ChatFormat, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def _pieces(template: tuple[str, ...], role: str, tokenizer: Tokenizer) -> list[int | str]:
     """Control tokens as ids, the rest as text."""
-    tokens = ((piece, tokenizer.special(piece)) for piece in template)
-    return [piece.replace("{role}", role) if token is None else token for piece, token in tokens]
+    return [tokenizer.specials.get(piece, piece.replace("{role}", role)) for piece in template]

@@ -80,11 +80,10 @@ class LlamaConfig:
     def from_meta(
         cls, params: dict[str, Any], vocab_size: int, tied: bool, where: str = "params.json"
     ) -> "LlamaConfig":
-        """Read Meta's `params.json`. Some releases have no vocabulary size in it, so that of the weights is passed in.
+        """Read Meta's `params.json`; not all releases have the vocabulary size in it, so that of the weights is passed.
 
-        The feed-forward width is computed as in Meta's code: two thirds of 4 D, times a multiplier, rounded up. The
-        file says only that frequencies are scaled. The factors come from Hugging Face's published configurations of
-        the same checkpoints: 32 for Llama 3.2's tied 1B and 3B, 8 for 3.1 and later.
+        The feed-forward width is Meta's: two thirds of 4 D, times a multiplier, rounded up. The factor of the RoPE
+        scaling is that of Hugging Face's configurations: 32 for Llama 3.2's tied 1B and 3B, 8 for 3.1 and later.
         """
         for name in ("moe_args", "vision_chunk_size", "quantization_args", "lora_args"):
             if params.get(name):
@@ -92,25 +91,22 @@ class LlamaConfig:
         for name in ("dim", "n_heads", "n_layers"):
             if not isinstance(params.get(name), int) or params[name] < 1:
                 raise InputError(f"{where}: {name} is {params.get(name)!r}; is this Meta's params.json?")
-        width, heads, layers = params["dim"], params["n_heads"], params["n_layers"]
-        hidden = int(2 * 4 * width / 3)
-        if params.get("ffn_dim_multiplier") is not None:
-            hidden = int(params["ffn_dim_multiplier"] * hidden)
+        width, heads = params["dim"], params["n_heads"]
+        hidden = int((params.get("ffn_dim_multiplier") or 1) * int(2 * 4 * width / 3))
         multiple = params.get("multiple_of", 256)
-        scaled = bool(params.get("use_scaled_rope", False))
+        scaled = params.get("use_scaled_rope")
         factor = float(params.get("rope_scaling_factor") or (32.0 if tied else 8.0))
         high = float(params.get("rope_high_freq_factor") or 4.0)
         is_llama3 = vocab_size >= 128000
-        context = 131072 if scaled else 8192 if is_llama3 else 4096
         return cls(
             vocab_size=vocab_size,
             hidden_size=width,
             intermediate_size=multiple * math.ceil(hidden / multiple),
-            num_hidden_layers=layers,
+            num_hidden_layers=params["n_layers"],
             num_attention_heads=heads,
             num_key_value_heads=params.get("n_kv_heads") or heads,
             head_dim=width // heads,
-            max_position_embeddings=params.get("max_seq_len", context),
+            max_position_embeddings=params.get("max_seq_len", 131072 if scaled else 8192 if is_llama3 else 4096),
             rms_norm_eps=params.get("norm_eps", 1e-5),
             rope_theta=float(params.get("rope_theta", 10000.0)),
             rope_scaling=RopeScaling(factor, 1.0, high, 8192) if scaled else None,

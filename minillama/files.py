@@ -42,10 +42,10 @@ def resolve_folder(name: str | Path) -> Path:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder`. When the block ends without an error, it is synced and renamed.
+    """Yield a temporary folder beside `folder`, synced and renamed when the block ends without an error.
 
     Files of an earlier `folder` that the block did not write again are kept, except its weights. When the block raises,
-    the temporary folder is removed and `folder` is unchanged. Raises InputError where nothing can be written.
+    `folder` is unchanged. Raises InputError where nothing can be written.
     """
     folder = Path(os.path.realpath(folder))  # of a symbolic link, the folder is replaced and the link stays
     if folder.exists() and not folder.is_dir():

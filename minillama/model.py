@@ -25,11 +25,7 @@ from minillama.weights import check_shapes, load_weights, open_folder, write_che
 
 @lru_cache(maxsize=64)
 def rope_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
-    """Angular frequencies (C/2,) float32, with the `llama3` scaling of the Llama 3.1 release where it is set.
-
-    Wavelengths longer than original_context / low_freq_factor are multiplied by `factor`, those shorter than
-    original_context / high_freq_factor unchanged; between them frequencies are interpolated.
-    """
+    """Angular frequencies (C/2,) float32, with the `llama3` scaling of the Llama 3.1 release where it is set."""
     channels = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
     frequencies = 1.0 / (config.rope_theta ** (channels / config.head_dim))
     if (scaling := config.rope_scaling) is not None:
@@ -267,7 +263,7 @@ class Llama(nn.Module):
         """Load a folder (or hub id) in Hugging Face's or Meta's layout; dtype None keeps the checkpoint's own.
 
         Tensors are memory-mapped: at most the model itself and one group of tensors are in memory. Raises InputError,
-        before a weight is read, for a model that cannot be run, and names all missing, unexpected, misshapen tensors.
+        before a weight is read, for a model that cannot be run.
         """
         checkpoint = open_folder(resolve_folder(folder))
         with torch.device("meta"):

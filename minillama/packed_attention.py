@@ -1,9 +1,8 @@
 """Sequences packed into one row: attention within each sequence only, positions restarted.
 
 No (T, T) mask is built. Queries, keys and values are gathered into a few buckets of sequences of similar length, causal
-attention runs on each bucket, and the results are gathered back. A prefix that all sequences share is in the row once:
-everything but attention is computed once for it. On a GPU `flex_attention` computes the same on the row as it is, where
-Triton is installed.
+attention runs on each bucket, and the results are gathered back. A prefix that all sequences share is in the row once.
+On a GPU with Triton, `flex_attention` computes the same on the row as it is.
 """
 
 # T positions of the row  N sequences  R positions of all buckets  H heads  K key/value heads  C head width

@@ -3,16 +3,13 @@
 Query, key, value, gate and up projections are split by their outputs (whole heads, ranges of inner channels), the
 projections after them by their inputs: a layer needs two all-reduces. Embedding and output layer are split by the
 vocabulary: an embedding lookup is one more all-reduce, and every rank gathers all logits. Norms are replicated. A
-rank's shard is an ordinary Llama with fewer heads, so it can be packed like a whole model, and its KV cache is smaller.
+rank's shard is an ordinary Llama with fewer heads, so it can be packed like a whole model.
 
-Weights are sliced while they are read and collectives are called here, because the DTensors that
-torch.distributed.tensor.parallel makes cannot be packed for inference (decode/model/packed_llama.py). No gradient
-passes through the collectives. How processes are started is not known here.
+The DTensors of torch.distributed.tensor.parallel cannot be packed, so weights are sliced while they are read and
+collectives are called here. No gradient passes through the collectives.
 """
 
 # D model width  V vocabulary  O outputs of a shard
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,7 +24,7 @@ from minillama.cache import KVCache
 from minillama.config import LlamaConfig
 from minillama.errors import InputError
 from minillama.files import resolve_folder
-from minillama.model import Embedding, Layer, Linear, Llama
+from minillama.model import Embedding, Linear, Llama
 from minillama.weights import check_shapes, load_weights, open_folder
 
 COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -53,7 +50,7 @@ class TPGroup:
 
     rank: int
     size: int
-    group: dist.ProcessGroup | None = None
+    group: "dist.ProcessGroup | None" = None
 
     def shard_config(self, config: LlamaConfig) -> LlamaConfig:
         """The configuration of one rank's shard. `vocab_size` stays, because every rank gathers all logits."""
@@ -82,8 +79,7 @@ class TPGroup:
     def all_reduce(self, x: Tensor, ordered: bool = False) -> Tensor:
         """The sum of all ranks' x, bit-identical on all of them; in place where x is contiguous.
 
-        ordered: an element's sum does not depend on its index or on the size of x, not even by rounding. Two ranks
-        have one order of addition. With more, the library's order depends on the size, so x is gathered and added here.
+        ordered: add in one order for any size of x, as the library does for two ranks only.
         """
         x = x.contiguous()
         if not ordered or self.size == 2:
@@ -129,10 +125,7 @@ class TPGroup:
 
 
 class LlamaShard(Llama):
-    """A rank's shard of a Llama; all ranks of the group call it together, as they would call the whole model.
-
-    `config` is the shard's, `tp` its group. `load_shard` fills it.
-    """
+    """A rank's shard of a Llama, with the shard's `config`; all ranks of the group `tp` call it together."""
 
     def __init__(self, config: LlamaConfig, tp: TPGroup) -> None:
         super().__init__(tp.shard_config(config))
@@ -141,26 +134,15 @@ class LlamaShard(Llama):
         self.model.embed_tokens = _VocabParallelEmbedding(rows, width, tp)
         if self.lm_head is not None:
             self.lm_head = Linear(width, rows, bias=False)
-        inner = self.config.num_attention_heads * self.config.head_dim
-        for layer in self.model.layers:
-            assert isinstance(layer, Layer)
-            layer.self_attn.o_proj = _RowParallelLinear(inner, width, config.attention_bias, tp)
-            layer.mlp.down_proj = _RowParallelLinear(self.config.intermediate_size, width, config.mlp_bias, tp)
+        for name, module in self.named_modules():
+            if name.endswith(ROW_PARALLEL):
+                module.register_forward_hook(lambda _module, _inputs, output: tp.all_reduce(output))
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
         return self.tp.gather_logits(super().forward(tokens, cache, positions), self.config.vocab_size)
 
     def save_pretrained(self, folder: str | Path) -> None:
         raise NotImplementedError("a shard cannot be loaded as a model; save the whole model")
-
-
-class _RowParallelLinear(Linear):
-    def __init__(self, inputs: int, outputs: int, bias: bool, tp: TPGroup) -> None:
-        super().__init__(inputs, outputs, bias)
-        self.tp = tp
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.tp.all_reduce(super().forward(x))
 
 
 class _VocabParallelEmbedding(Embedding):
@@ -186,10 +168,9 @@ def check_divides(config: LlamaConfig, size: int, name: str = "the model") -> No
 def load_shard(
     folder: str | Path, tp: TPGroup, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> LlamaShard:
-    """Load this rank's shard of a folder's model, in Hugging Face's or Meta's layout; see `Llama.from_pretrained`.
+    """Load this rank's shard of a folder's model, without waiting for other ranks; see `Llama.from_pretrained`.
 
-    Only the shard of each tensor is copied from the memory map. Ranks do not wait for each other here. Raises
-    InputError, before a weight is read, for a model that cannot be run or split.
+    Raises InputError, before a weight is read, for a model that cannot be run or split.
     """
     checkpoint = open_folder(resolve_folder(folder))
     with torch.device("meta"):

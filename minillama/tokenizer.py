@@ -1,8 +1,7 @@
 """Text to token ids and back, from each of the three file formats of Llama tokenizers.
 
 `tokenizer.json` (tokenizers), Meta's tiktoken ranks and sentencepiece's protobuf; the last two are both named
-`tokenizer.model`. The libraries do the work. This file picks one, keeps control tokens out of user text, and compares
-vocabularies. Ids of control tokens are looked up by name (`special`), never by encoding text.
+`tokenizer.model`. The libraries do the work; here control tokens are kept out of user text, and vocabularies compared.
 """
 
 import base64
@@ -10,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from functools import cache
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -219,6 +219,7 @@ def _cut_long_runs(text: str) -> list[str]:
     return pieces
 
 
+@cache
 def _byte_level_alphabet() -> dict[str, int]:
     """GPT-2's printable character for each of the 256 bytes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -226,13 +227,9 @@ def _byte_level_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-_ALPHABET = _byte_level_alphabet()
-
-
 def _byte_level_bytes(piece: str) -> bytes:
-    if all(character in _ALPHABET for character in piece):
-        return bytes(_ALPHABET[character] for character in piece)
-    return piece.encode()
+    alphabet = _byte_level_alphabet()
+    return bytes(alphabet[character] for character in piece) if alphabet.keys() >= set(piece) else piece.encode()
 
 
 def _sentencepiece_bytes(piece: str) -> bytes:

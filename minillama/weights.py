@@ -109,15 +109,12 @@ def write_checkpoint(
     eos = list(stop_tokens)
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": eos[0] if len(eos) == 1 else eos or None}
     _write_json(folder / "generation_config.json", generation)
-    owned = {name: _owned(tensor.detach().contiguous()) for name, tensor in state.items()}
+    whole = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    # Views of one storage would be dropped as duplicates, so a view of a larger tensor is copied.
+    owned = {name: x if x.untyped_storage().nbytes() == x.nbytes else x.clone() for name, x in whole.items()}
     save_torch_state_dict(owned, str(folder))
     for file in folder.glob("*.safetensors"):  # written readable by the owner only
         os.chmod(file, 0o666 & ~umask())
-
-
-def _owned(tensor: Tensor) -> Tensor:
-    """A copy where the tensor is a view of a larger one: views of one storage would be dropped as duplicates."""
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -143,9 +140,6 @@ def _refuse_quantised(path: Path, dtypes: Mapping[str, object], floats: Collecti
     found = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in floats]
     if found:
         raise InputError(f"{path}: quantised weights cannot be run; give the unquantised model: {', '.join(found)}")
-
-
-# --- Hugging Face -----------------------------------------------------------------------------------------------------
 
 
 def _open_hugging_face(folder: Path) -> Checkpoint:
@@ -198,9 +192,6 @@ def _open_safetensors(file: Path) -> safe_open:
         raise InputError(f"{file}: truncated or damaged ({size:,} bytes; {error}); copy or download it again") from None
 
 
-# --- Meta -------------------------------------------------------------------------------------------------------------
-
-
 def _open_meta(folder: Path) -> Checkpoint:
     files = sorted(folder.glob("consolidated.*.pth"))
     if not files:
@@ -214,19 +205,19 @@ def _open_meta(folder: Path) -> Checkpoint:
         raise InputError(f"{files[0]}: no tok_embeddings.weight; is this a Llama checkpoint of Meta's?")
     without_data = [{name: tensor.to("meta") for name, tensor in shard.items()} for shard in shards]
     shapes = {name: tuple(_joined(meta_name, without_data).shape) for name, meta_name in meta_names.items()}
-    vocab_size, width = shapes["model.embed_tokens.weight"]
     tied = "lm_head.weight" not in shapes or _is_tied(shards)
     if tied:
         shapes.pop("lm_head.weight", None)
     params = folder / "params.json"
-    config = LlamaConfig.from_meta(read_json(params), vocab_size, tied, str(params))
-    if width != config.hidden_size:
-        raise InputError(f"{params}: dim is {config.hidden_size}, but tok_embeddings.weight is {width} wide")
+    config = LlamaConfig.from_meta(read_json(params), shapes["model.embed_tokens.weight"][0], tied, str(params))
 
     def read(shards: list[dict[str, Tensor]], name: str) -> Tensor:
         tensor = _joined(meta_names[name], shards)
-        is_rotated = name.endswith(("q_proj.weight", "k_proj.weight"))
-        return _to_hugging_face_rows(tensor, config.head_dim) if is_rotated else tensor
+        if not name.endswith(("q_proj.weight", "k_proj.weight")):
+            return tensor
+        # In a head, Meta's RoPE pairs channels (2c, 2c + 1), Hugging Face's (c, c + C/2).
+        pairs = tensor.view(-1, config.head_dim // 2, 2, tensor.shape[1])
+        return pairs.transpose(1, 2).reshape(tensor.shape)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         return _read_largest_first(shapes, lambda: [_map_pth(file) for file in files], read)
@@ -285,9 +276,3 @@ def _is_tied(shards: list[dict[str, Tensor]]) -> bool:
         for rows in (64, None)  # most models differ in the first rows already
         for shard in shards
     )
-
-
-def _to_hugging_face_rows(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder each head's rows: Meta's RoPE pairs channels (2c, 2c + 1), Hugging Face's (c, c + C/2)."""
-    rows, width = weight.shape
-    return weight.view(rows // head_dim, head_dim // 2, 2, width).transpose(1, 2).reshape(rows, width)
