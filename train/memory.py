@@ -83,7 +83,9 @@ def memory_of(
     everywhere = replace(settings, lora_layers="all")
     one, two = (_saved_by_autograd(replace(config, num_hidden_layers=n), everywhere, positions) for n in (1, 2))
     layer_saved = two - one
-    activations, recomputed, cast = _saved_by_autograd(config, settings, positions), 0, 0
+    activations, recomputed, cast = one + (config.num_hidden_layers - 1) * layer_saved, 0, 0
+    if settings.lora_rank and settings.lora_layers != "all":
+        activations = _saved_by_autograd(config, settings, positions)
     if settings.checkpoint_activations:
         first = layer_numbers(settings.lora_layers, config.num_hidden_layers)[0] if settings.lora_rank else 0
         activations = max(0, one - layer_saved) + (config.num_hidden_layers - first) * stream

@@ -177,10 +177,7 @@ def _own_logprobs(request: Request, token_R: Tensor) -> Tensor:
     for number, logits_RV in enumerate(request.logits):
         used_R = slice(None) if request.left_out_NB is None else ~request.left_out_NB[number]
         logits_RV = logits_RV[used_R].float()
-        splits = [
-            logits_RV[:, at : at + width].unflatten(1, (-1, size))
-            for (at, width), size in _runs(0, request.vocabulary, SPLIT)
-        ]
+        splits = [split_RSC for _, split_RSC in _pieces(logits_RV, 0, SPLIT)]
         peak_RS = torch.cat([split_RSC.amax(dim=2) for split_RSC in splits], dim=1)
         log_total_RS = torch.cat([-split_RSC.log_softmax(dim=2).amax(dim=2) for split_RSC in splits], dim=1)
         peak_R = peak_RS.amax(dim=1)
