@@ -2,7 +2,7 @@
 
 On a GPU every rival is a CUDA graph of many launches, each over another set of inputs, together several times the L2:
 the host's time is not in the figures, and no launch finds its inputs in the cache. A figure is the time of a replay by
-CUDA events over the number of launches, the median of rounds in which the rivals take turns.
+CUDA events over the number of launches, the median of rounds in which the rivals alternate.
 
     B sequences  V vocabulary  N members  D inputs  O outputs
 """

@@ -1,4 +1,4 @@
-"""The one place that picks an implementation: Triton for tensors on a GPU, the CPU path for tensors on a CPU.
+"""The one file that picks an implementation: Triton for tensors on a GPU, the CPU path for tensors on a CPU.
 
 `COLLAB_KERNELS=triton|cpu|eager` forces one (`triton` on CPU tensors needs TRITON_INTERPRET=1). Each implementation is
 imported at its first use.

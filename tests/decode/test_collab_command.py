@@ -138,16 +138,16 @@ def test_members_may_have_prompts_of_their_own(model_folders, texts, tmp_path):
     assert json.loads(report.read_text())["prompts"] == {"A": "paper-user", "C": "plain"}
 
 
-@pytest.mark.parametrize("choice", ["truncate", "skip"])
-def test_a_sentence_beyond_the_context_is_truncated_or_skipped_when_asked(model_folders, texts, choice):
+@pytest.mark.parametrize("mode", ["truncate", "skip"])
+def test_a_sentence_beyond_the_context_is_truncated_or_skipped_when_asked(model_folders, texts, mode):
     (texts / "src.txt").write_text("\n".join([PAIRS.source[0], "長い" * 300, PAIRS.source[1]]) + "\n", encoding="utf-8")
     report = texts / "run.json"
-    extra = ("--too-long", choice, "--output", str(texts / "hyp.txt"), "--report", str(report))
+    extra = ("--too-long", mode, "--output", str(texts / "hyp.txt"), "--report", str(report))
     assert main(arguments(model_folders, texts, *extra)) == 0
     found = json.loads(report.read_text())
-    assert found["skipped_lines"] == ([2] if choice == "skip" else [])
-    assert found["truncated_lines"] == ([2] if choice == "truncate" else [])
-    assert bool((texts / "hyp.txt").read_text(encoding="utf-8").split("\n")[1]) == (choice == "truncate")
+    assert found["skipped_lines"] == ([2] if mode == "skip" else [])
+    assert found["truncated_lines"] == ([2] if mode == "truncate" else [])
+    assert bool((texts / "hyp.txt").read_text(encoding="utf-8").split("\n")[1]) == (mode == "truncate")
 
 
 def test_refused_expressions_exit_with_2_and_one_line(model_folders, texts, capsys):

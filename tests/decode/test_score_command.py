@@ -45,7 +45,7 @@ def in_float64(models, weights, prompts, target, stops):
     found = []
     for logits_TV in every:
         logprob_TV = logits_TV.log_softmax(-1)
-        of_tokens = [float(logprob_TV[place, token]) for place, token in enumerate(target)]
+        of_tokens = [float(logprob_TV[position, token]) for position, token in enumerate(target)]
         found.append([*of_tokens, float(logprob_TV[-1, sorted(stops)].logsumexp(0))])
     return found[0], found[1:]
 

@@ -1,4 +1,4 @@
-"""A saved folder is a transformers folder, and it appears whole or not at all."""
+"""A saved folder is a transformers folder, and it appears atomically."""
 
 import json
 import os

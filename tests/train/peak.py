@@ -30,16 +30,16 @@ def train(config: dict, settings: dict, positions: int, world) -> None:
     from train.packing import Example
     from train.trainer import Trainer
 
-    chosen = Settings(epochs=2, checkpoint_every=1000, **settings)
+    settings = Settings(epochs=2, checkpoint_every=1000, **settings)
     model = add_adapters(
-        Llama(LlamaConfig.from_dict(config, "peak")).init_weights(0).to(getattr(torch, chosen.dtype)), chosen
+        Llama(LlamaConfig.from_dict(config, "peak")).init_weights(0).to(getattr(torch, settings.dtype)), settings
     )
-    share = -(-chosen.batch_size // world.size)
-    length = positions // min(chosen.micro_batch_size or share, share)
+    share = -(-settings.batch_size // world.size)
+    length = positions // min(settings.micro_batch_size or share, share)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config["vocab_size"], (chosen.batch_size, length + 1), generator=generator).tolist()
+    tokens = torch.randint(config["vocab_size"], (settings.batch_size, length + 1), generator=generator).tolist()
     with tempfile.TemporaryDirectory() as output:
-        trainer = Trainer(model, [Example(row, 1) for row in tokens], [], chosen, Path(output), world)
+        trainer = Trainer(model, [Example(row, 1) for row in tokens], [], settings, Path(output), world)
         trainer.checkpoints.save = lambda *arguments: None  # the steps alone are measured
         trainer.run(False, Reporter(silent=True))
 

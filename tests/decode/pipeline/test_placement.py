@@ -39,7 +39,7 @@ def test_one_device_for_all_or_one_by_name(monkeypatch):
     assert placements("S=cuda:1,cpu", None, ["L", "S"]) == {"L": CPU, "S": on_gpu}
     for rank, device in enumerate(("cuda:0", "cuda:1", "cuda:0")):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        assert {str(place.device) for place in placements("auto", "auto", ["L", "S"]).values()} == {device}
+        assert {str(placement.device) for placement in placements("auto", "auto", ["L", "S"]).values()} == {device}
         assert str(placements("cuda", "auto", ["L"])["L"].device) == device
         assert str(placements("cuda:1", "auto", ["L"])["L"].device) == "cuda:1"
 
@@ -53,11 +53,11 @@ def test_devices_that_name_nothing_are_refused(device, named):
 
 
 def test_tensor_parallel_sizes_are_for_all_members_or_by_name(monkeypatch):
-    def place(text, device="cpu"):
+    def placements_of(text, device="cpu"):
         return placements(device, None, ["L", "S"], tensor_parallel=text)
 
     for text, sizes in (("1", [1, 1]), ("4", [4, 4]), ("L=2", [2, 1])):
-        assert [placement.tp_size for placement in place(text).values()] == sizes
+        assert [placement.tp_size for placement in placements_of(text).values()] == sizes
     for text, named in (
         ("L=2,S=4", "one number"),
         ("0", "0 is no number"),
@@ -65,11 +65,11 @@ def test_tensor_parallel_sizes_are_for_all_members_or_by_name(monkeypatch):
         ("X=2", "X is no model"),
     ):
         with pytest.raises(InputError, match=named):
-            place(text)
+            placements_of(text)
     gpus(monkeypatch, 2)
-    assert place("L=2", "L=cuda,S=cuda:1")["L"].tp_size == 2
+    assert placements_of("L=2", "L=cuda,S=cuda:1")["L"].tp_size == 2
     with pytest.raises(InputError, match="2 processes share S, each with a GPU of its own"):
-        place("S=2", "L=cuda,S=cuda:1")
+        placements_of("S=2", "L=cuda,S=cuda:1")
 
 
 def test_a_folder_named_twice_is_read_once_for_each_placement(model_folders, monkeypatch):
