@@ -8,7 +8,7 @@ from kernels.cpu.packed_linear import has_float16_product
 from minillama import Llama, LlamaConfig
 
 # How a CPU here can hold weights packed.
-STORAGES = ["float32", *(["float16"] if has_float16_product() else []), "bfloat16", "int8"]
+WEIGHT_DTYPES = ["float32", *(["float16"] if has_float16_product() else []), "bfloat16", "int8"]
 
 TINY = LlamaConfig(
     vocab_size=400,

@@ -159,16 +159,16 @@ def _fused_logits_kernel(
         tl.store(token_R + row, shown.to(tl.int64))
         tl.store(logprob_R + row, nan - log_total)
         tl.store(flag_R + row, row_flag)
-        chosen = token
+        picked = token
         if SAMPLE:
             line_S, index_line_S = value_S + (FIELDS - 1) * splits, index_S + (INDICES - 1) * splits
             score_S = tl.load(line_S + offsets_S, mask=inside_S, other=float("-inf"), cache_modifier=".cg")
             sampled_S = tl.load(index_line_S + offsets_S, mask=inside_S, other=_LAST, cache_modifier=".cg")
             score = tl.max(score_S, axis=0)
-            chosen = tl.min(tl.where(score_S == score, sampled_S, _LAST), axis=0)
+            picked = tl.min(tl.where(score_S == score, sampled_S, _LAST), axis=0)
             one_1 = tl.zeros((1,), tl.int32)
-            x_1 = x_at(rows, weights, one_1 + tl.where(fine, chosen, 0), one_1 == 0, N, LEFT_OUT)
-            tl.store(sample_token_R + row, tl.where(fine, chosen, -1).to(tl.int64))
+            x_1 = x_at(rows, weights, one_1 + tl.where(fine, picked, 0), one_1 == 0, N, LEFT_OUT)
+            tl.store(sample_token_R + row, tl.where(fine, picked, -1).to(tl.int64))
             tl.store(sample_logprob_R + row + one_1, tl.where(fine, x_1 - row_base - log_total, float("nan")))
         if TARGETS:
             offsets_G = tl.arange(0, TARGETS)
@@ -188,8 +188,8 @@ def _fused_logits_kernel(
                 own_total = tl.sum((own_total_S * own_scale_S * ROW_SCALE).to(tl.int64), axis=0).to(tl.float32)
                 own_log_total = tl.log(own_total * (1.0 / ROW_SCALE))
                 used = fine & (weights[n] != 0.0)
-                at_chosen = tl.load(rows[n] + tl.where(used, chosen, 0), mask=used, other=0.0).to(tl.float32)
-                own_logprob = tl.where(used, at_chosen - own_peak - own_log_total, float("nan"))
+                own_value = tl.load(rows[n] + tl.where(used, picked, 0), mask=used, other=0.0).to(tl.float32)
+                own_logprob = tl.where(used, own_value - own_peak - own_log_total, float("nan"))
                 tl.store(member_logprob_NR + n * R + row, own_logprob)
                 if TARGETS:
                     used_G = inside_G & is_used(tl.where(fine, weights[n], 0.0), target_G)

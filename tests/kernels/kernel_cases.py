@@ -49,23 +49,23 @@ class Case:
                 wide = wide.div(2).round().clamp(-4, 4) / 2  # quarters: sums are exact, so equal is equal on every path
             logits.append(wide)
         members = len(logits)
-        chosen = int(torch.randint(members, (), generator=generator))
+        number = int(torch.randint(members, (), generator=generator))
         row = int(torch.randint(self.batch, (), generator=generator))
         entries = torch.randint(self.vocabulary, (max(1, self.vocabulary // 3),), generator=generator)
         if self.corner == "equal rows":
             for wide in logits:
                 wide[row] = 0.25
         elif self.corner == "mask one member":
-            logits[chosen][:, entries] = -torch.inf
+            logits[number][:, entries] = -torch.inf
         elif self.corner == "mask all members":
             for wide in logits:
                 wide[:, entries] = -torch.inf
         elif self.corner == "mask a row":
-            logits[chosen][row] = -torch.inf
+            logits[number][row] = -torch.inf
         elif self.corner == "nan":
-            logits[chosen][row, entries[0]] = torch.nan
+            logits[number][row, entries[0]] = torch.nan
         elif self.corner == "+inf":
-            logits[chosen][row, entries[0]] = torch.inf
+            logits[number][row, entries[0]] = torch.inf
         weights = torch.tensor(self.weights)
         if self.weights_per_row:
             weights = weights[:, None] * torch.tensor([1.0, -0.5, 2.0]).repeat(self.batch)[: self.batch]
@@ -141,12 +141,12 @@ def assert_means_the_same(request: Request, result: FusedLogits) -> None:
 
     assert_close(result.target_logprob, truth.target_logprob, 2 * allowed_R, fine_R)
     if result.member_logprob is not None:
-        chosen_R = result.token if result.sample_token is None else result.sample_token
+        sampled_R = result.token if result.sample_token is None else result.sample_token
         for number, logits_RV in enumerate(request.logits):
             own_allowed_R = 1e-5 + FEW_ROUNDINGS * logits_RV[fine_R].double().nan_to_num(0, 0, 0).abs().amax(dim=1)
             own_RV = torch.log_softmax(logits_RV.double(), dim=1)
             own_RV[request.weights_NB[number] == 0] = torch.nan
-            own_R = own_RV.gather(1, chosen_R.clamp_min(0)[:, None])[:, 0]
+            own_R = own_RV.gather(1, sampled_R.clamp_min(0)[:, None])[:, 0]
             assert_close(result.member_logprob[number], own_R, own_allowed_R, fine_R)
             if result.member_target_logprob is not None:
                 theirs_RG = truth.member_target_logprob[number]

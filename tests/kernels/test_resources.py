@@ -14,8 +14,8 @@ from kernels.resources import TARGETS, load_bytes
 FIRST_OF_EACH = """
 import json
 from kernels.resources import measure, variants
-chosen = [v for v in variants() if v.kernel != "fused_logits" or v.name.startswith("argmax N=3 bf16")]
-first = {variant.kernel: variant for variant in reversed(chosen)}
+shown = [v for v in variants() if v.kernel != "fused_logits" or v.name.startswith("argmax N=3 bf16")]
+first = {variant.kernel: variant for variant in reversed(shown)}
 print(json.dumps([measure(variant, target) for variant in first.values() for target in ("sm_90", "gfx942")]))
 """
 KERNELS = {"fused_logits", "truncated_sample", "linear_cross_entropy", "layer", "row_linear", "attend"}

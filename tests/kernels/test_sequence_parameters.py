@@ -68,10 +68,10 @@ def test_members_have_the_bits_of_a_call_with_that_member_alone():
     target_BG = torch.tensor([[0, 3, 499, 500]]).repeat(BATCH, 1)
     sample = sampling("cpu", temperature=2.0)
     result = fused_logits(logits, [1.0, -0.5, 0.25], members=True, targets=target_BG, sample=sample)
-    chosen_B1 = result.sample_token[:, None]
+    sampled_B1 = result.sample_token[:, None]
     assert (result.sample_token != result.token).any()
     for number, logits_BV in enumerate(logits):
-        alone = fused_logits([logits_BV], [1.0], targets=torch.cat((chosen_B1, target_BG), dim=1)).target_logprob
+        alone = fused_logits([logits_BV], [1.0], targets=torch.cat((sampled_B1, target_BG), dim=1)).target_logprob
         assert torch.equal(result.member_logprob[number], alone[:, 0])
         theirs_BG = alone[:, 1:]
         assert torch.equal(result.member_target_logprob[number].nan_to_num(9.0), theirs_BG.nan_to_num(9.0))

@@ -136,12 +136,12 @@ def test_a_second_moment_that_moves_by_a_thousandth_still_moves():
     assert optimizer.state[parameter]["exp_avg_sq"].float().mean() == pytest.approx(0.999**1000, rel=0.02)
 
 
-def losses_of(chosen, output, stop_at=0):
+def losses_of(settings, output, stop_at=0):
     class Watch(Reporter):
         def step(self, step, loss, tokens):
             trainer.stop.made = step == stop_at
 
-    trainer = Trainer(tiny_model(2), examples_of(16), [], chosen, output)
+    trainer = Trainer(tiny_model(2), examples_of(16), [], settings, output)
     trainer.run(True, Watch(silent=True))
     metrics = (output / "metrics.jsonl").read_text()
     return [parameter.detach().clone() for parameter in trainer.model.parameters()], metrics
@@ -167,11 +167,11 @@ def test_an_optimizer_in_backward_leaves_no_gradients():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_with_bfloat16_states_resumes_to_the_same_bits(tmp_path, dtype):
-    chosen = Settings(epochs=3, lr=1e-2, batch_size=4, optimizer_state="bfloat16", dtype=dtype)
-    whole = losses_of(chosen, tmp_path / "whole")
+    settings = Settings(epochs=3, lr=1e-2, batch_size=4, optimizer_state="bfloat16", dtype=dtype)
+    whole = losses_of(settings, tmp_path / "whole")
     with pytest.raises(Interrupted):
-        losses_of(chosen, tmp_path / "parts", stop_at=5)
-    parts = losses_of(chosen, tmp_path / "parts")
+        losses_of(settings, tmp_path / "parts", stop_at=5)
+    parts = losses_of(settings, tmp_path / "parts")
     assert parts[1] == whole[1]
     assert all(torch.equal(one, other) for one, other in zip(parts[0], whole[0]))
 

@@ -99,10 +99,10 @@ def test_every_figure_is_that_of_float64_logits_and_no_translation_changes(model
     for sentence, tokens in enumerate(result.tokens):
         explanations = result.explanations[sentence]
         stopped = result.finished[sentence] == "stop"
-        chosen = compare_all(doubles, prompts, sentence, explanations)
-        assert chosen[: len(tokens)] == tokens
-        assert len(chosen) == len(tokens) + stopped
-        assert not stopped or chosen[-1] in STOPS
+        sampled = compare_all(doubles, prompts, sentence, explanations)
+        assert sampled[: len(tokens)] == tokens
+        assert len(sampled) == len(tokens) + stopped
+        assert not stopped or sampled[-1] in STOPS
         assert "sampled" in way or min(explanation.margin for explanation in explanations) >= 0
 
 
@@ -127,9 +127,9 @@ def test_every_hypothesis_of_a_beam_search_is_explained(doubles, ensemble, promp
     for sentence, hypotheses in search(explain=True).items():
         assert [hypothesis.tokens for hypothesis in hypotheses] == [other.tokens for other in plain[sentence]]
         for hypothesis in hypotheses:
-            chosen = compare_all(doubles, prompts, sentence, hypothesis.explanations)
-            assert chosen[: len(hypothesis.tokens)] == hypothesis.tokens
-            assert len(chosen) == len(hypothesis.logprobs)
+            sampled = compare_all(doubles, prompts, sentence, hypothesis.explanations)
+            assert sampled[: len(hypothesis.tokens)] == hypothesis.tokens
+            assert len(sampled) == len(hypothesis.logprobs)
             negative_margins += sum(explanation.margin < 0 for explanation in hypothesis.explanations)
     assert negative_margins > 0
 
@@ -181,7 +181,7 @@ def test_the_deciding_member_and_overruled_members():
     sampled, _ = explained((first, second, third), [1.0, 1.0, -1.0], [1, 0])
     assert (sampled.runner_up, sampled.decider) == (0, None)
     assert sampled.margin == pytest.approx(-0.5, abs=1e-5)
-    # Of equal logits the chosen token's is the first.
+    # Of equal logits the sampled token's is the first.
     (tied,) = explained((torch.tensor([[2.0, 2.0, 1.0]]), torch.tensor([[0.0, 1.0, 0.0]])), [1.0, 1.0])
     assert (tied.token, tied.ranks, tied.bests) == (1, [1, 1], [1, 1])
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from tiny import STORAGES, tiny_model
+from tiny import WEIGHT_DTYPES, tiny_model
 
 from decode.engine.engine import Engine
 from decode.engine.ensemble import Ensemble
@@ -56,7 +56,7 @@ def test_only_large_members_on_several_threads_run_side_by_side(two_threads, mon
 
 @pytest.mark.parametrize("speculate", ["off", pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "weight_dtype", [STORAGES[0], *(pytest.param(d, marks=pytest.mark.slow) for d in STORAGES[1:])]
+    "weight_dtype", [WEIGHT_DTYPES[0], *(pytest.param(d, marks=pytest.mark.slow) for d in WEIGHT_DTYPES[1:])]
 )
 def test_no_bit_depends_on_threads(two_threads, monkeypatch, weight_dtype, speculate):
     wide = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 1}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
-from tiny import STORAGES, TINY, tiny_model
+from tiny import TINY, WEIGHT_DTYPES, tiny_model
 
 from decode import Ensemble, translate
 from decode.engine.generate import score
@@ -238,7 +238,7 @@ def test_no_logits_are_made_while_texts_are_read(models, texts, monkeypatch):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("weight_dtype", [*STORAGES, "plain"])
+@pytest.mark.parametrize("weight_dtype", [*WEIGHT_DTYPES, "plain"])
 def test_the_output_matrix_is_what_makes_logits_of_hidden_states(tied, weight_dtype):
     model = tiny_model(4, tie_word_embeddings=tied)
     torch.nn.init.normal_(model.model.norm.weight, 1.0, 0.3)

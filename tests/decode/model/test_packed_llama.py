@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import STORAGES, tiny_model, with_noise
+from tiny import WEIGHT_DTYPES, tiny_model, with_noise
 
 from decode.model.batch import KEYS_MULTIPLE, ForwardBatch, Segment
 from decode.model.layer import joined_halves
@@ -77,7 +77,7 @@ def test_ragged_batches_give_the_models_own_logits(model, weight_dtype, within):
         assert (logits_TV - expected_TV).abs().max() < within * expected_TV.abs().max()
 
 
-@pytest.mark.parametrize("weight_dtype", STORAGES)
+@pytest.mark.parametrize("weight_dtype", WEIGHT_DTYPES)
 @torch.inference_mode()
 def test_a_positions_bits_do_not_depend_on_its_batch(model, weight_dtype):
     packed = PackedLlama(model, weight_dtype)
