@@ -25,7 +25,7 @@ EXPRESSIONS = ("L + S_src + S_tgt", "L + S_mt - 0.5*S_base")
 # Slots, what is drafted, whether the sentences come in another order.
 REFERENCE = (16, "off", False)
 WAYS = [(1, "off", False), (64, "off", False), (16, "off", True), (16, 3, False), (4, "auto", False), (64, 7, True)]
-ROUNDINGS, ABSOLUTE = 16, 1e-5  # of a tie: docs/bench.md
+ROUNDINGS, ABSOLUTE = 16, 1e-5  # of a tie
 
 
 def sentences():
