@@ -135,6 +135,8 @@ class Checkpoints:
                 best = found["progress"]["best_step"]
                 if best and best != step:
                     _verified(self.path(best))
+                for damaged in steps[steps.index(step) + 1 :]:  # it must not count as one of those that are kept
+                    os.rename(self.path(damaged), self.folder / f".{self.path(damaged).name}.old")
                 return found
             except InputError as error:
                 self.world.log(f"{error}; using the checkpoint before it")
@@ -203,7 +205,8 @@ def finish(output: Path, write: Callable[[Path], None]) -> None:
     """Move the files that `write` makes into OUTPUT, config.json last: without it a folder is no model."""
     temporary = output / ".finished"
     try:
-        temporary.mkdir(exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+        temporary.mkdir()
         write(temporary)
         files = sorted(temporary.iterdir(), key=lambda path: path.name in LAST_FILES)
         for file in files:

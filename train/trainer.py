@@ -229,6 +229,7 @@ class Trainer:
             number = [math.isfinite(value) for value in values].index(False)
             examples = ", ".join(str(index + 1) for index in self.schedule.indices_of(step - 1, number))
             where = f" in micro-batch {number + 1} of {len(values)} (examples {examples:.200})"
+        self.checkpoints.join()  # its thread uses the same group
         where = max(self.world.gather(where))  # of a rank that has one
         raise InputError(
             f"step {step}: loss {total}{where}, gradient norm {norm}; the run ends here. Start again with a smaller "

@@ -23,7 +23,7 @@ from decode.engine.scheduler import Scheduler
 from decode.engine.sequence import Completion, Sequence, Stats, Update
 from decode.engine.speculative import Draft, Speculation, check_mode
 from kernels import describe_flag
-from kernels.types import MAX_TOP_K
+from kernels.types import MAX_TARGETS, MAX_TOP_K
 from minillama import InputError
 
 # A token that a step led to: the row of its logits, the sequence, where its explanation goes, token, log-probability.
@@ -90,6 +90,8 @@ class Engine:
     def add(self, sequence: Sequence) -> int:
         """Queue a sequence; returns its id. Raises InputError for one that fits no context or no slot."""
         number = self._next_id
+        if sequence.id >= 0:
+            raise InputError("the sequence was added before; make a new one")
         if refusal := self._refusal(sequence):
             raise InputError(f"the sequence {refusal}")
         self._next_id += 1
@@ -265,11 +267,21 @@ def _prepare(ensemble: Ensemble, sequence: Sequence, name: str) -> None:
     if not all(sequence.prompts[n] for n in used):
         raise InputError(f"{name} is empty; a model needs at least one token to continue from")
     sequence.stops = ensemble.stop_tokens if sequence.stop_tokens is None else sequence.stop_tokens
+    vocabulary = ensemble.models[0].config.vocab_size
+    for tokens in (*(sequence.prompts[n] for n in used), sequence.targets or []):
+        if tokens and not (min(tokens) >= 0 and max(tokens) < vocabulary):
+            raise InputError(f"{name}: token ids must be 0 to {vocabulary - 1}, found {min(tokens)} to {max(tokens)}")
+    if sequence.key is not None and not 0 <= sequence.key < 2**31:
+        raise InputError(f"{name}: key {sequence.key} must be 0 to 2**31 - 1")
     contexts = list(ensemble.context.values())
     room = min(contexts[n] - len(sequence.prompts[n]) for n in used)
     if sequence.targets is not None:
         if room < len(sequence.targets):
             raise InputError(f"{name} and its {len(sequence.targets)} tokens do not fit a member's context")
+        if len(sequence.stops) >= MAX_TARGETS:
+            raise InputError(
+                f"{name}: {len(sequence.stops)} stop tokens; a text is scored with {MAX_TARGETS - 1} at most"
+            )
         return
     if sequence.max_new_tokens < 1:
         raise InputError(f"max_new_tokens {sequence.max_new_tokens} must be at least 1")

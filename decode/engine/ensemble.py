@@ -55,7 +55,7 @@ class Ensemble:
     ) -> None:
         if combine is None:
             combine = " + ".join(models)
-        weights = parse(combine, models) if isinstance(combine, str) else dict(combine)
+        weights = parse(combine, models) if isinstance(combine, str) else {n: w for n, w in combine.items() if w}
         if len(weights) > MAX_MEMBERS:
             raise InputError(f"{len(weights)} models in one ensemble; at most {MAX_MEMBERS} can be summed")
         sizes = {name: models[name].config.vocab_size for name in weights}

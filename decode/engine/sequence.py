@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from decode.engine.kv_slots import Slot
 
 MAX_BEAMS = 8
+MIN_TEMPERATURE = 1e-6  # logits are divided by it in float32
 MAX_DRAFT = 7  # tokens drafted at a time
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -41,9 +42,9 @@ class SamplingParams:
     nbest: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"temperature {self.temperature}: must be 0 (greedy) or a positive number")
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
+        if self.temperature and not MIN_TEMPERATURE <= self.temperature < math.inf:  # also refuses NaN
+            raise InputError(f"temperature {self.temperature}: must be 0 (greedy), or {MIN_TEMPERATURE} or more")
+        if not 0 <= self.top_k < 2**31 or not 0 < self.top_p <= 1:
             raise InputError(
                 f"top_k {self.top_k} and top_p {self.top_p}: top_k must be 0 or more, top_p above 0 up to 1"
             )

@@ -55,7 +55,7 @@ class Options:
             "beam": (1 <= self.beam <= MAX_BEAMS, f"1 to {MAX_BEAMS}"),
             "length_penalty": (abs(self.length_penalty) <= 10, "-10 to 10"),  # false for NaN
             "nbest": (0 <= self.nbest <= self.beam, f"at most the {self.beam} of --beam"),
-            "temperature": (0 < self.temperature <= 1e6, "above 0, up to a million"),
+            "temperature": (1e-6 <= self.temperature <= 1e6, "a millionth to a million"),
             "top_k": (self.top_k >= 0, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0, up to 1"),
             "seed": (0 <= self.seed <= MAX_SEED, f"0 to {MAX_SEED}"),

@@ -92,25 +92,35 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._open()
+        while not self._has_its_name():  # its last owner removed it before we had the lock
+            os.close(self.descriptor)
+            self._open()
+        self.synced = time.monotonic()
+
+    def _open(self) -> None:
         try:
-            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+            raise InputError(f"{self.path}: cannot be written ({error.strerror})") from None
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self.descriptor)
-            raise InputError(f"{path}: another run is writing this output now; wait for it or end it") from None
+            raise InputError(f"{self.path}: another run is writing this output now; wait for it or end it") from None
         except OSError:  # a file system without locks
             pass
-        self.synced = time.monotonic()
+
+    def _has_its_name(self) -> bool:
+        """Whether the path still leads to the file that is open."""
+        return self.path.exists() and os.path.samestat(os.fstat(self.descriptor), os.stat(self.path))
 
     def __enter__(self) -> "Journal":
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Sync and unlock. A journal without a record has nothing to resume and is removed."""
-        if next(read_records(self.path), None) is None:
+        if self._has_its_name() and next(read_records(self.path), None) is None:
             self.path.unlink(missing_ok=True)
         os.fsync(self.descriptor)
         os.close(self.descriptor)

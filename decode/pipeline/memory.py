@@ -54,7 +54,7 @@ class MemoryBudget:
         """
         positions = self.max_positions(sequences)
         fitting = batch_size
-        required = 1 if self.may_lower else batch_size
+        required = max(sequence.params.beams for sequence in sequences) if self.may_lower else batch_size
         for device, weights in self.weight_bytes.items():
             slot = self.slot_bytes(device, positions)
             slots = max(0, (self.limits[device] - weights) // slot - PREFIX_SLOTS)

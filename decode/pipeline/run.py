@@ -226,8 +226,9 @@ class TranslationRun:
     def _engine_for(self, sequences: SequenceOf[Sequence]) -> Engine:
         """The last group's engine where its slots suffice, else a new one that memory has room for."""
         assert self.ensemble is not None
-        batch_size, _ = self.budget.fit(sequences, min(self.options.batch_size, len(sequences)))
-        if self.engine is not None and self.engine.slots >= batch_size and self.engine.fits(sequences):
+        beams = sequences[0].params.beams
+        batch_size, _ = self.budget.fit(sequences, min(self.options.batch_size, len(sequences) * beams))
+        if self.engine and self.engine.slots >= batch_size // beams * beams and self.engine.fits(sequences):
             return self.engine
         self.engine = None  # its memory is free before more is allocated
         return Engine.fitting(self.ensemble, sequences, batch_size, self.options.speculate)

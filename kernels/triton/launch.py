@@ -1,7 +1,7 @@
 """The one way to launch a kernel, and to record launches on a machine without a GPU. Does not import Triton."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,10 @@ def launch(function: Any, grid: tuple[int, ...], positional: tuple, switches: di
     if _recordings:
         _recordings[-1].append(Launch(function, positional, switches, options))
     else:
-        function[grid](*positional, **switches, **options)
+        device = next(value.device for value in positional if isinstance(value, torch.Tensor))
+        # Triton launches on the current device, whatever the tensors' own.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            function[grid](*positional, **switches, **options)
 
 
 @contextmanager

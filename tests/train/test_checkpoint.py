@@ -143,6 +143,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, unb
     assert_equal_runs(tmp_path, weights, unbroken)
 
 
+def test_a_damaged_checkpoint_is_not_one_of_those_that_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 1, DistributedContext())
+    for step in (1, 2):
+        checkpoints.keep = step
+        checkpoints.save(Progress(step=step), {"a": 1}, {"x": torch.zeros(9)}, wait=True)
+    damage_state(tmp_path / "step-00000002")
+    assert checkpoints.newest()["progress"]["step"] == 1
+    checkpoints.keep = 1
+    checkpoints.save(Progress(step=2), {"a": 1}, {"x": torch.ones(9)}, wait=True)
+    assert checkpoints.newest()["progress"]["step"] == 2
+
+
 def test_a_checkpoint_whose_best_is_damaged_is_no_whole_one(tmp_path, capsys):
     checkpoints = Checkpoints(tmp_path, 3, DistributedContext())
     for step, best in ((1, 1), (2, 2), (3, 2)):

@@ -138,7 +138,9 @@ def test_any_integer_is_a_seed(models):
     [
         ({"temperature": -0.5}, "temperature -0.5"),
         ({"temperature": math.nan}, "temperature nan"),
+        ({"temperature": 1e-39}, "temperature 1e-39"),
         ({"top_k": -1}, "top_k -1"),
+        ({"top_k": 2**63}, "top_k 9223372036854775808"),
         ({"top_p": 0.0}, "top_p 0.0"),
         ({"top_p": 1.5}, "top_p 1.5"),
         ({"beams": 0}, "0 beams"),

@@ -31,6 +31,10 @@ def test_what_does_not_fit_is_refused_when_it_is_added_with_its_numbers(ensemble
         (Sequence(([5] * 96,) * 3), "has 96 tokens"),
         (Sequence(([5] * 90,) * 3, targets=[5] * 7), "its 7 tokens do not fit"),
         (Sequence(prompts, top_logprobs=33), "33 candidates"),
+        (Sequence(([5], [5], [60])), "token ids must be 0 to 59, found 60 to 60"),
+        (Sequence(prompts, targets=[-1]), "found -1 to -1"),
+        (Sequence(prompts, max_new_tokens=1, key=2**31), "key 2147483648"),
+        (Sequence(prompts, targets=[5], stop_tokens=frozenset(range(64))), "64 stop tokens"),
         (Sequence(prompts, SamplingParams(beams=2), stop_tokens=frozenset(range(31))), "33 candidates"),
     ):
         with pytest.raises(InputError, match=named):
@@ -38,6 +42,10 @@ def test_what_does_not_fit_is_refused_when_it_is_added_with_its_numbers(ensemble
     assert not engine.has_work
     for sequence in (Sequence(prompts, max_new_tokens=5), Sequence(([5], [5] * 25, [5]), max_new_tokens=5)):
         assert engine.fits([sequence])
+    added = Sequence(prompts, max_new_tokens=5)
+    engine.add(added)
+    with pytest.raises(InputError, match="was added before"):
+        engine.add(added)
     # A member that is left out may have a prompt that no slot could hold, or none.
     assert engine.fits([Sequence(([5] * 15, [], [5] * 99), max_new_tokens=5, weights=(1.0, 0.0, 0.0))])
     assert not engine.fits([Sequence(prompts, max_new_tokens=6)])

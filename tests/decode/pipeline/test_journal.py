@@ -94,6 +94,18 @@ def test_two_runs_never_write_one_output(tmp_path):
     assert not path.exists()
 
 
+def test_a_run_that_ends_does_not_take_the_journal_of_the_next(tmp_path):
+    path = tmp_path / "hyp.txt.journal"
+    with Journal(path) as first:
+        path.unlink()  # its output is complete
+        second = Journal(path)
+    with second:
+        assert path.exists()
+        with pytest.raises(InputError, match="another run"):
+            Journal(path)
+    assert first.descriptor != second.descriptor
+
+
 def test_only_a_regular_output_has_a_journal(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert [journal_path(str(path)) for path in ("-", "/dev/null", tmp_path / "pipe")] == [None] * 3
